@@ -1,0 +1,282 @@
+"""GLUE TSV files -> examples -> WordPiece ids -> padded batches, and the metrics.
+
+Every official GLUE format is recognised by its header's column names (CoLA, which has no header, by
+its shape), and so is a user's own file with the columns `sentence`, `label` or `sentence1`,
+`sentence2`, `label` (or `score`, for regression). The files are read as what they are: UTF-8 lines
+split at tabs, with no quoting. A row that does not fit is an error that names the file and the line.
+"""
+
+import json
+import sys
+from collections import Counter, namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import BertWordPieceTokenizer
+
+from model import BertConfig, UserError
+
+Example = namedtuple("Example", "sentence1 sentence2 label")        # sentence2 is None without a pair;
+#                                               label: an index into Task.labels, or a float (regression)
+Encoded = namedtuple("Encoded", "input_ids token_type_ids label")   # two lists of ints of one length
+Format = namedtuple("Format", "name sentence1 sentence2 label metric labels")
+
+FORMATS = [  # first match wins; name None: the directory's name; labels None: those found in train
+    Format("MRPC", "#1 String", "#2 String", "Quality", "accuracy+f1", ("0", "1")),
+    Format("QQP", "question1", "question2", "is_duplicate", "accuracy", ("0", "1")),
+    Format("MNLI", "sentence1", "sentence2", "gold_label", "accuracy",
+           ("contradiction", "entailment", "neutral")),
+    Format("QNLI", "question", "sentence", "label", "accuracy", ("entailment", "not_entailment")),
+    Format("STS-B", "sentence1", "sentence2", "score", "pearson+spearman", ()),
+    Format(None, "sentence1", "sentence2", "label", "accuracy", None),                # RTE, own pairs
+    Format(None, "sentence", None, "label", "accuracy", None),                        # SST-2, own
+]
+COLA = Format("CoLA", "sentence", None, "label", "matthews", ("0", "1"))
+COLA_COLUMNS = ["source", "label", "mark", "sentence"]
+DOWNLOADS = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE")
+
+
+@dataclass
+class Task:
+    """One data set. The label of an example is an index into `labels`; regression has `labels` ()."""
+    name: str
+    train: list
+    dev: list                            # MNLI: matched
+    labels: tuple
+    metric: str                          # what ACC(m) is: the mean of the metrics joined by "+"
+    dev_mismatched: list | None = None   # MNLI only
+
+    @property
+    def num_labels(self):
+        """The number of logits: one per label, or a single one for regression."""
+        return len(self.labels) or 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------
+
+def load_task(directory):
+    """Read train.tsv and dev.tsv (MNLI: dev_matched.tsv and dev_mismatched.tsv) of `directory`.
+
+    Raises UserError for whatever is missing, malformed, or leaves nothing to learn.
+    """
+    directory = Path(directory)
+    train_format, train, labels = read_examples(directory / "train.tsv")
+    if len(set(e.label for e in train)) < 2:
+        raise UserError(f"{directory / 'train.tsv'}: every row has the same label; nothing to learn")
+    devs = ["dev_matched.tsv", "dev_mismatched.tsv"] if train_format.name == "MNLI" else ["dev.tsv"]
+    examples = []
+    for name in devs:
+        dev_format, dev, _ = read_examples(directory / name, labels)
+        if dev_format.label != train_format.label or dev_format.sentence1 != train_format.sentence1:
+            raise UserError(f"{directory / name} has other columns than train.tsv")
+        examples.append(dev)
+    return Task(train_format.name or directory.resolve().name, train, examples[0], labels,
+                train_format.metric, *examples[1:])
+
+
+def read_examples(path, labels=None):
+    """Read one TSV file: (its Format, [Example], label names). `labels`: the only ones allowed."""
+    path, rows = Path(path), read_rows(path)
+    columns, kind = rows[0], None
+    for candidate in FORMATS:
+        needed = {candidate.sentence1, candidate.sentence2, candidate.label} - {None}
+        if needed <= set(columns):
+            kind, first = candidate, 1
+            break
+    if kind is None and len(columns) == 4 and columns[1] in COLA.labels:
+        kind, first, columns = COLA, 0, COLA_COLUMNS
+    if kind is None:
+        raise UserError(f"{path}: the header {columns[:8]} fits no GLUE format; a file of your own "
+                        "needs the columns sentence, label or sentence1, sentence2, label")
+    at = [columns.index(c) if c else None for c in (kind.sentence1, kind.sentence2, kind.label)]
+
+    table, short = [], 0
+    for line, row in enumerate(rows[first:], 1 + first):
+        if len(row) == len(columns):
+            table.append((line, *(row[i] if i is not None else None for i in at)))
+        elif kind.name == "QQP" and len(row) < len(columns):    # the official file has a few of these
+            short += 1
+        else:
+            raise UserError(f"{path}, line {line}: {len(row)} columns, expected {len(columns)}")
+    if short:
+        print(f"{path}: {short} incomplete row(s) left out", file=sys.stderr)
+    if not table:
+        raise UserError(f"{path} has no rows")
+
+    labels = labels if labels is not None else kind.labels
+    if labels is None:
+        labels = tuple(sorted({label for *_, label in table}))
+    examples = []
+    for line, one, two, label in table:
+        try:
+            value = labels.index(label) if labels else float(label)
+            if not np.isfinite(value):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"{path}, line {line}: label {label[:40]!r} is not "
+                            + (f"one of {', '.join(labels)}" if labels else "a number")) from None
+        examples.append(Example(one, two, value))
+    return kind, examples, labels
+
+
+def read_rows(path):
+    """A TSV file's rows as lists of strings: no quoting, LF or CRLF, an optional byte-order mark."""
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        name = path.parent.name
+        hint = f"; run: python -m glue.download {name}" if name in DOWNLOADS else ""
+        raise UserError(f"{path} does not exist{hint}") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8") from None
+    lines = text.rstrip("\r\n").split("\n")
+    if lines == [""]:
+        raise UserError(f"{path} is empty")
+    return [line.removesuffix("\r").split("\t") for line in lines]
+
+
+def split_holdout(examples, fraction, seed):
+    """Split train into (kept, held out), the held-out part stratified by label (or rounded score)."""
+    rng, held = np.random.default_rng(seed), set()
+    strata = {}
+    for i, example in enumerate(examples):
+        strata.setdefault(round(example.label), []).append(i)
+    for _, members in sorted(strata.items()):
+        held.update(rng.permutation(members)[:round(fraction * len(members))].tolist())
+    return ([e for i, e in enumerate(examples) if i not in held],
+            [e for i, e in enumerate(examples) if i in held])
+
+
+# ---------------------------------------------------------------------------------------------------
+# WordPiece and batches
+# ---------------------------------------------------------------------------------------------------
+
+def load_tokenizer(directory):
+    """The WordPiece tokenizer of a BERT directory: its vocab.txt, and the casing that its
+    tokenizer_config.json asks for (uncased where there is none)."""
+    path, options = Path(directory) / "vocab.txt", {}
+    try:
+        words = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+        settings = Path(directory) / "tokenizer_config.json"
+        if settings.exists():
+            options = json.loads(settings.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{directory}: vocab.txt or tokenizer_config.json is unreadable ({error})") \
+            from None
+    vocab = {word.removesuffix("\r"): i for i, word in enumerate(words)}
+    for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
+        if token not in vocab:
+            raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
+    size = BertConfig.load(directory).vocab_size
+    if len(words) != size:
+        raise UserError(f"{path} has {len(words)} entries, but config.json's vocab_size is {size}")
+    return BertWordPieceTokenizer(vocab, lowercase=options.get("do_lower_case", True) is not False,
+                                  strip_accents=options.get("strip_accents"),
+                                  handle_chinese_chars=options.get("tokenize_chinese_chars", True))
+
+
+def encode(examples, directory, max_length):
+    """Examples -> [Encoded] with the tokenizer of the BERT directory `directory`.
+
+    [CLS] sentence1 [SEP] or [CLS] sentence1 [SEP] sentence2 [SEP] (token types 0 and 1), cut to
+    `max_length` tokens by shortening the longer sentence first.
+    """
+    tokenizer = load_tokenizer(directory)
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    texts = [e.sentence1 if e.sentence2 is None else (e.sentence1, e.sentence2) for e in examples]
+    return [Encoded(t.ids, t.type_ids, e.label)
+            for t, e in zip(tokenizer.encode_batch(texts), examples)]
+
+
+def batches(encoded, batch_size, rng=None):
+    """Cut `encoded` into batches of similar length: a list of index lists that covers each example once.
+
+    With `rng` (a numpy Generator) for training: shuffled, sorted by length only within buckets of 50
+    batches, and the batches shuffled again. Without: longest first, for evaluation.
+    """
+    order = np.arange(len(encoded)) if rng is None else rng.permutation(len(encoded))
+    bucket = 50 * batch_size if rng is not None else len(encoded)
+    cut = []
+    for start in range(0, len(order), bucket):
+        chunk = sorted(order[start:start + bucket].tolist(), key=lambda i: -len(encoded[i].input_ids))
+        cut += [chunk[i:i + batch_size] for i in range(0, len(chunk), batch_size)]
+    return cut if rng is None else [cut[i] for i in rng.permutation(len(cut))]
+
+
+def collate(encoded, indices, device="cpu"):
+    """One batch, padded to its longest member: input_ids, token_type_ids (int64) and attention_mask
+    (bool), each [B, T], and labels [B] (int64, or float32 for regression)."""
+    rows = [encoded[i] for i in indices]
+    T = max(len(row.input_ids) for row in rows)
+    ids, types = np.zeros((2, len(rows), T), np.int64)              # what stands at padding is masked
+    mask = np.zeros((len(rows), T), bool)
+    for b, row in enumerate(rows):
+        n = len(row.input_ids)
+        ids[b, :n], types[b, :n], mask[b, :n] = row.input_ids, row.token_type_ids, True
+    labels = torch.tensor([row.label for row in rows])              # ints -> int64, floats -> float32
+    return tuple(t.to(device) for t in (*map(torch.from_numpy, (ids, types, mask)), labels))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Metrics, on two sequences of n labels and n predictions; as fractions
+# ---------------------------------------------------------------------------------------------------
+
+def accuracy(labels, predictions):
+    """The share of predictions that equal their label."""
+    return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
+
+
+def f1(labels, predictions):
+    """The harmonic mean of precision and recall of label 1; 0 where nothing is or is called 1."""
+    labels, predictions = np.asarray(labels) == 1, np.asarray(predictions) == 1
+    positives = labels.sum() + predictions.sum()
+    return float(2 * (labels & predictions).sum() / positives) if positives else 0.0
+
+
+def matthews_corrcoef(labels, predictions):
+    """The correlation of two binary sequences, in [-1, 1]; 0 where one of them is constant."""
+    return pearson(np.asarray(labels) == 1, np.asarray(predictions) == 1)
+
+
+def pearson(labels, predictions):
+    """The linear correlation, in [-1, 1]; 0 where one side is constant."""
+    x, y = (np.asarray(v, np.float64) for v in (labels, predictions))
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
+
+
+def spearman(labels, predictions):
+    """The linear correlation of the ranks; ties share their mean rank."""
+    def ranks(values):
+        _, group, count = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(count) - (count - 1) / 2)[group]
+    return pearson(ranks(labels), ranks(predictions))
+
+
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews_corrcoef,
+           "pearson": pearson, "spearman": spearman}
+
+
+def scores(metric, labels, logits):
+    """Every metric of a task in %, and under "score" ACC(m) of Eq. 7: the mean of those in `metric`.
+
+    labels [n], logits [n, num_labels] (numpy). F1 and Matthews are given for two labels.
+    """
+    if "pearson" in metric:
+        names, predictions = ["pearson", "spearman"], logits[:, 0]
+    else:
+        names, predictions = ["accuracy"], logits.argmax(1)
+        names += ["f1", "matthews"] if logits.shape[1] == 2 else []
+    values = {name: 100 * METRICS[name](labels, predictions) for name in names}
+    return {"score": float(np.mean([values[name] for name in metric.split("+")])), **values}

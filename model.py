@@ -1,0 +1,452 @@
+"""BERT from scratch, with an elastic forward pass: one set of weights, any smaller BERT from its front.
+
+After Devlin et al. 2019 (the model) and YOCO-BERT, Sec. 3.2 (the elasticity). A *super-BERT* is an
+`ElasticBert` called with its largest architecture; a *sub-BERT* is the first `d` layers of it, in each
+of them the first `h` heads and the first `k` FFN neurons. The architecture is an argument of
+`forward`: nothing is selected beforehand, nothing is cached, and what is sliced off is not computed.
+Hidden size, embeddings, pooler and classifier are shared by every architecture. `extract` copies a
+slice into a stand-alone model of the same class. Unlike the usual implementations the tensors have
+short names here and Hugging Face's names on disk; one explicit map stands between them.
+
+Letters: B batch, T tokens, C hidden size, H heads kept, D head size, F FFN neurons kept.
+"""
+
+import json
+import os
+from collections import namedtuple
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: the message is one line, says what is wrong and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Configuration and search space
+# ---------------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+
+
+@dataclass
+class BertConfig:
+    """The fields of a Hugging Face config.json that shape a BERT; the defaults are BERT-base's.
+
+    Raises UserError where the fields describe no BERT that this file computes.
+    """
+    vocab_size: int = 30522
+    hidden_size: int = 768                     # C
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12              # of a full layer: it fixes the head size D = C / heads
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    id2label: dict | None = None               # {"0": name, ...}: label names travel with the model
+    layer_heads: list | None = None            # a sub-BERT's heads, one number per layer
+    layer_ffn_sizes: list | None = None        # a sub-BERT's FFN sizes, one number per layer
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                     "intermediate_size", "max_position_embeddings", "type_vocab_size"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= 10**6:
+                raise UserError(f"config: {name} must be a whole number from 1 to 10^6, not {value!r}")
+        for name, top in (("hidden_dropout_prob", 1), ("attention_probs_dropout_prob", 1),
+                          ("layer_norm_eps", 1), ("initializer_range", 100)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < top:
+                raise UserError(f"config: {name} must be a number in [0, {top}), not {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"config: {self.num_attention_heads} heads do not divide the hidden size "
+                            f"{self.hidden_size}")
+        if self.num_hidden_layers > 1000:
+            raise UserError(f"config: {self.num_hidden_layers} layers; at most 1000 are supported")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
+            raise UserError(f"config: hidden_act {self.hidden_act!r} is not one of "
+                            f"{', '.join(ACTIVATIONS)}")
+        if self.id2label is not None and not (
+                isinstance(self.id2label, dict) and all(isinstance(v, str) for v in self.labels)
+                and len(self.labels) == len(self.id2label)):
+            raise UserError('config: id2label must be {"0": name, "1": name, ...}')
+        for name, largest in (("layer_heads", self.num_attention_heads),
+                              ("layer_ffn_sizes", self.intermediate_size)):
+            sizes = getattr(self, name)
+            if sizes is not None and not (
+                    isinstance(sizes, list) and len(sizes) == self.num_hidden_layers
+                    and all(type(s) is int and 1 <= s <= largest for s in sizes)):
+                raise UserError(f"config: {name} must be {self.num_hidden_layers} whole numbers "
+                                f"from 1 to {largest}, one per layer")
+        if count_params(self, self.arch) > 4 * 10**9:
+            raise UserError("config: more than 4 * 10^9 parameters")
+
+    @property
+    def head_size(self):
+        """D: the same in every layer and for every number of heads."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def arch(self):
+        """The largest architecture that a model of this configuration holds."""
+        d = self.num_hidden_layers
+        return Arch(self.layer_heads or [self.num_attention_heads] * d,
+                    self.layer_ffn_sizes or [self.intermediate_size] * d)
+
+    @property
+    def labels(self):
+        """Label names in the order of the logits; () where none are known."""
+        names = self.id2label or {}
+        return tuple(names[str(i)] for i in range(len(names)) if str(i) in names)
+
+    @classmethod
+    def load(cls, directory):
+        """Read `directory`/config.json. Fields without a meaning here are ignored; those that would
+        change the computation (another model type, relative positions, a decoder) are refused."""
+        path = Path(directory) / "config.json"
+        try:
+            fields = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist: {directory} is not a BERT directory") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise UserError(f"{path} is not a JSON object")
+        for name, only in (("model_type", "bert"), ("position_embedding_type", "absolute"),
+                           ("is_decoder", False), ("add_cross_attention", False)):
+            if fields.get(name, only) != only:
+                raise UserError(f"{path}: {name} is {fields[name]!r}; only {only!r} is supported")
+        try:
+            return cls(**{k: v for k, v in fields.items() if k in cls.__dataclass_fields__})
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+class Arch(namedtuple("Arch", "heads ffn_sizes")):
+    """A sub-BERT's architecture m: heads and FFN size of each active layer, two tuples.
+
+    >>> print(Arch((12, 4), (3072, 512)))
+    2 layers, heads 12 4, FFN 3072 512
+    """
+    __slots__ = ()
+
+    def __new__(cls, heads, ffn_sizes):
+        if len(heads) != len(ffn_sizes) or not heads:
+            raise UserError(f"Arch: {len(heads)} heads and {len(ffn_sizes)} FFN sizes; one of each "
+                            "per active layer, and at least one layer")
+        return super().__new__(cls, tuple(heads), tuple(ffn_sizes))
+
+    @property
+    def depth(self):
+        """The number of active layers, d."""
+        return len(self.heads)
+
+    def __str__(self):
+        heads, ffn_sizes = (" ".join(map(str, sizes)) for sizes in self)
+        return f"{self.depth} layers, heads {heads}, FFN {ffn_sizes}"
+
+
+class SearchSpace:
+    """The search space M of Sec. 3.2 as categorical variables: one over depth, then one per layer over
+    the pair (FFN size, heads), with index = FFN index * number of heads choices + heads index.
+
+    A point of it is a list of choices, one category index per variable; a layer beyond the depth is
+    inactive and has the choice None.
+
+    >>> space = SearchSpace(depths=[1, 2], heads=[1, 2], ffn_sizes=[8, 16, 32])
+    >>> space.categories, space.size(), space.choices(Arch((2,), (16,)))
+    ((2, 6, 6), 42, [0, 3, None])
+    """
+
+    def __init__(self, depths, heads, ffn_sizes):
+        self.depths, self.heads, self.ffn_sizes = (
+            tuple(sorted(set(sizes))) for sizes in (depths, heads, ffn_sizes))   # ascending
+        if not all(sizes and sizes[0] >= 1 for sizes in (self.depths, self.heads, self.ffn_sizes)):
+            raise UserError("SearchSpace: depths, heads and ffn_sizes each need a positive number")
+
+    @classmethod
+    def for_config(cls, config):
+        """BERT-base's choices (Sec. 4, Search Space Setups), as fractions of any other BERT's size."""
+        def part(size, *fractions):
+            return [max(1, round(size * f)) for f in fractions]
+        return cls(depths=part(config.num_hidden_layers, 1/2, 2/3, 5/6, 1),
+                   heads=part(config.num_attention_heads, 1/3, 2/3, 1),
+                   ffn_sizes=part(config.intermediate_size, 1/6, 1/4, 1/3, 1))
+
+    @property
+    def categories(self):
+        """The number of categories of each variable."""
+        return (len(self.depths),) + (len(self.heads) * len(self.ffn_sizes),) * self.depths[-1]
+
+    def largest(self):
+        """The largest architecture: the super-BERT itself."""
+        return Arch((self.heads[-1],) * self.depths[-1], (self.ffn_sizes[-1],) * self.depths[-1])
+
+    def smallest(self):
+        """The smallest architecture."""
+        return Arch((self.heads[0],) * self.depths[0], (self.ffn_sizes[0],) * self.depths[0])
+
+    def size(self):
+        """The number of architectures, inactive layers not counted."""
+        return sum((len(self.heads) * len(self.ffn_sizes)) ** depth for depth in self.depths)
+
+    def check(self, arch):
+        """Raise UserError, naming the legal values, unless `arch` lies in the space."""
+        for name, values, legal in (("depth", [arch.depth], self.depths),
+                                    ("heads", arch.heads, self.heads),
+                                    ("FFN size", arch.ffn_sizes, self.ffn_sizes)):
+            for value in values:
+                if value not in legal:
+                    raise UserError(f"{name} {value} is not in the search space: one of {legal}")
+
+    def arch(self, choices):
+        """Choices -> Arch. What stands at inactive layers is not looked at."""
+        depth = self.depths[choices[0]]
+        pairs = [divmod(choice, len(self.heads)) for choice in choices[1:1 + depth]]
+        return Arch([self.heads[h] for _, h in pairs], [self.ffn_sizes[f] for f, _ in pairs])
+
+    def choices(self, arch):
+        """Arch -> choices, with None for every inactive layer."""
+        self.check(arch)
+        layers = [self.ffn_sizes.index(k) * len(self.heads) + self.heads.index(h)
+                  for h, k in zip(*arch)]
+        return [self.depths.index(arch.depth)] + layers + [None] * (self.depths[-1] - arch.depth)
+
+
+def count_params(config, arch):
+    """Parameters of a sub-BERT, T(m): embeddings + active layers + pooler, without the classifier."""
+    C, D = config.hidden_size, config.head_size
+    tables = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+    embeddings = (tables + 2) * C                                  # three tables and a LayerNorm
+    layers = sum((4*C*h*D + 3*h*D + C) + (2*C*k + k + C) + 4*C     # attention, FFN, two LayerNorms
+                 for h, k in zip(*arch))
+    return embeddings + layers + (C*C + C)
+
+
+def count_flops(config, arch, seq_len=128):
+    """FLOPs of one sequence: 2 per multiply-add of every matrix product of encoder and pooler."""
+    C, D, T = config.hidden_size, config.head_size, seq_len
+    layers = sum(4*T*C*h*D        # query, key, value and output projections
+                 + 2*T*T*h*D      # attention scores and their product with the values
+                 + 2*T*C*k        # both FFN matrices
+                 for h, k in zip(*arch))
+    return 2 * (layers + C*C)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------
+
+def front_linear(x, linear, n_out=None, n_in=None):
+    """x @ W[:n_out, :n_in].T + b[:n_out], the slice being a view. x [..., n_in] -> [..., n_out]."""
+    return F.linear(x, linear.weight[:n_out, :n_in], linear.bias[:n_out])
+
+
+class Layer(nn.Module):
+    """One post-norm transformer encoder layer with up to `heads` heads and `ffn_size` neurons."""
+
+    def __init__(self, config, heads, ffn_size):
+        super().__init__()
+        C, self.D = config.hidden_size, config.head_size
+        self.query = nn.Linear(C, heads * self.D)
+        self.key = nn.Linear(C, heads * self.D)
+        self.value = nn.Linear(C, heads * self.D)
+        self.attention_out = nn.Linear(heads * self.D, C)
+        self.attention_norm = nn.LayerNorm(C, config.layer_norm_eps)
+        self.ffn_in = nn.Linear(C, ffn_size)
+        self.ffn_out = nn.Linear(ffn_size, C)
+        self.ffn_norm = nn.LayerNorm(C, config.layer_norm_eps)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.dropout = config.hidden_dropout_prob
+        self.attention_dropout = config.attention_probs_dropout_prob
+
+    def forward(self, x, mask, H, F_):
+        """x [B, T, C], mask [B, 1, 1, T] bool, H heads and F_ neurons of the front -> [B, T, C]."""
+        B, T, C = x.shape
+
+        def split(linear):
+            return front_linear(x, linear, H * self.D).view(B, T, H, self.D).transpose(1, 2)
+        a = F.scaled_dot_product_attention(                              # [B, H, T, D]
+            split(self.query), split(self.key), split(self.value), attn_mask=mask,
+            dropout_p=self.attention_dropout if self.training else 0.0)  # the scale is 1/sqrt(D)
+        a = a.transpose(1, 2).reshape(B, T, H * self.D)                  # [B, T, H*D]
+        a = front_linear(a, self.attention_out, n_in=H * self.D)         # [B, T, C]
+        x = self.attention_norm(x + F.dropout(a, self.dropout, self.training))
+        f = self.activation(front_linear(x, self.ffn_in, F_))            # [B, T, F]
+        f = front_linear(f, self.ffn_out, n_in=F_)                       # [B, T, C]
+        return self.ffn_norm(x + F.dropout(f, self.dropout, self.training))
+
+
+class ElasticBert(nn.Module):
+    """BERT with a pooler and a linear classifier, every part of which is there at its full size."""
+
+    def __init__(self, config, num_labels):
+        super().__init__()
+        C = config.hidden_size
+        self.config, self.num_labels = config, num_labels
+        self.word_embeddings = nn.Embedding(config.vocab_size, C)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, C)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, C)
+        self.embedding_norm = nn.LayerNorm(C, config.layer_norm_eps)
+        self.layers = nn.ModuleList(Layer(config, h, k) for h, k in zip(*config.arch))
+        self.pooler = nn.Linear(C, C)
+        self.classifier = nn.Linear(C, num_labels)
+        self.apply(self._init)
+
+    def _init(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, input_ids, token_type_ids, attention_mask, arch=None):
+        """Logits of the sub-BERT `arch` (None: the whole model).
+
+        Args: three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding).
+        Returns: [B, num_labels]. Raises UserError where `arch` or T exceeds what the model has.
+        """
+        config, arch = self.config, arch or self.config.arch
+        T = input_ids.shape[1]
+        if T > config.max_position_embeddings:
+            raise UserError(f"{T} tokens, but the model has {config.max_position_embeddings} positions")
+        if arch.depth > len(self.layers) or any(
+                h > own_h or k > own_k for h, k, own_h, own_k in zip(*arch, *config.arch)):
+            raise UserError(f"architecture [{arch}] exceeds the model's [{config.arch}]")
+        x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:T]
+             + self.token_type_embeddings(token_type_ids))               # [B, T, C]
+        x = F.dropout(self.embedding_norm(x), config.hidden_dropout_prob, self.training)
+        mask = attention_mask.bool()[:, None, None, :]                   # [B, 1, 1, T]
+        for layer, H, F_ in zip(self.layers, *arch):                     # the first d layers
+            x = layer(x, mask, H, F_)
+        pooled = torch.tanh(self.pooler(x[:, 0]))                        # [B, C] from [CLS]
+        pooled = F.dropout(pooled, config.hidden_dropout_prob, self.training)
+        return self.classifier(pooled)                                   # [B, num_labels]
+
+
+def extract(model, arch):
+    """A stand-alone ElasticBert with the weights of `arch`: the same logits, nothing shared.
+
+    Raises UserError where `arch` exceeds `model`.
+    """
+    config = replace(model.config, num_hidden_layers=arch.depth,
+                     layer_heads=list(arch.heads), layer_ffn_sizes=list(arch.ffn_sizes))
+    with torch.device("meta"):                                           # shapes without memory
+        sub = ElasticBert(config, model.num_labels)
+    full, state = model.state_dict(), {}
+    for name, tensor in sub.state_dict().items():                        # every slice is a front corner
+        if any(n > m for n, m in zip(tensor.shape, full[name].shape)):
+            raise UserError(f"architecture [{arch}] exceeds the model's [{model.config.arch}]")
+        state[name] = full[name][tuple(slice(n) for n in tensor.shape)].clone()
+    sub.load_state_dict(state, assign=True)
+    return sub.train(model.training)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Weights on disk, under Hugging Face's names
+# ---------------------------------------------------------------------------------------------------
+
+HF_NAMES = {"word_embeddings": "bert.embeddings.word_embeddings",
+            "position_embeddings": "bert.embeddings.position_embeddings",
+            "token_type_embeddings": "bert.embeddings.token_type_embeddings",
+            "embedding_norm": "bert.embeddings.LayerNorm",
+            "pooler": "bert.pooler.dense",
+            "classifier": "classifier"}
+HF_LAYER_NAMES = {"query": "attention.self.query", "key": "attention.self.key",
+                  "value": "attention.self.value", "attention_out": "attention.output.dense",
+                  "attention_norm": "attention.output.LayerNorm", "ffn_in": "intermediate.dense",
+                  "ffn_out": "output.dense", "ffn_norm": "output.LayerNorm"}
+
+
+def hf_name(name):
+    """Our tensor name -> Hugging Face's.
+
+    >>> hf_name("layers.3.ffn_in.weight")
+    'bert.encoder.layer.3.intermediate.dense.weight'
+    """
+    *path, kind = name.split(".")
+    if path[0] == "layers":
+        return f"bert.encoder.layer.{path[1]}.{HF_LAYER_NAMES[path[2]]}.{kind}"
+    return f"{HF_NAMES[path[0]]}.{kind}"
+
+
+def load_bert(directory, num_labels):
+    """ElasticBert from config.json and model.safetensors, as Hugging Face or `save_bert` wrote them.
+
+    Strict: the names and shapes must be exactly those of the model. Only the pre-training heads
+    `cls.*` and the buffer `position_ids` are ignored, `bert.` may be missing, and a classifier that
+    the file does not have is initialised at random, with a line that says so.
+    Raises UserError that names the first tensor at fault.
+    """
+    config, path = BertConfig.load(directory), Path(directory) / "model.safetensors"
+    try:
+        raw = safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (SafetensorError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{path} is not a complete safetensors file ({error})") from None
+    tensors = {}
+    for name, tensor in raw.items():
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if not name.startswith("cls.") and not name.endswith("embeddings.position_ids"):
+            bare = name.startswith(("embeddings.", "encoder.", "pooler."))
+            tensors["bert." + name if bare else name] = tensor
+
+    with torch.device("meta"):                    # no memory before the shapes are known to be right
+        model = ElasticBert(config, num_labels)
+    state, expected = {}, model.state_dict()
+    for name, like in expected.items():
+        tensor = tensors.pop(hf_name(name), None)
+        if tensor is None and name.startswith("classifier."):
+            tensor = torch.zeros(like.shape)
+            if name == "classifier.weight":
+                tensor.normal_(std=config.initializer_range)
+                print(f"{path} has no classifier: a new one is initialised for {num_labels} label(s)")
+        if tensor is None:
+            raise UserError(f"{path}: tensor {hf_name(name)} is missing")
+        if tensor.shape != like.shape:
+            raise UserError(f"{path}: tensor {hf_name(name)} has shape {list(tensor.shape)}, "
+                            f"expected {list(like.shape)}")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            raise UserError(f"{path}: tensor {hf_name(name)} holds something other than finite numbers")
+        state[name] = tensor.float().clone()      # a copy of its own, not a map of the file
+    if tensors:
+        raise UserError(f"{path}: unknown tensor {min(tensors)}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def save_bert(model, directory):
+    """Write config.json and model.safetensors; `load_bert` reads them back bit for bit."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    fields = {"architectures": ["BertForSequenceClassification"], "model_type": "bert",
+              **{k: v for k, v in asdict(model.config).items() if v is not None}}
+    if model.num_labels == 1:
+        fields["problem_type"] = "regression"
+    write_file(Path(directory) / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
+    tensors = {hf_name(n): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
+    write_file(Path(directory) / "model.safetensors",
+               safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def write_file(path, data):
+    """Write bytes so that `path` holds the old content or the new one, whatever happens meanwhile."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
