@@ -1,0 +1,82 @@
+"""Three seeds of MiniLM (6 x 384) on MRPC: the price of elasticity, and what a search finds.
+
+    python -m glue.minilm run --data DIR --bert DIR [--seeds 0 1 2]     train, search, fine-tune
+    python -m glue.minilm table                                         print the table
+
+Each seed trains a super-BERT with a part of the authors' epochs (SCALE), searches it under three
+budgets, and fine-tunes the full model without elasticity. Every result is one small JSON file under
+glue/results/; what is there is skipped, and what was interrupted resumes.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import yoco
+
+RESULTS = Path(__file__).parent / "results"
+SCALE, EVALUATIONS, BUDGETS = "0.1", "120", ("20M", "17.4M", "15M")
+COMMON = ["--lr", "1e-4", "--batch-size", "32"]     # MiniLM wants more than the paper's 2e-5
+
+
+def cells(seed, data, bert, work):
+    """(name, command, arguments, directory) of everything that one seed runs, in order."""
+    full, plain = f"{work}/mrpc-{seed}", f"{work}/plain-{seed}"
+    given = ["--data", data, "--bert", bert, "--seed", str(seed), *COMMON]
+    yield "largest", full, [["train", *given, "--epochs", SCALE, "--out", full]]
+    for budget in BUDGETS:
+        out = f"{work}/mrpc-{seed}-{budget}"
+        yield f"under {budget}", out, [["search", "--model", full, "--max-params", budget, "--seed",
+                                        str(seed), "--evaluations", EVALUATIONS, "--out", out]]
+    yield "plain", plain, [["train", *given, "--stages", "largest", "--out", plain]]
+
+
+def run(seeds, data, bert, work):
+    """Fill the cells of `seeds`, one JSON file each."""
+    RESULTS.mkdir(exist_ok=True)
+    for seed in seeds:
+        for name, out, commands in cells(seed, data, bert, work):
+            path = RESULTS / f"minilm-mrpc-{name.replace(' ', '-')}-seed{seed}.json"
+            if path.exists():
+                continue
+            for command in commands:
+                if status := yoco.main([*command, "--resume"]):
+                    sys.exit(status)
+            facts = yoco.read_json(Path(out) / "run.json")
+            dev = facts.get("dev") or yoco.evaluate(yoco.EvalSettings(model=out, data=data))
+            keep = ("params", "arch", "selection_score", "holdout", "evaluations_asked", "passes",
+                    "evaluations_run", "steps", "lr", "seconds", "hardware", "versions")
+            path.write_text(json.dumps(dict(name=name, seed=seed, dev=dev, **{
+                k: facts[k] for k in keep if k in facts}), indent=1) + "\n")
+
+
+def table():
+    """Mean and sample standard deviation over the seeds found in glue/results/."""
+    print("| model | seeds | parameters | dev accuracy | dev F1 | their mean | seconds |\n" + "|---" * 7 + "|")
+    for name in ("plain", "largest", *(f"under {b}" for b in BUDGETS)):
+        found = [json.loads(p.read_text()) for p in
+                 sorted(RESULTS.glob(f"minilm-mrpc-{name.replace(' ', '-')}-seed*.json"))]
+        if found:
+            def spread(values):
+                return f"{np.mean(values):.1f} ± {np.std(values, ddof=1) if len(values) > 1 else np.nan:.1f}"
+            params = [f.get("params", 22713216) / 1e6 for f in found]
+            print(f"| {name} | {' '.join(str(f['seed']) for f in found)} | {min(params):.1f}–{max(params):.1f} M | "
+                  + " | ".join(spread([f["dev"][m] for f in found]) for m in ("accuracy", "f1", "score"))
+                  + f" | {np.mean([f['seconds'] for f in found]):.0f} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("--data", default="glue/MRPC")
+    parser.add_argument("--bert", default="all-MiniLM-L6-v2")
+    parser.add_argument("--work", default="superbert", help="where the models go")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options.seeds, options.data, options.bert, options.work)
+    else:
+        table()
