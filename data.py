@@ -3,12 +3,12 @@
 Every official GLUE format is recognised by its header's column names (CoLA, which has no header, by
 its shape), and so is a user's own file with the columns `sentence`, `label` or `sentence1`,
 `sentence2`, `label` (or `score`, for regression). The files are read as what they are: UTF-8 lines
-split at tabs, with no quoting. A row that does not fit is an error that names the file and the line.
+split at tabs, with no quoting. A row that does not fit is an error that names file and line.
 """
 
 import json
 import sys
-from collections import Counter, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from tokenizers import BertWordPieceTokenizer
 
 from model import BertConfig, UserError
 
-Example = namedtuple("Example", "sentence1 sentence2 label")        # sentence2 is None without a pair;
-#                                               label: an index into Task.labels, or a float (regression)
-Encoded = namedtuple("Encoded", "input_ids token_type_ids label")   # two lists of ints of one length
+# sentence2: None without a pair; label: an index into Task.labels, or a float for regression
+Example = namedtuple("Example", "sentence1 sentence2 label")
+Encoded = namedtuple("Encoded", "input_ids token_type_ids label")   # two lists of equal length
 Format = namedtuple("Format", "name sentence1 sentence2 label metric labels")
 
 FORMATS = [  # first match wins; name None: the directory's name; labels None: those found in train
@@ -30,8 +30,8 @@ FORMATS = [  # first match wins; name None: the directory's name; labels None: t
            ("contradiction", "entailment", "neutral")),
     Format("QNLI", "question", "sentence", "label", "accuracy", ("entailment", "not_entailment")),
     Format("STS-B", "sentence1", "sentence2", "score", "pearson+spearman", ()),
-    Format(None, "sentence1", "sentence2", "label", "accuracy", None),                # RTE, own pairs
-    Format(None, "sentence", None, "label", "accuracy", None),                        # SST-2, own
+    Format(None, "sentence1", "sentence2", "label", "accuracy", None),           # RTE, own pairs
+    Format(None, "sentence", None, "label", "accuracy", None),                   # SST-2, own
 ]
 COLA = Format("CoLA", "sentence", None, "label", "matthews", ("0", "1"))
 COLA_COLUMNS = ["source", "label", "mark", "sentence"]
@@ -40,7 +40,7 @@ DOWNLOADS = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE")
 
 @dataclass
 class Task:
-    """One data set. The label of an example is an index into `labels`; regression has `labels` ()."""
+    """One data set. An example's label is an index into `labels`; regression has `labels` ()."""
     name: str
     train: list
     dev: list                            # MNLI: matched
@@ -53,10 +53,15 @@ class Task:
         """The number of logits: one per label, or a single one for regression."""
         return len(self.labels) or 1
 
+    @property
+    def devs(self):
+        """The dev sets: one, or MNLI's two."""
+        return [self.dev] + ([self.dev_mismatched] if self.dev_mismatched else [])
 
-# ---------------------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
 # Files
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def load_task(directory):
     """Read train.tsv and dev.tsv (MNLI: dev_matched.tsv and dev_mismatched.tsv) of `directory`.
@@ -66,7 +71,7 @@ def load_task(directory):
     directory = Path(directory)
     train_format, train, labels = read_examples(directory / "train.tsv")
     if len(set(e.label for e in train)) < 2:
-        raise UserError(f"{directory / 'train.tsv'}: every row has the same label; nothing to learn")
+        raise UserError(f"{directory / 'train.tsv'}: only one label; nothing to learn")
     devs = ["dev_matched.tsv", "dev_mismatched.tsv"] if train_format.name == "MNLI" else ["dev.tsv"]
     examples = []
     for name in devs:
@@ -98,7 +103,7 @@ def read_examples(path, labels=None):
     for line, row in enumerate(rows[first:], 1 + first):
         if len(row) == len(columns):
             table.append((line, *(row[i] if i is not None else None for i in at)))
-        elif kind.name == "QQP" and len(row) < len(columns):    # the official file has a few of these
+        elif kind.name == "QQP" and len(row) < len(columns):    # the official file has a few
             short += 1
         else:
             raise UserError(f"{path}, line {line}: {len(row)} columns, expected {len(columns)}")
@@ -124,7 +129,7 @@ def read_examples(path, labels=None):
 
 
 def read_rows(path):
-    """A TSV file's rows as lists of strings: no quoting, LF or CRLF, an optional byte-order mark."""
+    """A TSV file's rows as lists of strings: no quoting, LF or CRLF, byte-order mark or not."""
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -143,7 +148,7 @@ def read_rows(path):
 
 
 def split_holdout(examples, fraction, seed):
-    """Split train into (kept, held out), the held-out part stratified by label (or rounded score)."""
+    """Split train into (kept, held out), stratified by label (or rounded score)."""
     rng, held = np.random.default_rng(seed), set()
     strata = {}
     for i, example in enumerate(examples):
@@ -154,9 +159,9 @@ def split_holdout(examples, fraction, seed):
             [e for i, e in enumerate(examples) if i in held])
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # WordPiece and batches
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def load_tokenizer(directory):
     """The WordPiece tokenizer of a BERT directory: its vocab.txt, and the casing that its
@@ -170,8 +175,7 @@ def load_tokenizer(directory):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{directory}: vocab.txt or tokenizer_config.json is unreadable ({error})") \
-            from None
+        raise UserError(f"{directory}: bad vocab.txt or tokenizer_config.json ({error})") from None
     vocab = {word.removesuffix("\r"): i for i, word in enumerate(words)}
     for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
         if token not in vocab:
@@ -198,16 +202,16 @@ def encode(examples, directory, max_length):
 
 
 def batches(encoded, batch_size, rng=None):
-    """Cut `encoded` into batches of similar length: a list of index lists that covers each example once.
+    """Cut `encoded` into batches of similar length: index lists that name each example once.
 
-    With `rng` (a numpy Generator) for training: shuffled, sorted by length only within buckets of 50
-    batches, and the batches shuffled again. Without: longest first, for evaluation.
+    With `rng` (a numpy Generator) for training: shuffled, sorted by length only within buckets of
+    50 batches, and the batches shuffled again. Without: longest first, for evaluation.
     """
-    order = np.arange(len(encoded)) if rng is None else rng.permutation(len(encoded))
-    bucket = 50 * batch_size if rng is not None else len(encoded)
+    n = len(encoded)
+    order, bucket = (range(n), n) if rng is None else (rng.permutation(n).tolist(), 50 * batch_size)
     cut = []
-    for start in range(0, len(order), bucket):
-        chunk = sorted(order[start:start + bucket].tolist(), key=lambda i: -len(encoded[i].input_ids))
+    for start in range(0, n, bucket):
+        chunk = sorted(order[start:start + bucket], key=lambda i: -len(encoded[i].input_ids))
         cut += [chunk[i:i + batch_size] for i in range(0, len(chunk), batch_size)]
     return cut if rng is None else [cut[i] for i in rng.permutation(len(cut))]
 
@@ -217,18 +221,18 @@ def collate(encoded, indices, device="cpu"):
     (bool), each [B, T], and labels [B] (int64, or float32 for regression)."""
     rows = [encoded[i] for i in indices]
     T = max(len(row.input_ids) for row in rows)
-    ids, types = np.zeros((2, len(rows), T), np.int64)              # what stands at padding is masked
+    ids, types = np.zeros((2, len(rows), T), np.int64)              # padding is masked
     mask = np.zeros((len(rows), T), bool)
     for b, row in enumerate(rows):
         n = len(row.input_ids)
         ids[b, :n], types[b, :n], mask[b, :n] = row.input_ids, row.token_type_ids, True
-    labels = torch.tensor([row.label for row in rows])              # ints -> int64, floats -> float32
+    labels = torch.tensor([row.label for row in rows])              # int64 or float32
     return tuple(t.to(device) for t in (*map(torch.from_numpy, (ids, types, mask)), labels))
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics, on two sequences of n labels and n predictions; as fractions
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def accuracy(labels, predictions):
     """The share of predictions that equal their label."""
@@ -269,7 +273,7 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews_corrcoef,
 
 
 def scores(metric, labels, logits):
-    """Every metric of a task in %, and under "score" ACC(m) of Eq. 7: the mean of those in `metric`.
+    """Every metric of a task in %, and ACC(m) of Eq. 7 as "score": the mean of those in `metric`.
 
     labels [n], logits [n, num_labels] (numpy). F1 and Matthews are given for two labels.
     """

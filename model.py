@@ -1,9 +1,9 @@
-"""BERT from scratch, with an elastic forward pass: one set of weights, any smaller BERT from its front.
+"""BERT from scratch with an elastic forward pass: one set of weights, any smaller BERT inside.
 
 After Devlin et al. 2019 (the model) and YOCO-BERT, Sec. 3.2 (the elasticity). A *super-BERT* is an
-`ElasticBert` called with its largest architecture; a *sub-BERT* is the first `d` layers of it, in each
-of them the first `h` heads and the first `k` FFN neurons. The architecture is an argument of
-`forward`: nothing is selected beforehand, nothing is cached, and what is sliced off is not computed.
+`ElasticBert` called with its largest architecture; a *sub-BERT* is the first `d` layers of it, in
+each of them the first `h` heads and the first `k` FFN neurons. The architecture is an argument of
+`forward`: nothing is selected beforehand or cached, and what is sliced off is not computed.
 Hidden size, embeddings, pooler and classifier are shared by every architecture. `extract` copies a
 slice into a stand-alone model of the same class. Unlike the usual implementations the tensors have
 short names here and Hugging Face's names on disk; one explicit map stands between them.
@@ -25,12 +25,12 @@ from torch import nn
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the message is one line, says what is wrong and what to do."""
+    """A mistake that the user can mend: one line that says what is wrong and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration and search space
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
@@ -44,7 +44,7 @@ class BertConfig:
     vocab_size: int = 30522
     hidden_size: int = 768                     # C
     num_hidden_layers: int = 12
-    num_attention_heads: int = 12              # of a full layer: it fixes the head size D = C / heads
+    num_attention_heads: int = 12              # of a full layer: fixes the head size D = C / heads
     intermediate_size: int = 3072
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
@@ -62,15 +62,15 @@ class BertConfig:
                      "intermediate_size", "max_position_embeddings", "type_vocab_size"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= 10**6:
-                raise UserError(f"config: {name} must be a whole number from 1 to 10^6, not {value!r}")
+                raise UserError(f"config: {name} must be a whole number, 1 to 10^6, not {value!r}")
         for name, top in (("hidden_dropout_prob", 1), ("attention_probs_dropout_prob", 1),
                           ("layer_norm_eps", 1), ("initializer_range", 100)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < top:
                 raise UserError(f"config: {name} must be a number in [0, {top}), not {value!r}")
         if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"config: {self.num_attention_heads} heads do not divide the hidden size "
-                            f"{self.hidden_size}")
+            raise UserError(f"config: {self.num_attention_heads} heads do not divide the hidden "
+                            f"size {self.hidden_size}")
         if self.num_hidden_layers > 1000:
             raise UserError(f"config: {self.num_hidden_layers} layers; at most 1000 are supported")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
@@ -157,8 +157,8 @@ class Arch(namedtuple("Arch", "heads ffn_sizes")):
 
 
 class SearchSpace:
-    """The search space M of Sec. 3.2 as categorical variables: one over depth, then one per layer over
-    the pair (FFN size, heads), with index = FFN index * number of heads choices + heads index.
+    """The search space M of Sec. 3.2 as categorical variables: one over depth, then one per layer
+    over the pair (FFN size, heads): index = FFN index * number of heads choices + heads index.
 
     A point of it is a list of choices, one category index per variable; a layer beyond the depth is
     inactive and has the choice None.
@@ -176,7 +176,7 @@ class SearchSpace:
 
     @classmethod
     def for_config(cls, config):
-        """BERT-base's choices (Sec. 4, Search Space Setups), as fractions of any other BERT's size."""
+        """BERT-base's choices (Sec. 4, Search Space Setups), as fractions of any BERT's size."""
         def part(size, *fractions):
             return [max(1, round(size * f)) for f in fractions]
         return cls(depths=part(config.num_hidden_layers, 1/2, 2/3, 5/6, 1),
@@ -224,7 +224,7 @@ class SearchSpace:
 
 
 def count_params(config, arch):
-    """Parameters of a sub-BERT, T(m): embeddings + active layers + pooler, without the classifier."""
+    """Parameters T(m) of a sub-BERT: embeddings + active layers + pooler, no classifier."""
     C, D = config.hidden_size, config.head_size
     tables = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
     embeddings = (tables + 2) * C                                  # three tables and a LayerNorm
@@ -243,9 +243,9 @@ def count_flops(config, arch, seq_len=128):
     return 2 * (layers + C*C)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def front_linear(x, linear, n_out=None, n_in=None):
     """x @ W[:n_out, :n_in].T + b[:n_out], the slice being a view. x [..., n_in] -> [..., n_out]."""
@@ -318,7 +318,7 @@ class ElasticBert(nn.Module):
         config, arch = self.config, arch or self.config.arch
         T = input_ids.shape[1]
         if T > config.max_position_embeddings:
-            raise UserError(f"{T} tokens, but the model has {config.max_position_embeddings} positions")
+            raise UserError(f"{T} tokens; the model has {config.max_position_embeddings} positions")
         if arch.depth > len(self.layers) or any(
                 h > own_h or k > own_k for h, k, own_h, own_k in zip(*arch, *config.arch)):
             raise UserError(f"architecture [{arch}] exceeds the model's [{config.arch}]")
@@ -343,7 +343,7 @@ def extract(model, arch):
     with torch.device("meta"):                                           # shapes without memory
         sub = ElasticBert(config, model.num_labels)
     full, state = model.state_dict(), {}
-    for name, tensor in sub.state_dict().items():                        # every slice is a front corner
+    for name, tensor in sub.state_dict().items():                        # slices are front corners
         if any(n > m for n, m in zip(tensor.shape, full[name].shape)):
             raise UserError(f"architecture [{arch}] exceeds the model's [{model.config.arch}]")
         state[name] = full[name][tuple(slice(n) for n in tensor.shape)].clone()
@@ -351,9 +351,9 @@ def extract(model, arch):
     return sub.train(model.training)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights on disk, under Hugging Face's names
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 HF_NAMES = {"word_embeddings": "bert.embeddings.word_embeddings",
             "position_embeddings": "bert.embeddings.position_embeddings",
@@ -380,7 +380,7 @@ def hf_name(name):
 
 
 def load_bert(directory, num_labels):
-    """ElasticBert from config.json and model.safetensors, as Hugging Face or `save_bert` wrote them.
+    """ElasticBert from the config.json and model.safetensors of Hugging Face or `save_bert`.
 
     Strict: the names and shapes must be exactly those of the model. Only the pre-training heads
     `cls.*` and the buffer `position_ids` are ignored, `bert.` may be missing, and a classifier that
@@ -402,7 +402,7 @@ def load_bert(directory, num_labels):
             bare = name.startswith(("embeddings.", "encoder.", "pooler."))
             tensors["bert." + name if bare else name] = tensor
 
-    with torch.device("meta"):                    # no memory before the shapes are known to be right
+    with torch.device("meta"):                    # no memory before the shapes are checked
         model = ElasticBert(config, num_labels)
     state, expected = {}, model.state_dict()
     for name, like in expected.items():
@@ -411,14 +411,14 @@ def load_bert(directory, num_labels):
             tensor = torch.zeros(like.shape)
             if name == "classifier.weight":
                 tensor.normal_(std=config.initializer_range)
-                print(f"{path} has no classifier: a new one is initialised for {num_labels} label(s)")
+                print(f"{path} has no classifier: a new one for {num_labels} labels is initialised")
         if tensor is None:
             raise UserError(f"{path}: tensor {hf_name(name)} is missing")
         if tensor.shape != like.shape:
             raise UserError(f"{path}: tensor {hf_name(name)} has shape {list(tensor.shape)}, "
                             f"expected {list(like.shape)}")
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
-            raise UserError(f"{path}: tensor {hf_name(name)} holds something other than finite numbers")
+            raise UserError(f"{path}: tensor {hf_name(name)} is not all finite numbers")
         state[name] = tensor.float().clone()      # a copy of its own, not a map of the file
     if tensors:
         raise UserError(f"{path}: unknown tensor {min(tensors)}")
@@ -440,7 +440,7 @@ def save_bert(model, directory):
 
 
 def write_file(path, data):
-    """Write bytes so that `path` holds the old content or the new one, whatever happens meanwhile."""
+    """Write bytes so that `path` holds the old content or the new one, whatever happens."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
         with open(temporary, "wb") as file:
