@@ -309,6 +309,13 @@ class ElasticBert(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
+    def check(self, arch):
+        """Raise UserError where `arch` exceeds what the model has."""
+        own = self.config.arch
+        if arch.depth > own.depth or any(h > own_h or k > own_k
+                                         for h, k, own_h, own_k in zip(*arch, *own)):
+            raise UserError(f"architecture [{arch}] exceeds the model's [{own}]")
+
     def forward(self, input_ids, token_type_ids, attention_mask, arch=None):
         """Logits of the sub-BERT `arch` (None: the whole model).
 
@@ -319,9 +326,7 @@ class ElasticBert(nn.Module):
         T = input_ids.shape[1]
         if T > config.max_position_embeddings:
             raise UserError(f"{T} tokens; the model has {config.max_position_embeddings} positions")
-        if arch.depth > len(self.layers) or any(
-                h > own_h or k > own_k for h, k, own_h, own_k in zip(*arch, *config.arch)):
-            raise UserError(f"architecture [{arch}] exceeds the model's [{config.arch}]")
+        self.check(arch)
         x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:T]
              + self.token_type_embeddings(token_type_ids))               # [B, T, C]
         x = F.dropout(self.embedding_norm(x), config.hidden_dropout_prob, self.training)
@@ -338,14 +343,13 @@ def extract(model, arch):
 
     Raises UserError where `arch` exceeds `model`.
     """
+    model.check(arch)
     config = replace(model.config, num_hidden_layers=arch.depth,
                      layer_heads=list(arch.heads), layer_ffn_sizes=list(arch.ffn_sizes))
     with torch.device("meta"):                                           # shapes without memory
         sub = ElasticBert(config, model.num_labels)
     full, state = model.state_dict(), {}
     for name, tensor in sub.state_dict().items():                        # slices are front corners
-        if any(n > m for n, m in zip(tensor.shape, full[name].shape)):
-            raise UserError(f"architecture [{arch}] exceeds the model's [{model.config.arch}]")
         state[name] = full[name][tuple(slice(n) for n in tensor.shape)].clone()
     sub.load_state_dict(state, assign=True)
     return sub.train(model.training)
@@ -404,14 +408,13 @@ def load_bert(directory, num_labels):
 
     with torch.device("meta"):                    # no memory before the shapes are checked
         model = ElasticBert(config, num_labels)
-    state, expected = {}, model.state_dict()
-    for name, like in expected.items():
+    if not any(name.startswith("classifier.") for name in tensors):
+        print(f"{path} has no classifier: a new one for {num_labels} label(s) is initialised")
+        new = nn.init.normal_(torch.empty(num_labels, config.hidden_size), std=config.initializer_range)
+        tensors |= {"classifier.weight": new, "classifier.bias": torch.zeros(num_labels)}
+    state = {}
+    for name, like in model.state_dict().items():
         tensor = tensors.pop(hf_name(name), None)
-        if tensor is None and name.startswith("classifier."):
-            tensor = torch.zeros(like.shape)
-            if name == "classifier.weight":
-                tensor.normal_(std=config.initializer_range)
-                print(f"{path} has no classifier: a new one for {num_labels} labels is initialised")
         if tensor is None:
             raise UserError(f"{path}: tensor {hf_name(name)} is missing")
         if tensor.shape != like.shape:

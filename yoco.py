@@ -108,8 +108,8 @@ class Categorical:
         if norm > 1e-8:
             for theta, g in zip(self.theta, gradient):
                 if g.any():                                          # inactive: stays put
-                    theta += delta / norm * g
-                    lift(theta, self.n)
+                    is_open = theta > 0
+                    theta[is_open] = lift((theta + delta / norm * g)[is_open], self.n)
 
 
 def natural_gradient(theta, samples, utilities):
@@ -140,17 +140,16 @@ def fisher_norm(theta, gradient):
 
 
 def lift(theta, n):
-    """Raise one variable's open categories to theta_min = 1 / (n (K - 1)) or 1 / 2K, in place.
+    """Raise one variable's open categories [K] to theta_min = 1 / (n (K - 1)), at most 1 / 2K.
 
-    n: the variables with a choice; K: open categories. What this adds is taken from each in
-    proportion to what it has above theta_min, so that the sum is 1 again and none falls below
-    theta_min (which clipping and dividing would not ensure).
+    n: the variables with a choice. What this adds is taken from each in proportion to what it has
+    above theta_min, so that the sum is 1 again and none falls below theta_min (which clipping and
+    dividing would not ensure).
     """
-    is_open = theta != 0
-    K = is_open.sum()
+    K = len(theta)
     theta_min = min(1 / (n * (K - 1)), 1 / (2 * K))
-    t = np.maximum(theta[is_open], theta_min)
-    theta[is_open] = t - (t.sum() - 1) * (t - theta_min) / (t.sum() - K * theta_min)
+    theta = np.maximum(theta, theta_min)
+    return theta - (theta.sum() - 1) * (theta - theta_min) / (theta.sum() - K * theta_min)
 
 
 def ranking_utility(losses):
@@ -180,9 +179,8 @@ def exploit_floor(P):
     """The K that theta_min still leaves when every variable of P has collapsed."""
     collapsed = P.uniform()
     for theta in collapsed.theta:
-        if (theta > 0).sum() > 1:
-            theta[theta > 0] = [1] + [1e-9] * ((theta > 0).sum() - 1)        # tiny: still open
-            lift(theta, P.n)
+        if (K := (theta > 0).sum()) > 1:
+            theta[theta > 0] = lift(np.eye(K)[0], P.n)
     return exploit_probability(collapsed)
 
 
@@ -598,7 +596,8 @@ class Searching:
         return self.output.finish(
             self.device, task=self.task.name, metric=self.task.metric, data=self.trained["data"],
             superbert=str(self.directory), max_length=self.trained["max_length"],
-            budget=self.budget, arch=arch._asdict(), params=count_params(config, arch), flops=count_flops(config, arch),
+            budget=self.budget, arch=arch._asdict(), params=count_params(config, arch),
+            flops=count_flops(config, arch),
             selected_on=where, selection_score=self.memo[arch], dev=dev,
             evaluations_asked=self.asked, evaluations_run=len(self.memo))
 
@@ -880,12 +879,11 @@ COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line; an unknown flag is answered with the known ones."""
+    """argparse whose errors are one line."""
 
     def error(self, message):
         """Raise instead of printing the usage."""
-        known = "; known: " + " ".join(sorted(self._option_string_actions))
-        raise UserError(message + (known if "unrecognized" in message else "") + " (see --help)")
+        raise UserError(message + " (see --help)")
 
 
 def parse(argv):
@@ -903,7 +901,12 @@ def parse(argv):
             shown = f" (default: {field.default})" if field.default else ""
             sub.add_argument("--" + field.name.replace("_", "-"), help=text + shown, **form)
         sub.set_defaults(parser=sub)
-    options = vars(parser.parse_args(argv))
+    options, unknown = parser.parse_known_args(argv)
+    options = vars(options)
+    if unknown:
+        known = " ".join("--" + f.name.replace("_", "-") for f in
+                         dataclasses.fields(COMMANDS[options["command"]][0]))
+        parser.error(f"unknown: {' '.join(unknown)}; {options['command']} knows {known}")
     sub, (kind, function) = options.pop("parser"), COMMANDS[options.pop("command")]
     for field in dataclasses.fields(kind):
         if (low := field.metadata["low"]) is not None and not low <= options[field.name] < math.inf:

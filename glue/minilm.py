@@ -18,7 +18,7 @@ import numpy as np
 import yoco
 
 RESULTS = Path(__file__).parent / "results"
-SCALE, EVALUATIONS, BUDGETS = "0.1", "120", ("20M", "17.4M", "15M")
+SCALE, EVALUATIONS, BUDGETS = "0.1", "60", ("20M", "17.4M", "15M")
 COMMON = ["--lr", "1e-4", "--batch-size", "32"]     # MiniLM wants more than the paper's 2e-5
 
 

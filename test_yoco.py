@@ -1,0 +1,942 @@
+"""The tests: every claim against a truth that does not come from the code that makes it.
+
+    pytest -q                          everything that needs no download
+    GLUE_DIR=... pytest -q             also the row counts of the real GLUE files
+    MINILM_DIR=... pytest -q           also Hugging Face's logits and token ids on the real MiniLM
+
+MINILM_DIR defaults to ./all-MiniLM-L6-v2, where `python -m glue.download all-MiniLM-L6-v2` puts it.
+"""
+
+import ast
+import doctest
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import model as model_module
+import yoco
+from glue import toy
+from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, count_flops, count_params,
+                   extract, load_bert, save_bert)
+from yoco import Categorical
+
+ROOT = Path(__file__).parent
+MINILM = Path(os.environ.get("MINILM_DIR", ROOT / "all-MiniLM-L6-v2"))
+GLUE = Path(os.environ["GLUE_DIR"]) if "GLUE_DIR" in os.environ else None
+needs_minilm = pytest.mark.skipif(not (MINILM / "model.safetensors").exists(), reason="no MiniLM "
+                                  "weights: python -m glue.download all-MiniLM-L6-v2, or MINILM_DIR")
+needs_glue = pytest.mark.skipif(not GLUE, reason="GLUE_DIR does not name the real GLUE files")
+torch.set_num_threads(1)          # the models are tiny
+
+
+# --------------------------------------------------------------------------------------------------
+# model.py
+# --------------------------------------------------------------------------------------------------
+
+def small_config(**changes):
+    """4 layers, 6 heads of size 4, FFN 48: choices {2, 3, 4}, {2, 4, 6}, {8, 12, 16, 48}."""
+    return BertConfig(**dict(dict(vocab_size=50, hidden_size=24, num_hidden_layers=4, num_attention_heads=6,
+                                  intermediate_size=48, max_position_embeddings=20,
+                                  initializer_range=0.2) | changes))
+
+
+def small_model(num_labels=3, seed=0, **changes):
+    torch.manual_seed(seed)
+    model = ElasticBert(small_config(**changes), num_labels).eval()
+    for name, weight in model.named_parameters():       # biases and norms that matter, too
+        torch.nn.init.normal_(weight, 1.0 if "norm.weight" in name else 0.0, 0.2)
+    return model
+
+
+def small_batch(B=5, T=11, seed=1):
+    """input_ids, token_type_ids, attention_mask; every row of another length."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 50, (B, T), generator=g)
+    types = torch.randint(0, 2, (B, T), generator=g)
+    mask = torch.arange(T)[None, :] < torch.tensor([T - i for i in range(B)])[:, None]
+    return ids, types, mask
+
+
+def some_archs(config, count=4):
+    space, rng = SearchSpace.for_config(config), np.random.default_rng(0)
+    uniform = Categorical(space.categories)
+    return [space.smallest(), space.largest()] + [space.arch(uniform.sample(rng)) for _ in range(count)]
+
+
+def test_equals_torch_transformer():
+    """The full-size model against torch.nn.TransformerEncoderLayer: post-norm, gelu, same weights."""
+    model, (ids, types, mask) = small_model(), small_batch()
+    c = model.config
+    x = (F.embedding(ids, model.word_embeddings.weight) + F.embedding(types, model.token_type_embeddings.weight)
+         + model.position_embeddings.weight[:ids.shape[1]])
+    x = F.layer_norm(x, (24,), model.embedding_norm.weight, model.embedding_norm.bias, c.layer_norm_eps)
+    for ours in model.layers:
+        theirs = torch.nn.TransformerEncoderLayer(24, 6, 48, activation="gelu", batch_first=True,
+                                                  layer_norm_eps=c.layer_norm_eps).eval()
+        qkv = (ours.query, ours.key, ours.value)
+        theirs.load_state_dict({
+            "self_attn.in_proj_weight": torch.cat([m.weight for m in qkv]),
+            "self_attn.in_proj_bias": torch.cat([m.bias for m in qkv]),
+            **{f"{name}.{kind}": getattr(part, kind) for kind in ("weight", "bias") for name, part in (
+                ("self_attn.out_proj", ours.attention_out), ("linear1", ours.ffn_in),
+                ("linear2", ours.ffn_out), ("norm1", ours.attention_norm), ("norm2", ours.ffn_norm))}})
+        x = theirs(x, src_key_padding_mask=~mask)
+    expected = model.classifier(torch.tanh(model.pooler(x[:, 0])))
+    for form in (mask, mask.long()):                    # the mask may be bool or 0/1 integers
+        assert torch.allclose(model(ids, types, form), expected, atol=1e-5)
+
+
+@needs_minilm
+def test_equals_hugging_face():
+    """Logits of transformers 5.23.0's BertForSequenceClassification on the real MiniLM weights, with a
+    classifier of sines, for three texts whose token ids were stored with them."""
+    model = load_bert(MINILM, 3)
+    with torch.no_grad():
+        model.classifier.weight.copy_(torch.sin(torch.arange(3 * 384.)).view(3, 384))
+        model.classifier.bias.zero_()
+    ids = [[101, 1996, 4937, 2938, 2006, 1996, 13523, 1012, 102, 1037, 10768, 4179, 8614, 2588, 1037,
+            20452, 1012, 102],
+           [101, 7597, 3123, 2011, 1017, 1003, 1999, 2089, 1012, 102, 2009, 28270, 1012, 102],
+           [101, 2053, 2117, 2112, 2182, 1010, 2074, 2028, 2146, 6251, 2008, 3632, 2006, 1012, 102]]
+    encoded = [data.Encoded(row, [0] * split + [1] * (len(row) - split), 0)
+               for row, split in zip(ids, (9, 10, 15))]
+    with torch.no_grad():
+        logits = model(*data.collate(encoded, range(3))[:3])
+    expected = [[0.425027, 0.998575, 1.068916], [0.006471, 0.962373, 1.433312],
+                [-0.038301, 0.737339, 1.141414]]
+    assert torch.allclose(logits, torch.tensor(expected), atol=1e-5)
+    pairs = [("The cat sat on the mat .", "A feline rested upon a rug ."),
+             ("Prices rose by 3 % in May .", "It rained ."),
+             ("No second part here , just one long sentence that goes on .", None)]
+    ours = data.encode([data.Example(*pair, 0) for pair in pairs], MINILM, 128)
+    assert [(e.input_ids, e.token_type_ids) for e in ours] == [(e.input_ids, e.token_type_ids)
+                                                               for e in encoded]
+
+
+def test_slice_equals_extracted(tmp_path):
+    """Sliced, extracted, and extracted-saved-loaded give the same logits and count_params parameters."""
+    model, batch = small_model(), small_batch()
+    for arch in some_archs(model.config):
+        sub = extract(model, arch)
+        save_bert(sub, tmp_path)
+        loaded, expected = load_bert(tmp_path, 3), model(*batch, arch)
+        for other in (sub, loaded):
+            assert torch.allclose(other(*batch), expected, atol=1e-6)
+            assert other.config.arch == arch
+            own = sum(w.numel() for n, w in other.named_parameters() if "classifier" not in n)
+            assert own == count_params(model.config, arch)
+        assert all(torch.equal(a, b) for a, b in zip(sub.state_dict().values(), loaded.state_dict().values()))
+    shared = {w.data_ptr() for w in model.parameters()} & {w.data_ptr() for w in sub.parameters()}
+    assert not shared                                   # an extracted model owns its memory
+
+
+@pytest.mark.parametrize("config", [small_config(), small_config(hidden_size=40, num_attention_heads=5,
+                                                                 intermediate_size=100, num_hidden_layers=3)])
+def test_flops_counter(config):
+    """count_flops against torch's counter, on the math attention backend, which it can count."""
+    model, (ids, types, mask) = ElasticBert(config, 2).eval(), small_batch(B=3, T=7)
+    for arch in some_archs(config, 2):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(ids, types, mask, arch)
+        classifier = 2 * config.hidden_size * 2
+        assert counter.get_total_flops() == 3 * (count_flops(config, arch, seq_len=7) + classifier)
+
+
+def test_counts_of_the_design():
+    """The constants of the authors' code, and published model sizes."""
+    base = BertConfig()
+    space = SearchSpace.for_config(base)
+    assert (space.depths, space.heads, space.ffn_sizes) == ((6, 8, 10, 12), (4, 8, 12), (512, 768, 1024, 3072))
+    assert count_params(base, space.largest()) == 109_482_240
+    assert count_params(base, Arch((12,) * 6, (3072,) * 6)) == 66_955_008
+    assert count_params(base, space.smallest()) == 33_900_288
+    assert space.size() == 12**6 + 12**8 + 12**10 + 12**12
+    assert count_flops(base, space.largest()) == 22_347_251_712 + 2 * 768 * 768
+    assert count_flops(base, space.smallest()) < 2_520_321_280       # that constant counts LayerNorm
+    assert space.categories == (4,) + (12,) * 12
+    minilm = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+    space = SearchSpace.for_config(minilm)
+    assert (space.depths, space.heads, space.ffn_sizes) == ((3, 4, 5, 6), (4, 8, 12), (256, 384, 512, 1536))
+    assert count_params(minilm, space.largest()) == 22_713_216
+
+
+def test_gradients_outside_the_slice_are_zero():
+    model, arch = small_model(), Arch((2, 4), (8, 16))
+    model(*small_batch(), arch).square().sum().backward()
+    inside = extract(model, arch).state_dict()
+    for name, weight in model.named_parameters():
+        if name not in inside:
+            assert weight.grad is None                  # the dropped layers are not touched
+        else:
+            corner = tuple(slice(n) for n in inside[name].shape)
+            assert weight.grad[corner].abs().sum() > 0 or "key.bias" in name   # softmax ignores key.bias
+            weight.grad[corner] = 0
+            assert not weight.grad.any()
+
+
+def test_padding_changes_nothing():
+    model, (ids, types, mask) = small_model(), small_batch()
+    for arch in some_archs(model.config, 1):
+        together = model(ids, types, mask, arch)
+        for i, n in enumerate(mask.sum(1).tolist()):
+            alone = model(ids[i:i+1, :n], types[i:i+1, :n], mask[i:i+1, :n], arch)
+            assert torch.allclose(alone[0], together[i], atol=1e-5)
+
+
+def test_search_space_choices():
+    space = SearchSpace.for_config(small_config())
+    assert (space.depths, space.heads, space.ffn_sizes) == ((2, 3, 4), (2, 4, 6), (8, 12, 16, 48))
+    seen = {space.arch(c) for c in itertools.product(range(3), *[range(12)] * 2, [5], [7])}
+    assert len(seen) == 3 * 144                         # two layers vary, the others are fixed
+    for arch in seen:
+        choices = space.choices(arch)
+        assert space.arch(choices) == arch and choices.count(None) == 4 - arch.depth
+    assert space.choices(Arch((4, 6), (8, 48))) == [0, 1, 11, None, None]   # FFN index * 3 + heads index
+    for bad in (Arch((4,), (8,)), Arch((5, 4), (8, 8)), Arch((4, 4), (8, 9))):
+        with pytest.raises(UserError, match="one of"):
+            space.check(bad)
+    tiny = SearchSpace.for_config(small_config(num_hidden_layers=1, num_attention_heads=2, intermediate_size=4))
+    assert (tiny.depths, tiny.heads, tiny.ffn_sizes) == ((1,), (1, 2), (1, 4))
+    assert "\n" not in str(arch) and hash(arch) == hash(Arch(*arch))
+
+
+def test_forward_refuses_what_does_not_exist():
+    model, (ids, types, mask) = small_model(), small_batch()
+    for arch in (Arch((6,) * 5, (48,) * 5), Arch((7,), (48,)), Arch((6,), (49,))):
+        with pytest.raises(UserError, match="exceeds"):
+            model(ids, types, mask, arch)
+        with pytest.raises(UserError, match="exceeds"):
+            extract(model, arch)
+    with pytest.raises(UserError, match="21 tokens"):
+        model(*[torch.ones(1, 21, dtype=torch.long)] * 3)
+
+
+def test_old_tensor_names(tmp_path, capsys):
+    """gamma and beta, no `bert.` prefix, pre-training heads, a position_ids buffer, no classifier."""
+    model = small_model()
+    save_bert(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "bert.encoder.layer.3.attention.self.query.weight" in tensors
+    old = {n.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma")
+            .replace("LayerNorm.bias", "LayerNorm.beta"): t for n, t in tensors.items() if "classifier" not in n}
+    old |= {"cls.predictions.bias": torch.zeros(50), "embeddings.position_ids": torch.arange(20)[None]}
+    save_file(old, tmp_path / "model.safetensors")
+    loaded = load_bert(tmp_path, 7)
+    assert "no classifier" in capsys.readouterr().out and loaded.classifier.weight.shape == (7, 24)
+    assert all(torch.equal(loaded.state_dict()[n], t) for n, t in model.state_dict().items()
+               if "classifier" not in n)
+
+
+# --------------------------------------------------------------------------------------------------
+# The distribution: natural gradient, utilities, theta_min, controller
+# --------------------------------------------------------------------------------------------------
+
+def random_theta(rng, sizes):
+    return [rng.dirichlet(np.ones(size) * 2) for size in sizes]
+
+
+def fisher(theta):
+    """The Fisher matrix of one categorical variable in its K - 1 free probabilities, written out."""
+    return np.diag(1 / theta[:-1]) + 1 / theta[-1]
+
+
+def test_inverse_fisher():
+    """one_hot - theta = F^-1 grad ln P, and the Fisher norm is the dense quadratic form."""
+    rng = np.random.default_rng(0)
+    for K in (2, 3, 12):
+        theta, = random_theta(rng, [K])
+        for choice in range(K):
+            score = np.where(np.arange(K - 1) == choice, 1 / theta[:-1], 0)       # d ln P / d theta_j
+            if choice == K - 1:
+                score = np.full(K - 1, -1 / theta[-1])
+            ours = yoco.natural_gradient([theta], [[choice]], [1.0])[0]
+            assert np.allclose(ours[:-1], np.linalg.solve(fisher(theta), score))
+            assert abs(ours.sum()) < 1e-12
+            dense = ours[:-1] @ fisher(theta) @ ours[:-1]
+            assert np.isclose(yoco.fisher_norm([theta], [ours]) ** 2, dense)
+
+
+def test_expected_gradient():
+    """E[natural gradient] is the natural gradient of the expected loss: enumerated, by autograd, and as
+    a Monte Carlo mean."""
+    rng, sizes = np.random.default_rng(1), (2, 3, 4)
+    theta, loss = random_theta(rng, sizes), rng.normal(size=sizes)
+    free = [torch.tensor(t[:-1], requires_grad=True) for t in theta]
+    full = [torch.cat([f, 1 - f.sum(0, keepdim=True)]) for f in free]
+    torch.einsum("abc,a,b,c->", torch.tensor(loss), *full).backward()
+    truth = [np.linalg.solve(fisher(t), f.grad.numpy()) for t, f in zip(theta, free)]
+
+    every = list(np.ndindex(*sizes))
+    weight = [np.prod([t[c] for t, c in zip(theta, m)]) * loss[m] * len(every) for m in every]
+    exact = yoco.natural_gradient(theta, every, weight)
+    P = Categorical(sizes)
+    P.theta = theta
+    draws = [P.sample(rng) for _ in range(20000)]
+    sampled = yoco.natural_gradient(theta, draws, [loss[tuple(m)] for m in draws])
+    for e, s, t in zip(exact, sampled, truth):
+        assert np.allclose(e[:-1], t)
+        assert np.allclose(s[:-1], t, atol=5 * np.abs(loss).max() / 20000 ** 0.5)   # five sigma at most
+
+
+@pytest.mark.parametrize("losses, utilities", [
+    ([3.0], [0]), ([1, 2], [1, -1]), ([2, 2], [0, 0]), ([-2, -2], [0, 0]), ([-3, -1], [1, -1]),
+    ([4, 1, 3, 2], [-1, 1, 0, 0]), ([1, 1, 3, 2], [.5, .5, -1, 0]), ([-1, -1, -1, -5], [-1/3] * 3 + [1]),
+    ([1, 2, 3, 4, 5, 6], [.5, .5, 0, 0, -.5, -.5]), ([1, 2, 2, 4, 5, 6], [.5, .25, .25, 0, -.5, -.5]),
+    ([0.0, -0.0], [0, 0]), ([7] * 12, [0] * 12)])
+def test_utilities(losses, utilities):
+    """By hand, for lambda = 1, 2, 4, 6, 12, with ties and negative losses."""
+    assert np.allclose(yoco.ranking_utility(losses), utilities, atol=0)
+
+
+def test_theta_stays_a_distribution():
+    """Over thousands of random steps: sums 1, nothing under theta_min, closed categories stay closed,
+    inactive variables do not move at all, and ties move nothing."""
+    rng, sizes = np.random.default_rng(2), (4,) + (12,) * 12
+    P = Categorical(sizes)
+    closed = [np.arange(size) >= 3 for size in sizes]
+    P.open([~c for c in closed])
+    for _ in range(2000):
+        samples = [[int(rng.integers(3)) for _ in sizes] for _ in range(2)]
+        for s in samples:
+            s[5:] = [None] * 8
+        before = [t.copy() for t in P.theta]
+        P.step(samples, rng.normal(size=2), delta=rng.choice([0.1, 1, 5]))
+        for t, old, c in zip(P.theta, before, closed):
+            assert abs(t.sum() - 1) < 1e-9 and not t[c].any()
+            assert t[~c].min() >= 1 / (13 * 2) - 1e-9                # 13 variables, 3 open categories
+        assert all(np.array_equal(t, old) for t, old in zip(P.theta[5:], before[5:]))
+    before = [t.copy() for t in P.theta]
+    P.step([[0] * 13, [1] * 13], [-0.7, -0.7])                       # a tie
+    P.step([[2] * 13, [2] * 13], [0.1, 0.9])                         # the same sample twice
+    assert all(np.array_equal(t, old) for t, old in zip(P.theta, before))
+    two = Categorical([2])                              # theta_min is at most 1 / 2K; a step that
+    for _ in range(50):                                 # lands on 0 exactly does not close a category
+        two.step([[0], [1]], [0, 1])
+    assert np.allclose(two.theta[0], [0.75, 0.25])
+
+
+def test_open_categories():
+    """What opens enters with a uniform share, the others shrink in proportion, what closes is 0."""
+    P = Categorical([4])
+    P.open([np.array([False, False, True, True])])
+    P.theta[0][:] = [0, 0, 0.2, 0.8]
+    P.open([np.array([False, True, True, True])])
+    assert np.allclose(P.theta[0], [0, 1 / 3, 0.2 * 2 / 3, 0.8 * 2 / 3])
+    P.open([np.array([True, True, False, False])])
+    assert np.allclose(P.theta[0], [1 / 2, 1 / 2, 0, 0])
+    drawn = {P.sample(np.random.default_rng(i))[0] for i in range(200)}
+    assert drawn == {0, 1}
+
+
+def test_controller():
+    """K at uniform, with everything collapsed (0.19 for BERT-base's whole space), with nothing open;
+    layers that all collapsed, each to something else, do not raise it."""
+    sizes = (4,) + (12,) * 12
+    P = Categorical(sizes)
+    assert yoco.exploit_probability(P) == 1
+    for i, (theta, size) in enumerate(zip(P.theta, sizes)):
+        theta[:] = 1 / (13 * (size - 1))
+        theta[i % size] = 12 / 13
+    by_hand = -(12 / 13 * np.log(12 / 13) * 13 + 1 / 13 * np.log(1 / 39) + 12 / 13 * np.log(1 / 143)) / (
+        np.log(4) + 12 * np.log(12))
+    assert np.isclose(yoco.exploit_probability(P), by_hand) and round(by_hand, 2) == 0.19
+    assert np.isclose(yoco.exploit_floor(P), by_hand) and np.isclose(yoco.exploit_floor(Categorical(sizes)), by_hand)
+    P.open([np.arange(size) == size - 1 for size in sizes])
+    before = [t.copy() for t in P.theta]
+    P.step([[3] + [11] * 12] * 2, [1, 2])
+    assert yoco.exploit_probability(P) == yoco.exploit_floor(P) == 1
+    assert all(np.array_equal(t, b) for t, b in zip(P.theta, before))
+
+
+def updates_to_find(target, lam, delta, sigma, seed, most=3000):
+    """Updates of P until every variable's mode is right; loss = mismatches + sigma * noise."""
+    rng, P = np.random.default_rng(seed), Categorical((4,) + (12,) * 12)
+    for step in range(1, most + 1):
+        samples = [P.sample(rng) for _ in range(lam)]
+        P.step(samples, [sum(a != b for a, b in zip(s, target)) + sigma * rng.normal() for s in samples], delta)
+        if P.most_likely() == target:
+            return step
+    return most
+
+
+@pytest.mark.parametrize("lam, delta, sigma, published", [(2, 1, 0, 255), (6, 1, 0, 42), (6, 1, 1, 109),
+                                                          (2, 135 ** -0.5, 0, 186)])
+def test_optimizer_finds_thirteen_targets(lam, delta, sigma, published):
+    """About as many updates as were measured for the authors' code (medians of ten seeds scatter)."""
+    rng = np.random.default_rng(7)
+    found = [updates_to_find([int(rng.integers(n)) for n in (4,) + (12,) * 12], lam, delta, sigma, seed)
+             for seed in range(16)]
+    assert published / 2 < np.median(found) < published * 2
+
+
+def test_noise_teaches_nothing():
+    """On random losses the modes agree with a target no more often than chance: 1/4 + 12 * 1/12."""
+    agree = []
+    for seed in range(40):
+        rng, P = np.random.default_rng(seed), Categorical((4,) + (12,) * 12)
+        for _ in range(150):
+            P.step([P.sample(rng) for _ in range(2)], rng.normal(size=2))
+        agree.append(sum(a == int(rng.integers(n)) for a, n in zip(P.most_likely(), (4,) + (12,) * 12)))
+    chance, variance = 1.25, 3 / 16 + 12 * 11 / 144
+    assert abs(np.mean(agree) - chance) < 4 * (variance / 40) ** 0.5
+
+
+# --------------------------------------------------------------------------------------------------
+# Reward, search, stages, gradient of the weights
+# --------------------------------------------------------------------------------------------------
+
+def test_reward():
+    def r(score, cost):
+        return yoco.reward(score, cost, 60, 100)
+    assert r(80, 59) == r(80, 60) == 80                 # continuous at the budget: the factor is 1 there
+    assert abs(r(80, 60 + 1e-9) - 80) < 1e-6 and r(80, 100) == 0
+    assert r(80, 70) == 80 * 0.5625                     # (1 - 10/40)^2
+    assert r(80, 70) > r(80, 90) and r(79, 65) > r(80, 95)            # further over earns less
+    assert r(-20, 99) == -20                            # a negative score is never raised
+    assert yoco.reward(80, 100, 100, 100) == 80 and yoco.reward(80, 90, 200, 100) == 80
+    assert yoco.reward(80, 80, 60, 100, alpha=1) == 40
+
+
+def test_best_fit():
+    """Against a search by hand; the budget binds strictly, ties go to the cheaper one."""
+    a, b, c, d = (Arch((h,), (8,)) for h in (1, 2, 3, 4))
+    cost = {a: 10, b: 20, c: 30, d: 40}.get
+    assert yoco.best_fit({a: 1.0, b: 3.0, c: 3.0, d: 9.0}, cost, 40) == b
+    assert yoco.best_fit({a: 1.0, d: 9.0}, cost, 41) == d
+    assert yoco.best_fit({d: 9.0}, cost, 40) is None
+
+
+@pytest.mark.parametrize("text, value", [("60000000", 6e7), ("60e6", 6e7), ("60M", 6e7), ("0.5x", 5e7),
+                                         (".5x", 5e7), ("22G", 22e9), ("1.5k", 1500)])
+def test_budgets(text, value):
+    assert yoco.parse_budget(text, "", 100_000_000) == yoco.parse_budget("", text, 10**8) == value
+
+
+def test_stages():
+    """BERT-base's nine stages as the paper lists them, the epochs as the authors' table has them."""
+    space = SearchSpace.for_config(BertConfig())
+    stages = yoco.make_stages(space, "MRPC", 100)
+    rows = [(s.depths, s.heads, s.ffn_sizes, s.steps // 100) for s in stages]
+    all_h, all_k = (12, 8, 4), (3072, 1024, 768, 512)
+    assert rows == [((12,), (12,), (3072,), 3), ((12,), (12, 8), (3072,), 5), ((12,), all_h, (3072,), 3),
+                    ((12,), all_h, (3072, 1024), 3), ((12,), all_h, (3072, 1024, 768), 3),
+                    ((12,), all_h, all_k, 3), ((12, 10), all_h, all_k, 3), ((12, 10, 8), all_h, all_k, 3),
+                    ((12, 10, 8, 6), all_h, all_k, 3)]
+    assert [s.first for s in stages] == [0, 300, 800, 1100, 1400, 1700, 2000, 2300, 2600]
+    sums = {"CoLA": 32, "MNLI": 10, "MRPC": 26, "QNLI": 33, "QQP": 10, "RTE": 11, "SST-2": 8}
+    for task, total in sums.items():                    # the sums of the authors' eight stages
+        assert sum(s.steps for s in yoco.make_stages(space, task, 10)[1:]) == 10 * total
+    P, rng, seen = Categorical(space.categories), np.random.default_rng(0), []
+    for stage in stages:                                # what is drawn lies in the open space
+        P.open(stage.masks(space))
+        archs = [space.arch(P.sample(rng)) for _ in range(300)]
+        seen.append([tuple(sorted(set(v), reverse=True)) for v in (
+            [a.depth for a in archs], [h for a in archs for h in a.heads], [k for a in archs for k in a.ffn_sizes])])
+    assert [tuple(s) for s in seen] == [row[:3] for row in rows]
+
+
+def test_weight_gradient():
+    """The mean over the architectures of each extracted sub-BERT's own gradient, laid into its corner;
+    one drawn twice weighs double."""
+    no_dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model, labels = small_model(**no_dropout).train(), torch.tensor([0, 1, 2, 1, 0])
+    a, b, _ = some_archs(model.config, 1)
+    archs, (ids, types, mask) = [a, b, a], small_batch()
+    expected = {name: torch.zeros_like(w) for name, w in model.named_parameters()}
+    truth = []
+    for arch in archs:
+        sub = extract(model, arch)
+        loss = F.cross_entropy(sub(ids, types, mask), labels)
+        loss.backward()
+        truth.append(loss.item())
+        for name, w in sub.named_parameters():
+            expected[name][tuple(slice(n) for n in w.shape)] += w.grad / 3
+    losses = yoco.weight_gradient(model, (ids, types, mask, labels), archs,
+                                  lambda: torch.autocast("cpu", enabled=False))
+    assert np.allclose(losses, truth, atol=1e-6)
+    for name, w in model.named_parameters():
+        assert torch.allclose(w.grad, expected[name], atol=1e-6), name
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py
+# --------------------------------------------------------------------------------------------------
+
+def write(path, *rows, end="\n", bom=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\xef\xbb\xbf" * bom + "\n".join("\t".join(r) for r in rows).encode() + end.encode())
+    return path.parent
+
+
+def test_traps_of_the_official_files(tmp_path):
+    """Quotes, byte-order mark, no newline at the end, a space at the end, no header, other columns in
+    dev, three ways to write a score, incomplete rows in QQP."""
+    d = tmp_path / "MRPC"
+    header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
+    for name in ("train", "dev"):
+        write(d / f"{name}.tsv", header, ["1", "7", "8", 'He said "no', "It's so."],
+              ["0", "9", "10", 'a "b" c', '"'], bom=True)
+    task = data.load_task(d)
+    assert (task.name, task.metric, task.labels) == ("MRPC", "accuracy+f1", ("0", "1"))
+    assert task.train == [('He said "no', "It's so.", 1), ('a "b" c', '"', 0)] == task.dev
+    d = tmp_path / "x"
+    write(d / "train.tsv", ["gj04", "1", "", "One sentence ."], ["gj04", "0", "*", "Two\u0085 it is ."])
+    write(d / "dev.tsv", ["gj04", "1", "", "No newline ."], end="")
+    task = data.load_task(d)
+    assert (task.name, task.metric, len(task.dev)) == ("CoLA", "matthews", 1)
+    assert task.train[1] == ("Two\u0085 it is .", None, 0)
+    write(d / "train.tsv", ["sentence", "label"], ["ends in a space ", "0"], ["good ", "1"])
+    write(d / "dev.tsv", ["sentence", "label"], ["fine ", "1"], end="\r\n")
+    task = data.load_task(d)
+    assert task.name == "x" and task.train[0].sentence1 == "ends in a space " and task.dev[0].label == 1
+    header = ["index", "genre", "sentence1", "sentence2", "score"]
+    for name in ("train", "dev"):
+        write(d / f"{name}.tsv", header, *[["0", "g", "a", "b", s] for s in ("5", "5.00", "2.500000")])
+    task = data.load_task(d)
+    assert [e.label for e in task.train] == [5, 5, 2.5] and task.labels == () and task.num_labels == 1
+    header = ["index", "promptID", "sentence1", "sentence2", "gold_label"]
+    write(d / "train.tsv", header, ["0", "1", "p", "h", "neutral"], ["1", "2", "p", "h", "entailment"])
+    for name, label in (("dev_matched", "contradiction"), ("dev_mismatched", "neutral")):
+        write(d / f"{name}.tsv", header[:4] + ["label1", "gold_label"], ["0", "1", "p", "h", "x", label])
+    task = data.load_task(d)
+    assert (task.name, task.labels) == ("MNLI", ("contradiction", "entailment", "neutral"))
+    assert (task.dev[0].label, task.dev_mismatched[0].label, task.train[0].label) == (0, 2, 2)
+    header = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
+    for name in ("train", "dev"):
+        write(d / f"{name}.tsv", header, ["1", "2", "3", "a?", "b?", "0"], ["4", "5", "6"],
+              ["7", "8", "9", "c?", "c?", "1"])
+    assert [e.label for e in data.load_task(d).train] == [0, 1]
+
+
+@needs_glue
+@pytest.mark.parametrize("name, train, dev, positives", [
+    ("CoLA", 8551, 1043, 721), ("SST-2", 67349, 872, 444), ("MRPC", 3668, 408, 279), ("RTE", 2490, 277, None),
+    ("STS-B", 5749, 1500, None)])
+def test_real_files(name, train, dev, positives):
+    """Rows and labels of the official release."""
+    task = data.load_task(GLUE / name)
+    assert (task.name, len(task.train), len(task.dev)) == (name, train, dev)
+    assert positives is None or sum(e.label for e in task.dev) == positives
+    if name == "RTE":
+        assert sum(e.label == task.labels.index("entailment") for e in task.dev) == 146
+    if name == "STS-B":
+        assert round(np.mean([e.label for e in task.train]), 3) == 2.701
+    assert all(e.sentence1 and (e.sentence2 or name in ("CoLA", "SST-2")) for e in task.train)
+
+
+@needs_glue
+def test_real_qnli():
+    kind, examples, labels = data.read_examples(GLUE / "QNLI" / "dev.tsv")
+    assert kind.name == "QNLI" or kind.name is None
+    assert len(examples) == 5463 and sum(e.label == labels.index("entailment") for e in examples) == 2702
+
+
+@needs_minilm
+@pytest.mark.parametrize("text, ids", [
+    ("Crème brûlée, naïve façade — Ångström", [13675, 21382, 7987, 9307, 2063, 1010, 15743, 8508, 1517, 17076, 15687]),
+    ("東京 is 東京 and 한국어", [1879, 1755, 2003, 1879, 1755, 1998, 1469, 30006, 30021, 29991, 30014, 30020, 29999, 30008]),
+    ("tab\there\0nul\u200bzero\u00a0nbsp\ufffd end\x07", [21628, 2182, 11231, 23858, 10624, 1050, 5910, 2361, 2203]),
+    ("a" * 101 + " " + "b" * 100 + " unaffable", [100, 22861] + [10322] * 49 + [14477, 20961, 3468]),
+    ("a [MASK] in [SEP] text [mask]", [1037, 103, 1999, 102, 3793, 1031, 7308, 1033]),
+    ("don't U.S.A. $1,000.50 e-mail@x.org", [2123, 1005, 1056, 1057, 1012, 1055, 1012, 1037, 1012, 1002, 1015, 1010,
+                                             2199, 1012, 2753, 1041, 1011, 5653, 1030, 1060, 1012, 8917]),
+    ("  spaces   and \r\n newlines  ", [7258, 1998, 2047, 12735]),
+    ("Ⅻ ﬁne 😀 ½ İstanbul ß", [100, 1984, 2638, 100, 1092, 9960, 1096])])
+def test_wordpiece_ids(text, ids):
+    """Ids that transformers 5.23.0's BertTokenizer gives with the same vocabulary."""
+    encoded, = data.encode([data.Example(text, None, 0)], MINILM, 128)
+    assert encoded.input_ids == [101] + ids + [102]
+
+
+def tiny_bert(directory, **changes):
+    """A BERT directory with random weights' configuration and a vocabulary of 12 words."""
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad not very Film the ##s".split()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "vocab.txt").write_text("\n".join(words) + "\n")
+    fields = dict(vocab_size=12, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
+                  intermediate_size=24, max_position_embeddings=16, model_type="bert")
+    (directory / "config.json").write_text(json.dumps(fields | changes))
+    return directory
+
+
+def test_casing_pairs_and_truncation(tmp_path):
+    d = tiny_bert(tmp_path)
+    (e,) = data.encode([data.Example("Good films", "the Film", 1)], d, 16)
+    assert (e.input_ids, e.token_type_ids) == ([2, 5, 1, 3, 10, 1, 3], [0, 0, 0, 0, 1, 1, 1])
+    (d / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    (e,) = data.encode([data.Example("Good films", "the Films", 1)], d, 16)
+    assert e.input_ids == [2, 1, 1, 3, 10, 9, 11, 3]
+    (e,) = data.encode([data.Example("bad bad bad bad bad bad", "not not", 1)], d, 8)   # longest first
+    assert e.input_ids == [2, 6, 6, 6, 3, 7, 7, 3]
+
+
+def test_batches():
+    """Every example once; lengths in a batch are close; another generator, another order."""
+    rng = np.random.default_rng(0)
+    encoded = [data.Encoded([1] * n, [0] * n, i) for i, n in enumerate(rng.integers(3, 90, 1000))]
+    first = data.batches(encoded, 16, np.random.default_rng(1))
+    assert sorted(i for b in first for i in b) == list(range(1000)) and len(first) == 63
+    assert first == data.batches(encoded, 16, np.random.default_rng(1))
+    assert first != data.batches(encoded, 16, np.random.default_rng(2))
+    real = sum(len(e.input_ids) for e in encoded)
+    padded = sum(len(b) * max(len(encoded[i].input_ids) for i in b) for b in first)
+    assert padded < 1.1 * real
+    lengths = [len(encoded[i].input_ids) for b in data.batches(encoded, 16) for i in b]
+    assert lengths == sorted(lengths, reverse=True)
+    ids, types, mask, labels = data.collate(encoded, [3, 1])
+    assert mask.sum(1).tolist() == [len(encoded[3].input_ids), len(encoded[1].input_ids)]
+    assert labels.tolist() == [3, 1] and labels.dtype == torch.int64 and mask.dtype == torch.bool
+    scores = [data.Encoded([1], [0], 0.5)]
+    assert data.collate(scores, [0])[3].dtype == torch.float32
+
+
+def test_holdout():
+    """10% of each label, disjoint, the same for the same seed."""
+    examples = [data.Example(str(i), None, int(i % 10 == 0)) for i in range(1000)]
+    kept, held = data.split_holdout(examples, 0.1, 0)
+    assert len(held) == 100 and sum(e.label for e in held) == 10
+    assert sorted(kept + held) == sorted(examples) and held != data.split_holdout(examples, 0.1, 1)[1]
+    assert held == data.split_holdout(examples, 0.1, 0)[1] and not data.split_holdout(examples, 0, 0)[1]
+
+
+def test_metrics():
+    """By hand: 3 true positives, 1 false positive, 2 false negatives, 4 true negatives."""
+    labels, predictions = [1] * 5 + [0] * 5, [1, 1, 1, 0, 0, 1, 0, 0, 0, 0]
+    assert data.accuracy(labels, predictions) == 0.7
+    assert np.isclose(data.f1(labels, predictions), 2 * 3 / (2 * 3 + 1 + 2))
+    assert np.isclose(data.matthews_corrcoef(labels, predictions), (3 * 4 - 1 * 2) / (4 * 5 * 5 * 6) ** 0.5)
+    assert data.f1([0, 0], [0, 0]) == data.matthews_corrcoef([1, 0], [1, 1]) == 0
+    assert np.isclose(data.pearson([1, 2, 3], [2, 4, 7]), 5 / (2 * 38 / 3) ** 0.5)
+    assert data.pearson([1, 2], [0.1, 0.1]) == 0 and np.isclose(data.pearson([1, 2, 3], [3, 2, 1]), -1)
+    assert np.isclose(data.spearman([1, 2, 3, 4], [1, 100, 1000, 5000]), 1)
+    assert np.isclose(data.spearman([1, 2, 3, 4], [1, 2, 2, 3]), 4.5 / (5 * 4.5) ** 0.5)   # ranks 1 2.5 2.5 4
+    logits = np.array([[0., 1], [1, 0], [0, 1], [1, 0]])
+    assert data.scores("accuracy+f1", np.array([1, 0, 0, 0]), logits) == {
+        "score": pytest.approx((75 + 200 / 3) / 2), "accuracy": 75, "f1": pytest.approx(200 / 3),
+        "matthews": pytest.approx(100 * 2 / 12 ** 0.5)}
+    assert set(data.scores("pearson+spearman", np.array([1., 2]), logits[:2, :1])) == {"score", "pearson", "spearman"}
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+# --------------------------------------------------------------------------------------------------
+
+def sentences(rng, count):
+    rows = [["sentence", "label"]]
+    for _ in range(count):
+        word, negated = rng.choice(["good", "bad"]), rng.random() < 0.5
+        rows.append([f"the film is {'not ' if negated else ''}very {word}", str(int((word == "good") != negated))])
+    return rows
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A directory to work in, with a data set `tiny` that has its own BERT."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    write(tiny_bert(tmp_path / "tiny") / "train.tsv", *sentences(rng, 60))
+    write(tmp_path / "tiny" / "dev.tsv", *sentences(rng, 20))
+    return tmp_path
+
+
+TRAIN = ["train", "--data", "tiny", "--epochs", "0.2", "--lr", "1e-3", "--batch-size", "8", "--device", "cpu",
+         "--precision", "fp32"]
+SEARCH = ["search", "--max-params", "0.9x", "--evaluations", "12", "--device", "cpu", "--precision", "fp32"]
+
+
+def test_command_line(tiny):
+    """train, search and eval as a user runs them; what they write stands alone; one seed, one result."""
+    def run(*words):
+        done = subprocess.run([sys.executable, ROOT / "yoco.py", *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    assert "smallest" in run(*TRAIN)
+    found = run(*SEARCH)
+    assert "superbert/tiny, the super-BERT finished last" in found and "12 asked" in found
+    out = Path("subbert/tiny-0.9x")
+    assert {p.name for p in Path("superbert/tiny").iterdir()} == {
+        "config.json", "model.safetensors", "vocab.txt", "theta.json", "run.json", "log.jsonl"}
+    result = json.loads((out / "run.json").read_text())
+    shutil.rmtree("superbert")                          # the sub-BERT does not need it
+    assert f"score {result['dev']['score']:.2f}" in run("eval", "--model", str(out), "--data", "tiny")
+    sub = load_bert(out, 2)
+    assert sub.config.labels == ("0", "1") and sub.config.arch == Arch(*map(tuple, result["arch"].values()))
+    own = sum(w.numel() for n, w in sub.named_parameters() if "classifier" not in n)
+    full = SearchSpace.for_config(BertConfig.load("tiny")).largest()
+    assert own == result["params"] < 0.9 * count_params(BertConfig.load("tiny"), full)
+
+
+def result_bytes(*directories):
+    return [(Path(d) / name).read_bytes() for d in directories
+            for name in ("model.safetensors", "theta.json", "config.json") if (Path(d) / name).exists()]
+
+
+def test_one_seed_one_result(tiny):
+    def both(name, seed):
+        assert yoco.main(TRAIN + ["--out", f"{name}/super", "--seed", seed]) == 0
+        assert yoco.main(SEARCH + ["--model", f"{name}/super", "--out", f"{name}/sub", "--seed", seed]) == 0
+        return result_bytes(f"{name}/super", f"{name}/sub")
+    assert both("a", "3") == both("b", "3") != both("c", "4")
+
+
+@pytest.mark.parametrize("stop", [3, 7, 11])
+def test_resume_is_exact(tiny, monkeypatch, stop):
+    """Stopped in the middle and resumed: the same bytes and the same log as without the stop."""
+    def log(out):
+        keep = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k != "ms"} for row in keep]
+
+    def stop_at(kind, moment):
+        original, count = kind.after_step, itertools.count(1)
+
+        def after_step(self, *args):
+            original(self, *args)
+            if next(count) == moment:
+                raise KeyboardInterrupt
+        monkeypatch.setattr(kind, "after_step", after_step)
+        return lambda: monkeypatch.setattr(kind, "after_step", original)
+    train, search = TRAIN + ["--checkpoint-every", "2"], SEARCH + ["--checkpoint-every", "2"]
+    assert yoco.main(train + ["--out", "whole"]) == 0
+    assert yoco.main(search + ["--model", "whole", "--out", "sub"]) == 0
+    undo = stop_at(yoco.Training, stop)
+    assert yoco.main(train + ["--out", "part"]) == 130
+    undo()
+    assert yoco.main(train + ["--out", "part"]) == 2                          # unfinished: refused
+    assert yoco.main(train + ["--out", "part", "--resume", "--seed", "9"]) == 2    # other settings: refused
+    assert yoco.main(train + ["--out", "part", "--resume"]) == 0
+    undo = stop_at(yoco.Searching, min(stop, 5))
+    assert yoco.main(search + ["--model", "whole", "--out", "sub2"]) == 130
+    undo()
+    assert yoco.main(search + ["--model", "whole", "--out", "sub2", "--resume"]) == 0
+    assert result_bytes("whole", "sub") == result_bytes("part", "sub2")
+    assert log("whole") == log("part") and log("sub") == log("sub2")
+    assert not list(Path("part").glob("*checkpoint*")) and yoco.main(train + ["--out", "part", "--resume"]) == 0
+
+
+def test_no_feasible_sample_gives_the_smallest(tiny, capsys):
+    """A budget that only the smallest sub-BERT meets, and a theta that never draws it."""
+    assert yoco.main(TRAIN) == 0
+    config = BertConfig.load("tiny")
+    space = SearchSpace.for_config(config)
+    budget = str(count_params(config, space.smallest()) + 1)
+    assert yoco.main(["search", "--max-params", budget, "--evaluations", "2"]) == 0
+    assert "this is the smallest of the space" in capsys.readouterr().out
+    assert load_bert(f"subbert/tiny-{budget}", 2).config.arch == space.smallest()
+
+
+def refused(capsys, words, *parts):
+    """The command ends with status 2 and one line on stderr that has all `parts`."""
+    capsys.readouterr()
+    assert yoco.main(words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in lines[0], lines
+    assert all(part in lines[0] for part in parts), (lines[0], parts)
+
+
+HEAD = ["sentence", "label"]
+
+
+@pytest.mark.parametrize("files, parts", [
+    ({}, ["train.tsv does not exist"]),
+    ({"train": b""}, ["train.tsv is empty"]),
+    ({"train": b"sentence\tlabel\n"}, ["no rows"]),
+    ({"train": b"sentence\tlabel\na\t1\nb\n"}, ["train.tsv, line 3: 1 columns, expected 2"]),
+    ({"train": b"sentence\tlabel\na\t1\nb\t0\t7\n"}, ["train.tsv, line 3: 3 columns, expected 2"]),
+    ({"train": b"text\tclass\na\t1\n"}, ["fits no GLUE format"]),
+    ({"train": b"sentence\tlabel\n\xff\xfe\t1\n"}, ["line 2: not UTF-8"]),
+    ({"train": b"sentence\tlabel\na\t1\nb\t1\n"}, ["only one label"]),
+    ({"train": b"sentence\tlabel\na\t1\nb\t0\n"}, ["dev.tsv does not exist"]),
+    ({"train": b"sentence\tlabel\na\t1\nb\t0\n", "dev": b"sentence\tlabel\na\t2\n"}, ["dev.tsv, line 2", "'2'", "0, 1"]),
+    ({"train": b"sentence\tlabel\na\t1\nb\t0\n", "dev": b"question\tsentence\tlabel\nq\ta\tentailment\n"},
+     ["dev.tsv"]),
+    ({"train": b"Quality\t#1 String\t#2 String\n1\ta\tb\n2\ta\tb\n"}, ["line 3: label '2'"]),
+    ({"train": b"sentence1\tsentence2\tscore\na\tb\t1\na\tb\tnan\n"}, ["line 3: label 'nan' is not a number"])])
+def test_bad_data_is_refused(tmp_path, monkeypatch, capsys, files, parts):
+    monkeypatch.chdir(tmp_path)
+    tiny_bert(tmp_path / "d")
+    for name, content in files.items():
+        (tmp_path / "d" / f"{name}.tsv").write_bytes(content)
+    refused(capsys, ["train", "--data", "d"], *parts)
+    assert not Path("superbert").exists()
+
+
+def test_missing_downloads_name_the_command(tiny, capsys):
+    refused(capsys, ["train", "--data", "glue/MRPC"], "python -m glue.download MRPC")
+    (tiny / "tiny" / "config.json").unlink()
+    refused(capsys, ["train", "--data", "tiny"], "python -m glue.download bert-base-uncased")
+
+
+@pytest.mark.parametrize("spoil, parts", [
+    (lambda d: (d / "config.json").unlink(), ["config.json does not exist"]),
+    (lambda d: (d / "config.json").write_text("{"), ["config.json is not JSON"]),
+    (lambda d: (d / "config.json").write_text("[]"), ["not a JSON object"]),
+    (lambda d: tiny_bert(d, num_attention_heads=5), ["5 heads do not divide the hidden size 12"]),
+    (lambda d: tiny_bert(d, hidden_size="12"), ["hidden_size must be a whole number"]),
+    (lambda d: tiny_bert(d, vocab_size=10**6, hidden_size=9 * 10**5), ["4 * 10^9"]),
+    (lambda d: tiny_bert(d, hidden_act="swish"), ["hidden_act"]),
+    (lambda d: tiny_bert(d, model_type="roberta"), ["model_type is 'roberta'"]),
+    (lambda d: tiny_bert(d, position_embedding_type="relative_key"), ["position_embedding_type"]),
+    (lambda d: (d / "model.safetensors").unlink(), ["model.safetensors does not exist"]),
+    (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), ["safetensors"]),
+    (lambda d: (d / "model.safetensors").write_bytes(b"\x80\x04pickle"), ["safetensors"]),
+    (lambda d: change(d, "classifier.bias", None), ["classifier.bias is missing"]),
+    (lambda d: change(d, "bert.pooler.dense.bias", None), ["bert.pooler.dense.bias is missing"]),
+    (lambda d: change(d, "bert.extra.weight", torch.zeros(1)), ["unknown tensor bert.extra.weight"]),
+    (lambda d: change(d, "bert.pooler.dense.bias", torch.zeros(13)), ["has shape [13], expected [12]"]),
+    (lambda d: change(d, "bert.pooler.dense.bias", torch.full((12,), np.nan)), ["finite"]),
+    (lambda d: (d / "vocab.txt").unlink(), ["vocab.txt does not exist"]),
+    (lambda d: (d / "vocab.txt").write_text("good\nbad\n"), ["vocab.txt has no [PAD]"]),
+    (lambda d: (d / "vocab.txt").write_bytes((d / "vocab.txt").read_bytes() + b"more\n"), ["13 entries", "vocab_size is 12"])])
+def test_bad_weights_are_refused(tiny, capsys, spoil, parts):
+    bert = tiny_bert(tiny / "bert")
+    save_bert(ElasticBert(BertConfig.load(bert), 2), bert)
+    spoil(bert)
+    refused(capsys, ["train", "--data", "tiny", "--bert", "bert"], *parts)
+    assert not Path("superbert").exists()
+
+
+def change(directory, name, tensor):
+    """Replace, add or (None) remove one tensor of a weights file."""
+    tensors = load_file(directory / "model.safetensors") | {name: tensor}
+    save_file({n: t for n, t in tensors.items() if t is not None}, directory / "model.safetensors")
+
+
+def test_bad_commands_are_refused(tiny, capsys):
+    refused(capsys, ["search", "--max-params", "0.5x"], "no finished super-BERT", "yoco.py train")
+    refused(capsys, ["search", "--model", "tiny", "--max-params", "0.5x"], "run.json does not exist")
+    assert yoco.main(TRAIN) == 0
+    before = result_bytes("superbert/tiny")
+    refused(capsys, TRAIN, "holds a finished result", "--overwrite")
+    config = BertConfig.load("tiny")
+    least = count_params(config, SearchSpace.for_config(config).smallest())
+    refused(capsys, ["search", "--max-params", str(least)], f"{least:,}")
+    for budget in ("0", "-5", "many", "0x", "nan", "inf", "1e999", ""):
+        refused(capsys, ["search", "--max-params", budget], "budget")
+    refused(capsys, ["search"], "--max-params or --max-flops")
+    refused(capsys, ["search", "--max-params", "1M", "--max-flops", "1M"], "--max-params or --max-flops")
+    refused(capsys, ["search", "--max-param", "1M"], "unknown", "--max-params")
+    refused(capsys, ["train", "--epoch", "1"], "unknown", "--epochs")
+    refused(capsys, ["train", "--batch-size", "0"], "--batch-size", "at least 1")
+    refused(capsys, ["train", "--epochs", "nan"], "--epochs")
+    refused(capsys, ["train", "--strategy", "greedy"], "'ee', 'exploit', 'explore'")
+    refused(capsys, ["fit"], "invalid choice")
+    refused(capsys, [], "required")
+    refused(capsys, ["eval"], "--model")
+    write(tiny / "other" / "train.tsv", HEAD, ["good", "yes"], ["bad", "no"])
+    write(tiny / "other" / "dev.tsv", HEAD, ["good", "yes"])
+    refused(capsys, ["eval", "--model", "superbert/tiny", "--data", "other"], "('0', '1')", "('no', 'yes')")
+    theta = json.loads(Path("superbert/tiny/theta.json").read_text())
+    for spoilt in (dict(theta, depths=[1]), dict(theta, theta=theta["theta"][:1]), {},
+                   dict(theta, theta=[[2 * p for p in t] for t in theta["theta"]])):
+        Path("superbert/tiny/theta.json").write_text(json.dumps(spoilt))
+        refused(capsys, ["search", "--max-params", "0.9x"], "theta.json")
+    assert not Path("subbert").exists()
+    Path("superbert/tiny/theta.json").write_bytes(before[1])
+    assert before == result_bytes("superbert/tiny")     # nothing was lost on the way
+    assert yoco.main(SEARCH + ["--model", "superbert/tiny"]) == 0
+    refused(capsys, SEARCH, "holds a finished result")
+    refused(capsys, ["train", "--data", "tiny", "--bert", "subbert/tiny-0.9x", "--out", "x"], "is a sub-BERT")
+
+
+@pytest.mark.parametrize("extra, mass", [(["--strategy", "explore"], "uniform"), (["--strategy", "exploit"], "moved"),
+                                         (["--stages", "largest"], "largest"), (["--holdout", "0"], "moved")])
+def test_variants(tiny, capsys, extra, mass):
+    """explore leaves theta uniform, exploit moves it, `largest` trains one architecture only."""
+    assert yoco.main(TRAIN + extra) == 0
+    theta = json.loads(Path("superbert/tiny/theta.json").read_text())["theta"]
+    tops = [max(t) * len(t) for t in theta]
+    assert {"uniform": np.allclose(tops, 1), "moved": max(tops) > 1.01,
+            "largest": all(t[-1] == 1 for t in theta)}[mass]
+    if extra[0] == "--holdout":
+        refused(capsys, ["search", "--max-params", "0.9x"], "--select-on dev")
+        assert yoco.main(SEARCH + ["--select-on", "dev"]) == 0 and "optimistic" in capsys.readouterr().out
+
+
+def test_regression(tiny):
+    """STS-B's format from train to search: one logit, no labels, correlations."""
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 40), ("dev", 12)):
+        write(tiny / "tiny" / f"{name}.tsv", ["sentence1", "sentence2", "score"],
+              *[["good film", rng.choice(["good", "bad", "not"]), f"{rng.uniform(0, 5):.3f}"] for _ in range(count)])
+    assert yoco.main(TRAIN) == 0 and yoco.main(SEARCH) == 0
+    result = json.loads(Path("subbert/tiny-0.9x/run.json").read_text())
+    assert set(result["dev"]) == {"score", "pearson", "spearman"}
+    assert yoco.main(["eval", "--model", "subbert/tiny-0.9x"]) == 0
+
+
+def test_help_explains_every_setting(capsys):
+    for command in ("train", "search", "eval"):
+        with pytest.raises(SystemExit) as stop:
+            yoco.main([command, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        for flag in re.findall(r"^  (--[a-z-]+)(.*(?:\n {20,}.*)*)", text, re.M):
+            assert re.search(r"[a-z]{2,} [a-z]", flag[1]), flag
+
+
+# --------------------------------------------------------------------------------------------------
+# The project itself
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("module", [model_module, data, yoco, toy])
+def test_docstring_examples(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_toy_is_reproducible(tmp_path):
+    """glue/TOY is what glue/toy.py writes, under 400 KB, and dev is not in train."""
+    toy.main(["--out", str(tmp_path)])
+    committed = {p.name: p.read_bytes() for p in (ROOT / "glue" / "TOY").iterdir()}
+    assert committed == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert sum(map(len, committed.values())) < 400_000
+    task = data.load_task(ROOT / "glue" / "TOY")
+    assert not {e.sentence1 for e in task.train} & {e.sentence1 for e in task.dev}
+    assert all(0.45 < np.mean([e.label for e in part]) < 0.55 for part in (task.train, task.dev))
+
+
+def tags_in_code():
+    """{(function, tag)} of every DIFFERS, CHOICE and AUTHORS comment in the three files."""
+    found = set()
+    for path in (ROOT / name for name in ("yoco.py", "model.py", "data.py")):
+        text = path.read_text()
+        scopes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        for number, line in enumerate(text.split("\n"), 1):
+            if "#" in line:
+                for tag in re.findall(r"\b(DIFFERS from Eq\. \d|DIFFERS|CHOICE|AUTHORS):", line.split("#", 1)[1]):
+                    inside = [s for s in scopes if s.lineno <= number <= s.end_lineno]
+                    name = max(inside, key=lambda s: s.lineno).name if inside else "module"
+                    found.add((name, tag))
+    return found
+
+
+def test_readme_lists_every_departure():
+    """README's list of differences names exactly the tags in the code, by function."""
+    section = (ROOT / "README.md").read_text().split("## Differences")[1].split("\n## ")[0]
+    listed = {(name, tag) for name, tags in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.M)
+              for tag in tags.strip().split(", ")}
+    assert listed == tags_in_code()
+
+
+def test_equation_ledger():
+    """Every test and function that yoco.py's ledger names exists; every numbered line of Alg. 1 is marked."""
+    ledger = yoco.__doc__.split("the test that checks it:")[1].split("Symbols")[0]
+    tests = re.findall(r"(test_\w+)", ledger)
+    assert len(tests) == 8 and all(name in globals() for name in tests)
+    for name in re.findall(r"(\w+(?:\.\w+)?)(?:, \w+)? +test_", ledger):
+        assert callable(getattr(Categorical, name.split(".")[1]) if "." in name else getattr(yoco, name))
+    body = (ROOT / "yoco.py").read_text().split("def train(")[1].split("\ndef ")[0]
+    assert set(re.findall(r"# (\d+)$", body, re.M)) == {str(i) for i in range(1, 12)}
