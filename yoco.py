@@ -46,6 +46,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.torch
+import tokenizers
 import torch
 import torch.nn.functional as F
 
@@ -196,6 +197,7 @@ EPOCHS = {  # heads | FFN | depth: the epochs of every stage that opens one more
     "QQP": ((1, 1), (1, 1, 1), (1, 1, 3)),
     "RTE": ((3, 1), (1, 1, 1), (1, 1, 2)),
     "SST-2": ((1, 1), (1, 1, 1), (1, 1, 1)),
+    "TOY": ((2, 2), (2, 2, 2), (2, 2, 6)),                           # CHOICE: from random weights
     "default": ((3, 3), (3, 3, 3), (3, 3, 3)),
 }
 # AUTHORS: 1e-10 in QNLI's depth stages, which freezes W, and 1e-5 for SST-2; these are the paper's.
@@ -728,6 +730,15 @@ def hardware(device):
     return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
 
 
+def peak_memory(device):
+    """The most memory used so far, in MiB: the GPU's, or this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource                                                  # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def load_trained(directory, task):
     """A model that train or search wrote; refused where its labels are not those of the data."""
     labels = BertConfig.load(directory).labels
@@ -843,14 +854,16 @@ class Output:
 
     def finish(self, device, **facts):
         """Write run.json, which makes the result final, and drop the checkpoint."""
-        seconds = round(time.perf_counter() - self.started, 1)
-        facts |= dict(settings=self.kept_settings(), seconds=seconds, hardware=hardware(device),
-                      versions=dict(python=platform.python_version(), torch=torch.__version__),
+        seconds, memory = round(time.perf_counter() - self.started, 1), round(peak_memory(device))
+        facts |= dict(settings=self.kept_settings(), seconds=seconds, peak_memory_mib=memory,
+                      hardware=hardware(device), versions=dict(
+                          python=platform.python_version(), torch=torch.__version__,
+                          numpy=np.__version__, tokenizers=tokenizers.__version__),
                       finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         self.log_file.close()
         write_json(self.directory / "run.json", **facts)
         self.checkpoint.unlink(missing_ok=True)
-        print(f"wrote {self.directory} in {seconds:.0f} s")
+        print(f"wrote {self.directory}; {seconds:.0f} s, {memory} MiB at the peak")
         return facts
 
 

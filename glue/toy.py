@@ -78,7 +78,7 @@ def random_clause(rng):
     """One clause: "the plot was not very good", "i doubt that we really enjoyed the music"."""
     def pick(words):
         return words[int(rng.random() * len(words))]
-    praise, turned, strong = rng.random() < 0.5, rng.random() < 0.4, rng.random() < 0.4
+    praise, turned, strong = rng.random() < 0.5, rng.random() < 0.3, rng.random() < 0.4
     if rng.random() < 0.35:
         verb = pick(LIKE if praise else HATE)
         words = ["we"] + ["did", "not"] * turned + [pick(STRONG[1:3])] * strong
@@ -86,9 +86,8 @@ def random_clause(rng):
     else:
         words = ["the", pick(THINGS), "was"] + [pick(NOT)] * turned + [pick(STRONG)] * strong
         words += [pick(GOOD if praise else BAD)]
-    return " ".join(["i", "doubt", "that"] * (rng.random() < DOUBT) + words)
+    return " ".join(["i", "doubt", "that"] * (rng.random() < 0.1) + words)
 
-DOUBT = 0.1
 
 def random_sentence(rng):
     """One clause, or two joined in one of four ways."""
@@ -121,12 +120,12 @@ def make(seed):
     return files
 
 
-def main():
+def main(argv=None):
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "TOY")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, text in make(options.seed).items():
         (options.out / name).write_bytes(text.encode())
