@@ -654,33 +654,48 @@ def load_theta(path, space):
 
 @dataclasses.dataclass
 class EvalSettings(Arithmetic):
-    """Score a super-BERT (its largest architecture) or a sub-BERT on a dev set."""
+    """Score a sub-BERT, or a super-BERT's largest, most likely and smallest, on a dev set."""
     model: str = setting("", "directory that train or search wrote")
     data: str = setting("", "data directory; without it the one the model was trained on")
 
 
 def evaluate(settings):
-    """Print parameters, FLOPs, latency and every dev metric of a model; returns the metrics."""
+    """Print architecture, parameters, FLOPs, latency and dev metrics. Returns the metrics in %, of
+    a super-BERT those of the largest."""
     if not settings.model:
         raise UserError("name the model with --model")
     device, autocast = arithmetic(settings)
     run = read_json(Path(settings.model) / "run.json", "does not exist: nothing finished there")
     task = data.load_task(settings.data or run["data"])
     model = load_trained(settings.model, task).to(device)
+    config, archs = model.config, {"": model.config.arch}
+    if (theta := Path(settings.model) / "theta.json").exists():
+        space = SearchSpace.for_config(config)
+        most_likely = space.arch(load_theta(theta, space).most_likely())
+        archs = {"largest: ": space.largest(), "most likely: ": most_likely,
+                 "smallest: ": space.smallest()}
     parts = [data.encode(part, settings.model, run["max_length"]) for part in task.devs]
-    result = scorer(model, parts, task.metric, device, autocast)(model.config.arch)
-    T, seconds = min(128, model.config.max_position_embeddings), []
-    ids = torch.ones(1, T, dtype=torch.int64, device=device)
+    score = scorer(model, parts, task.metric, device, autocast)
+    results, T = [], min(128, config.max_position_embeddings)
+    for name, arch in archs.items():
+        results.append(score(arch))
+        ms = latency(extract(model, arch), T, device, autocast)
+        full = config.arch if name else None                         # a sub-BERT knows no full one
+        print(f"{name}{arch}\n  {costs_in_words(config, arch, full)}\n"
+              f"  latency {ms:.2f} ms: one sequence of {T} tokens, {hardware(device)}\n"
+              f"  dev of {task.name}: {in_words(results[-1])}")
+    return results[0]
+
+
+def latency(model, T, device, autocast):
+    """Milliseconds that one sequence of T tokens takes, the median of 20 after 5 to warm up."""
+    ids, seconds = torch.ones(1, T, dtype=torch.int64, device=device), []
     with torch.inference_mode(), autocast():
         for _ in range(25):
             start = time.perf_counter()
-            model(ids, ids - 1, ids).cpu()
+            model(ids, ids - 1, ids).cpu()                           # waits for the device
             seconds.append(time.perf_counter() - start)
-    arch, ms = model.config.arch, 1000 * np.median(seconds[5:])
-    print(f"{settings.model}: {arch}\n  {costs_in_words(model.config, arch)}\n"
-          f"  latency {ms:.1f} ms: one sequence of {T} tokens, median of 20, {hardware(device)}\n"
-          f"  dev of {task.name}: {in_words(result)}")
-    return result
+    return 1000 * float(np.median(seconds[5:]))
 
 
 # --------------------------------------------------------------------------------------------------
