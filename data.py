@@ -2,11 +2,10 @@
 
 Every official GLUE format is recognised by its header's column names (CoLA, which has no header, by
 its shape), and so is a user's own file with the columns `sentence`, `label` or `sentence1`,
-`sentence2`, `label` (or `score`, for regression). The files are read as what they are: UTF-8 lines
-split at tabs, with no quoting. A row that does not fit is an error that names file and line.
+`sentence2`, `label` (`score` instead of `label`: regression). The files are read as what they are:
+UTF-8 lines split at tabs, no quoting. A row that does not fit is an error with its file and line.
 """
 
-import json
 import sys
 from collections import namedtuple
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from tokenizers import BertWordPieceTokenizer
 
-from model import BertConfig, UserError
+from model import BertConfig, UserError, read_json
 
 # sentence2: None without a pair; label: an index into Task.labels, or a float for regression
 Example = namedtuple("Example", "sentence1 sentence2 label")
@@ -29,9 +28,10 @@ FORMATS = [  # first match wins; name None: the directory's name; labels None: t
     Format("MNLI", "sentence1", "sentence2", "gold_label", "accuracy",
            ("contradiction", "entailment", "neutral")),
     Format("QNLI", "question", "sentence", "label", "accuracy", ("entailment", "not_entailment")),
-    Format("STS-B", "sentence1", "sentence2", "score", "pearson+spearman", ()),
+    Format(None, "sentence1", "sentence2", "score", "pearson+spearman", ()),     # STS-B, own
     Format(None, "sentence1", "sentence2", "label", "accuracy", None),           # RTE, own pairs
     Format(None, "sentence", None, "label", "accuracy", None),                   # SST-2, own
+    Format(None, "sentence", None, "score", "pearson+spearman", ()),             # own
 ]
 COLA = Format("CoLA", "sentence", None, "label", "matthews", ("0", "1"))
 COLA_COLUMNS = ["source", "label", "mark", "sentence"]
@@ -86,17 +86,14 @@ def load_task(directory):
 def read_examples(path, labels=None):
     """Read one TSV file: (its Format, [Example], label names). `labels`: the only ones allowed."""
     path, rows = Path(path), read_rows(path)
-    columns, kind = rows[0], None
-    for candidate in FORMATS:
-        needed = {candidate.sentence1, candidate.sentence2, candidate.label} - {None}
-        if needed <= set(columns):
-            kind, first = candidate, 1
-            break
+    columns, first = rows[0], 1
+    kind = next((f for f in FORMATS
+                 if {f.sentence1, f.sentence2, f.label} - {None} <= set(columns)), None)
     if kind is None and len(columns) == 4 and columns[1] in COLA.labels:
         kind, first, columns = COLA, 0, COLA_COLUMNS
     if kind is None:
         raise UserError(f"{path}: the header {columns[:8]} fits no GLUE format; a file of your own "
-                        "needs the columns sentence, label or sentence1, sentence2, label")
+                        "needs sentence, label or sentence1, sentence2, label (or score)")
     at = [columns.index(c) if c else None for c in (kind.sentence1, kind.sentence2, kind.label)]
 
     table, short = [], 0
@@ -166,16 +163,18 @@ def split_holdout(examples, fraction, seed):
 def load_tokenizer(directory):
     """The WordPiece tokenizer of a BERT directory: its vocab.txt, and the casing that its
     tokenizer_config.json asks for (uncased where there is none)."""
-    path, options = Path(directory) / "vocab.txt", {}
+    path, settings = Path(directory) / "vocab.txt", Path(directory) / "tokenizer_config.json"
     try:
         words = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
-        settings = Path(directory) / "tokenizer_config.json"
-        if settings.exists():
-            options = json.loads(settings.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{directory}: bad vocab.txt or tokenizer_config.json ({error})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8") from None
+    found = read_json(settings) if settings.exists() else {}
+    options = dict(do_lower_case=True, strip_accents=None, tokenize_chinese_chars=True)
+    options |= {name: found[name] for name in options if found.get(name) is not None}
+    if not all(isinstance(value, bool | None) for value in options.values()):
+        raise UserError(f"{settings}: {', '.join(options)} must be true or false")
     vocab = {word.removesuffix("\r"): i for i, word in enumerate(words)}
     for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
         if token not in vocab:
@@ -183,9 +182,9 @@ def load_tokenizer(directory):
     size = BertConfig.load(directory).vocab_size
     if len(words) != size:
         raise UserError(f"{path} has {len(words)} entries, but config.json's vocab_size is {size}")
-    return BertWordPieceTokenizer(vocab, lowercase=options.get("do_lower_case", True) is not False,
-                                  strip_accents=options.get("strip_accents"),
-                                  handle_chinese_chars=options.get("tokenize_chinese_chars", True))
+    return BertWordPieceTokenizer(vocab, lowercase=options["do_lower_case"],
+                                  strip_accents=options["strip_accents"],
+                                  handle_chinese_chars=options["tokenize_chinese_chars"])
 
 
 def encode(examples, directory, max_length):
@@ -196,6 +195,8 @@ def encode(examples, directory, max_length):
     """
     tokenizer = load_tokenizer(directory)
     tokenizer.enable_truncation(max_length, strategy="longest_first")
+    if BertConfig.load(directory).type_vocab_size < 2 and any(e.sentence2 for e in examples):
+        raise UserError(f"{directory}: the data has sentence pairs, the BERT only one token type")
     texts = [e.sentence1 if e.sentence2 is None else (e.sentence1, e.sentence2) for e in examples]
     return [Encoded(t.ids, t.type_ids, e.label)
             for t, e in zip(tokenizer.encode_batch(texts), examples)]

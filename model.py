@@ -58,21 +58,20 @@ class BertConfig:
     layer_ffn_sizes: list | None = None        # a sub-BERT's FFN sizes, one number per layer
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                     "intermediate_size", "max_position_embeddings", "type_vocab_size"):
+        size, part = ((int,), 1, 10**6), ((int, float), 0, 0.999)
+        for name, (kinds, low, high) in dict(
+                vocab_size=size, hidden_size=size, num_hidden_layers=((int,), 1, 1000),
+                num_attention_heads=size, intermediate_size=size, max_position_embeddings=size,
+                type_vocab_size=size, hidden_dropout_prob=part, attention_probs_dropout_prob=part,
+                layer_norm_eps=part, initializer_range=((int, float), 0, 100)).items():
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 10**6:
-                raise UserError(f"config: {name} must be a whole number, 1 to 10^6, not {value!r}")
-        for name, top in (("hidden_dropout_prob", 1), ("attention_probs_dropout_prob", 1),
-                          ("layer_norm_eps", 1), ("initializer_range", 100)):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < top:
-                raise UserError(f"config: {name} must be a number in [0, {top}), not {value!r}")
+            if type(value) not in kinds or not low <= value <= high:
+                raise UserError(f"config: {name} is {value!r}, not "
+                                f"{'a whole number' if kinds == (int,) else 'a number'} "
+                                f"from {low} to {high}")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(f"config: {self.num_attention_heads} heads do not divide the hidden "
                             f"size {self.hidden_size}")
-        if self.num_hidden_layers > 1000:
-            raise UserError(f"config: {self.num_hidden_layers} layers; at most 1000 are supported")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise UserError(f"config: hidden_act {self.hidden_act!r} is not one of "
                             f"{', '.join(ACTIVATIONS)}")
@@ -114,14 +113,7 @@ class BertConfig:
         """Read `directory`/config.json. Fields without a meaning here are ignored; those that would
         change the computation (another model type, relative positions, a decoder) are refused."""
         path = Path(directory) / "config.json"
-        try:
-            fields = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist: {directory} is not a BERT directory") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not JSON ({error})") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"{path} is not a JSON object")
+        fields = read_json(path, f"does not exist: {directory} is not a BERT directory")
         for name, only in (("model_type", "bert"), ("position_embedding_type", "absolute"),
                            ("is_decoder", False), ("add_cross_attention", False)):
             if fields.get(name, only) != only:
@@ -310,11 +302,12 @@ class ElasticBert(nn.Module):
             nn.init.zeros_(module.bias)
 
     def check(self, arch):
-        """Raise UserError where `arch` exceeds what the model has."""
+        """Raise UserError unless `arch` has whole numbers from 1 to what the model has."""
         own = self.config.arch
-        if arch.depth > own.depth or any(h > own_h or k > own_k
-                                         for h, k, own_h, own_k in zip(*arch, *own)):
-            raise UserError(f"architecture [{arch}] exceeds the model's [{own}]")
+        if arch.depth > own.depth or not all(
+                type(n) is int and 1 <= n <= most
+                for wanted, there in zip(arch, own) for n, most in zip(wanted, there)):
+            raise UserError(f"architecture [{arch}] does not fit into the model's [{own}]")
 
     def forward(self, input_ids, token_type_ids, attention_mask, arch=None):
         """Logits of the sub-BERT `arch` (None: the whole model).
@@ -410,7 +403,7 @@ def load_bert(directory, num_labels):
         model = ElasticBert(config, num_labels)
     if not any(name.startswith("classifier.") for name in tensors):
         print(f"{path} has no classifier: a new one for {num_labels} label(s) is initialised")
-        new = nn.init.normal_(torch.empty(num_labels, config.hidden_size), std=config.initializer_range)
+        new = torch.empty(num_labels, config.hidden_size).normal_(std=config.initializer_range)
         tensors |= {"classifier.weight": new, "classifier.bias": torch.zeros(num_labels)}
     state = {}
     for name, like in model.state_dict().items():
@@ -440,6 +433,19 @@ def save_bert(model, directory):
     tensors = {hf_name(n): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
     write_file(Path(directory) / "model.safetensors",
                safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def read_json(path, otherwise="does not exist"):
+    """A JSON object from a file; UserError `path otherwise` where there is none."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} {otherwise}") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
 
 
 def write_file(path, data):

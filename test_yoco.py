@@ -232,10 +232,11 @@ def test_search_space_choices():
 
 def test_forward_refuses_what_does_not_exist():
     model, (ids, types, mask) = small_model(), small_batch()
-    for arch in (Arch((6,) * 5, (48,) * 5), Arch((7,), (48,)), Arch((6,), (49,))):
-        with pytest.raises(UserError, match="exceeds"):
+    for arch in (Arch((6,) * 5, (48,) * 5), Arch((7,), (48,)), Arch((6,), (49,)), Arch((2,), (-8,)),
+                 Arch((0,), (8,)), Arch((2.0,), (8,))):
+        with pytest.raises(UserError, match="does not fit"):
             model(ids, types, mask, arch)
-        with pytest.raises(UserError, match="exceeds"):
+        with pytest.raises(UserError, match="does not fit"):
             extract(model, arch)
     with pytest.raises(UserError, match="21 tokens"):
         model(*[torch.ones(1, 21, dtype=torch.long)] * 3)
@@ -323,6 +324,21 @@ def test_expected_gradient():
 def test_utilities(losses, utilities):
     """By hand, for lambda = 1, 2, 4, 6, 12, with ties and negative losses."""
     assert np.allclose(yoco.ranking_utility(losses), utilities, atol=0)
+
+
+def test_step_length():
+    """Away from theta_min a step is `delta` long in the Fisher matrix of where it starts, and goes
+    from the worse sample to the better one."""
+    rng, P = np.random.default_rng(3), Categorical((3, 4))
+    P.theta = random_theta(rng, (3, 4))
+    P.theta = [(t + 1) / (t + 1).sum() for t in P.theta]
+    old = [t.copy() for t in P.theta]
+    P.step([[0, 1], [2, 3]], [5.0, -1.0], delta=0.01)
+    moves = [new - t for new, t in zip(P.theta, old)]
+    length = sum(move[:-1] @ fisher(t) @ move[:-1] for move, t in zip(moves, old)) ** 0.5
+    assert np.isclose(length, 0.01)
+    assert np.allclose(moves[0] / moves[0][2], [-1, 0, 1])
+    assert np.allclose(moves[1] / moves[1][3], [0, -1, 0, 1])
 
 
 def test_theta_stays_a_distribution():
@@ -714,7 +730,10 @@ def test_command_line(tiny):
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
-    assert "smallest" in run(*TRAIN)
+    trained, config = run(*TRAIN), BertConfig.load("tiny")
+    space = SearchSpace.for_config(config)
+    for name, arch in (("largest", space.largest()), ("smallest", space.smallest())):
+        assert re.search(rf"{name} +{count_params(config, arch):,} parameters", trained)
     found = run(*SEARCH)
     assert "superbert/tiny, the super-BERT finished last" in found and "12 asked" in found
     out = Path("subbert/tiny-0.9x")
@@ -843,10 +862,10 @@ def test_missing_downloads_name_the_command(tiny, capsys):
 
 @pytest.mark.parametrize("spoil, parts", [
     (lambda d: (d / "config.json").unlink(), ["config.json does not exist"]),
-    (lambda d: (d / "config.json").write_text("{"), ["config.json is not JSON"]),
+    (lambda d: (d / "config.json").write_text("{"), ["config.json is not a JSON object"]),
     (lambda d: (d / "config.json").write_text("[]"), ["not a JSON object"]),
     (lambda d: tiny_bert(d, num_attention_heads=5), ["5 heads do not divide the hidden size 12"]),
-    (lambda d: tiny_bert(d, hidden_size="12"), ["hidden_size must be a whole number"]),
+    (lambda d: tiny_bert(d, hidden_size="12"), ["hidden_size is '12', not a whole number"]),
     (lambda d: tiny_bert(d, vocab_size=10**6, hidden_size=9 * 10**5), ["4 * 10^9"]),
     (lambda d: tiny_bert(d, hidden_act="swish"), ["hidden_act"]),
     (lambda d: tiny_bert(d, model_type="roberta"), ["model_type is 'roberta'"]),
@@ -952,6 +971,56 @@ def test_regression(tiny):
     result = json.loads(Path("subbert/tiny-0.9x/run.json").read_text())
     assert set(result["dev"]) == {"score", "pearson", "spearman"}
     assert yoco.main(["eval", "--model", "subbert/tiny-0.9x"]) == 0
+
+
+def test_mnli_and_flops(tiny):
+    """Two dev sets from train to search: the score is the mean of both; a FLOPs budget binds."""
+    rng = np.random.default_rng(0)
+    names = ("contradiction", "entailment", "neutral")
+    for name, count in (("train", 40), ("dev_matched", 12), ("dev_mismatched", 12)):
+        rows = [[rng.choice(["good", "bad"]), "film", rng.choice(names)] for _ in range(count)]
+        write(tiny / "tiny" / f"{name}.tsv", ["sentence1", "sentence2", "gold_label"], *rows)
+    assert yoco.main(TRAIN) == 0
+    assert yoco.main(["search", "--max-flops", "0.5x", "--evaluations", "20"] + CPU) == 0
+    result = json.loads(Path("subbert/tiny-0.5x-flops/run.json").read_text())
+    dev, config = result["dev"], BertConfig.load("tiny")
+    assert np.isclose(dev["score"], (dev["accuracy"] + dev["accuracy_mismatched"]) / 2)
+    largest = count_flops(config, SearchSpace.for_config(config).largest())
+    assert result["flops"] < largest / 2
+
+
+def test_nothing_that_is_read_is_overwritten(tiny, capsys):
+    """--out must not be an input or hold somebody's model; a hold-out belongs to one train.tsv; a
+    search resumes only on the super-BERT it began with; a broken checkpoint is said to be one."""
+    bert = tiny_bert(tiny / "bert")
+    save_bert(ElasticBert(BertConfig.load(bert), 2), bert)
+    before = result_bytes("bert")
+    for out in ("bert", "tiny", "./bert/"):
+        refused(capsys, TRAIN + ["--bert", "bert", "--out", out, "--overwrite"], "is what the")
+    refused(capsys, TRAIN + ["--out", "bert"], "holds another model")
+    assert result_bytes("bert") == before
+    assert yoco.main(TRAIN) == 0
+    refused(capsys, SEARCH + ["--out", "superbert/tiny", "--overwrite"], "is what the command")
+    part = SEARCH + ["--checkpoint-every", "1", "--out", "s"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yoco.Searching, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert yoco.main(part) == 130
+    checkpoint = Path("s/checkpoint.safetensors").read_bytes()
+    for broken in (b"", b"\0" * 9, checkpoint[:-1], checkpoint.replace(b"asked", b"asker")):
+        Path("s/checkpoint.safetensors").write_bytes(broken)
+        refused(capsys, part + ["--resume"], "checkpoint.safetensors is damaged")
+    Path("s/checkpoint.safetensors").write_bytes(checkpoint)
+    run = Path("superbert/tiny/run.json").read_text()
+    Path("superbert/tiny/run.json").write_text(run.replace('"finished": "', '"finished": "9'))
+    refused(capsys, part + ["--resume"], "was started with trained =")
+    Path("superbert/tiny/run.json").write_text("{}")
+    refused(capsys, SEARCH, "was not written by train or search")
+    Path("superbert/tiny/run.json").write_text(run)
+    with open("tiny/train.tsv", "a") as file:
+        file.write("the film\t1\n")
+    refused(capsys, SEARCH, "train.tsv has changed")
+    assert yoco.main(TRAIN + ["--stages", "largest", "--overwrite"]) == 0
+    refused(capsys, SEARCH, "it holds nothing to search")
 
 
 def test_help_explains_every_setting(capsys):
@@ -1324,7 +1393,7 @@ def test_equation_ledger():
     """Every test and function that the ledger names exists; every line of Alg. 1 is marked."""
     ledger = yoco.__doc__.split("the test that checks it:")[1].split("Symbols")[0]
     tests = re.findall(r"(test_\w+)", ledger)
-    assert len(tests) == 8 and all(name in globals() for name in tests)
+    assert len(tests) == 9 and all(name in globals() for name in tests)
     for name in re.findall(r"(\w+(?:\.\w+)?)(?:, \w+)? +test_", ledger):
         assert callable(getattr(Categorical, name.split(".")[1]) if "." in name
                         else getattr(yoco, name))

@@ -21,7 +21,8 @@ Where each equation lives, and the test that checks it:
     Eq. 2        best m with T(m) < Omega               best_fit             test_best_fit
     Eq. 4        natural gradient of ln P = 1_m - theta natural_gradient     test_inverse_fisher
     Eq. 5, 1st   gradient of W, mean over lambda        weight_gradient      test_weight_gradient
-    Eq. 5, 2nd   gradient of theta, mean over lambda    Categorical.step     test_expected_gradient
+    Eq. 5, 2nd   gradient of theta, mean over lambda    natural_gradient     test_expected_gradient
+                 its step, of Fisher length delta       Categorical.step     test_step_length
     Eq. 6        controller K = rho / rho_max           exploit_probability  test_controller
     Eq. 7        reward                                 reward               test_reward
     Alg. 1       EE-SNG over an expanding space         train, make_stages   test_stages
@@ -34,6 +35,7 @@ does instead; README.md lists them.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -49,10 +51,11 @@ import safetensors.torch
 import tokenizers
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 import data
 from model import (BertConfig, ElasticBert, SearchSpace, UserError, count_flops, count_params,
-                   extract, load_bert, save_bert, write_file)
+                   extract, load_bert, read_json, save_bert, write_file)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,7 +200,7 @@ EPOCHS = {  # heads | FFN | depth: the epochs of every stage that opens one more
     "QQP": ((1, 1), (1, 1, 1), (1, 1, 3)),
     "RTE": ((3, 1), (1, 1, 1), (1, 1, 2)),
     "SST-2": ((1, 1), (1, 1, 1), (1, 1, 1)),
-    "TOY": ((2, 2), (2, 2, 2), (2, 2, 6)),                           # CHOICE: from random weights
+    "TOY": ((2, 2), (2, 2, 2), (2, 2, 6)),
     "default": ((3, 3), (3, 3, 3), (3, 3, 3)),
 }
 # AUTHORS: 1e-10 in QNLI's depth stages, which freezes W, and 1e-5 for SST-2; these are the paper's.
@@ -242,9 +245,10 @@ def make_stages(space, task, steps_per_epoch, scale=1.0):
 # train: Algorithm 1
 # --------------------------------------------------------------------------------------------------
 
-def setting(default, text, low=None, choices=None):
-    """A field of a command's settings: default, --help text, smallest or only legal values."""
-    return dataclasses.field(default=default, metadata=dict(help=text, low=low, choices=choices))
+def setting(default, text, low=None, high=2**32, choices=None):
+    """A field of a command's settings: its default, --help text and legal values."""
+    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high,
+                                                            choices=choices))
 
 
 @dataclasses.dataclass
@@ -253,6 +257,13 @@ class Arithmetic:
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", "bf16: autocast over fp32 weights; auto: bf16 where the "
                                      "hardware has it, else fp32", choices=("auto", "fp32", "bf16"))
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, low, high = getattr(self, field.name), *map(field.metadata.get, ("low", "high"))
+            if low is not None and not low <= value <= high:
+                raise UserError(f"--{field.name.replace('_', '-')} {value}: it must be at least "
+                                f"{low} and at most {high}")
 
 
 @dataclasses.dataclass
@@ -277,7 +288,7 @@ class TrainSettings(Arithmetic):
     archs_per_step: int = setting(2, "lambda: architectures sampled per step", low=1)
     delta: float = setting(1.0, "length of a step of theta in the Fisher norm", low=0)
     controller_interval: int = setting(0, "steps between updates of K; 0: 20 an epoch", low=0)
-    holdout: float = setting(0.1, "share of train held out for selection", low=0)
+    holdout: float = setting(0.1, "share of train held out for selection", low=0, high=0.9)
     checkpoint_every: int = setting(500, "steps between checkpoints", low=1)
     seed: int = setting(0, "seed of everything random", low=0)
 
@@ -348,11 +359,11 @@ class Training:
     def __init__(self, settings):
         self.settings = settings
         settings.out = settings.out or f"superbert/{Path(settings.data).resolve().name}"
-        self.output = Output(settings)
-        self.device, self.autocast = arithmetic(settings)
-        self.task = data.load_task(settings.data)
         own = Path(settings.data, "config.json").exists()
         self.bert = settings.bert or (settings.data if own else "bert-base-uncased")
+        self.output = Output(settings, settings.data, self.bert)
+        self.device, self.autocast = arithmetic(settings)
+        self.task = data.load_task(settings.data)
         torch.manual_seed(settings.seed)                             # the classifier, dropout
         self.model = self.initial_model().to(self.device).train()
         self.config, self.space = self.model.config, SearchSpace.for_config(self.model.config)
@@ -370,19 +381,20 @@ class Training:
         self.lr = settings.lr or LEARNING_RATES.get(self.task.name, LEARNING_RATES["default"])
         self.P, self.rng = Categorical(self.space.categories), np.random.default_rng(settings.seed)
         self.optimizer, self.K, self.t, self.order = new_optimizer(self.model), 1.0, 0, None
-        if saved := self.output.begin():
-            self.restore(*saved)
+        self.output.begin(self.restore, train_sha256=fingerprint(settings.data))
         self.progress = Progress(self.t, self.steps)
         print(f"{self.task.name}: {len(kept)} examples to train on, {len(self.held)} held out; "
               f"{count_params(self.config, self.space.largest()):,} parameters, "
-              f"{self.space.size():.1e} architectures; {self.steps} steps")
+              f"{self.space.size():.1e} architectures; {self.steps} steps"
+              + ("" if self.held else "; without a hold-out, search will need --select-on dev"))
 
     def initial_model(self):
         """The pretrained BERT; or one from random weights, where the data directory has a
         config.json of its own without weights."""
-        if self.bert == "bert-base-uncased" and not Path(self.bert).exists():
-            raise UserError("there is no directory bert-base-uncased; run: python -m glue.download "
-                            "bert-base-uncased (or name another BERT with --bert)")
+        name = Path(self.bert).name
+        if name in ("bert-base-uncased", "all-MiniLM-L6-v2") and not Path(self.bert).exists():
+            raise UserError(f"there is no directory {self.bert}; run: python -m glue.download "
+                            f"{name} (or name another BERT with --bert)")
         if self.bert == self.settings.data and not Path(self.bert, "model.safetensors").exists():
             model = ElasticBert(BertConfig.load(self.bert), self.task.num_labels)
         else:
@@ -462,6 +474,7 @@ class Training:
                    theta=[theta.tolist() for theta in self.P.theta])
         return self.output.finish(self.device, task=self.task.name, metric=self.task.metric,
                                   data=self.settings.data, max_length=self.max_length, lr=self.lr,
+                                  held_out=[self.settings.holdout, self.settings.seed],
                                   steps=self.steps, holdout=holdout)
 
 
@@ -532,15 +545,23 @@ class Searching:
 
     def __init__(self, settings):
         self.settings = settings
-        self.directory = Path(settings.model or latest_superbert())
+        settings.model = settings.model or latest_superbert()
+        self.directory = Path(settings.model)
         wish = settings.max_params or settings.max_flops + "-flops"
         settings.out = settings.out or f"subbert/{self.directory.resolve().name}-{wish}"
-        self.output = Output(settings)
+        self.output = Output(settings, settings.model)
         self.device, self.autocast = arithmetic(settings)
-        self.trained = read_json(self.directory / "run.json", "does not exist: train first")
+        self.trained = read_run(self.directory)
         task, config = data.load_task(self.trained["data"]), BertConfig.load(self.directory)
         self.task, self.space = task, SearchSpace.for_config(config)
         self.P = load_theta(self.directory / "theta.json", self.space)
+        if self.P.uniform().entropy() == 0:
+            raise UserError(f"{self.directory} was trained with --stages largest: it holds nothing "
+                            "to search")
+        sha256 = fingerprint(self.trained["data"])
+        if self.trained.get("train_sha256") != sha256:
+            raise UserError(f"{self.trained['data']}/train.tsv has changed since the training of "
+                            f"{self.directory}: its hold-out is lost, so train again")
 
         kind, count = ("FLOPs", count_flops) if settings.max_flops else ("parameters", count_params)
         self.cost = lambda arch: count(config, arch)                 # T(m)
@@ -550,14 +571,12 @@ class Searching:
             raise UserError(f"no sub-BERT has fewer than {self.budget:,.0f} {kind}: the smallest "
                             f"has {least:,} ({least / self.full_cost:.3f}x)")
         self.model = load_trained(self.directory, task).to(self.device)
-        _, held = data.split_holdout(task.train, self.trained["settings"]["holdout"],
-                                     self.trained["settings"]["seed"])
+        _, held = data.split_holdout(task.train, *self.trained["held_out"])
         if settings.select_on == "holdout" and not held:
             raise UserError("the super-BERT was trained without a hold-out: use --select-on dev")
         self.score = self.scorer([held] if settings.select_on == "holdout" else task.devs)
         self.rng, self.memo, self.asked = np.random.default_rng(settings.seed), {}, 0
-        if saved := self.output.begin():
-            self.restore(saved[1])
+        self.output.begin(self.restore, train_sha256=sha256, trained=self.trained["finished"])
         self.progress = Progress(self.asked, settings.evaluations)
         print(f"searching {self.directory} for T(m) < {self.budget:,.0f} {kind} "
               f"({self.budget / self.full_cost:.3f}x), selecting on {settings.select_on}")
@@ -572,17 +591,18 @@ class Searching:
         self.asked += n
         best = best_fit(self.memo, self.cost, self.budget)
         self.output.log(asked=self.asked, run=len(self.memo), best=self.memo.get(best))
-        self.progress.show(self.asked, f"asked, {len(self.memo)} run  best {self.memo.get(best)}")
+        self.progress.show(self.asked, f"asked, {len(self.memo)} run  best fitting score "
+                                       f"{self.memo.get(best, math.nan):.2f}")
         if self.asked % (self.settings.checkpoint_every * n) == 0:
             self.output.save({}, asked=self.asked, rng=self.rng.bit_generator.state,
                              theta=[theta.tolist() for theta in self.P.theta],
                              memo=[[self.space.choices(m), s] for m, s in self.memo.items()])
 
-    def restore(self, state):
+    def restore(self, _, state):
         """The inverse of the save above."""
         self.asked, self.rng.bit_generator.state = state["asked"], state["rng"]
         self.P.theta = [np.array(theta) for theta in state["theta"]]
-        self.memo = {self.space.arch(choices): score for choices, score in state["memo"]}
+        self.memo.update((self.space.arch(choices), score) for choices, score in state["memo"])
 
     def finish(self, arch):
         """Read dev once, for the architecture found, and write that as a model of its own."""
@@ -611,7 +631,7 @@ def parse_budget(max_params, max_flops, full):
     if bool(max_params) == bool(max_flops):
         raise UserError("name one budget: --max-params or --max-flops")
     text = max_params or max_flops
-    match = re.fullmatch(r"(\d+\.?\d*(?:e\d{1,2})?|\.\d+)([kmgbx]?)", text.strip().lower())
+    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?)([kmgbx]?)", text.strip().lower())
     unit = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "x": full}
     budget = float(match[1]) * unit[match[2]] if match else 0
     if budget <= 0:
@@ -621,13 +641,29 @@ def parse_budget(max_params, max_flops, full):
 
 def latest_superbert():
     """The directory in superbert/ whose training finished last."""
-    runs = [(read_json(path).get("finished", ""), str(path.parent))
-            for path in Path("superbert").glob("*/run.json")]
+    runs = [(read_run(path.parent)["finished"], str(path.parent))
+            for path in Path("superbert").glob("*/run.json")
+            if path.with_name("theta.json").exists()]                # else a sub-BERT
     if not runs:
         raise UserError("there is no finished super-BERT in superbert/: run `python yoco.py train` "
                         "first, or name one with --model")
     print(f"using {max(runs)[1]}, the super-BERT finished last")
     return max(runs)[1]
+
+
+def read_run(directory):
+    """The run.json of a finished train or search; UserError where it lacks what others read."""
+    path = Path(directory) / "run.json"
+    run = read_json(path, "does not exist: no finished train or search")
+    for name, kind in (("data", str), ("max_length", int), ("finished", str)):
+        if not isinstance(run.get(name), kind):
+            raise UserError(f"{path} was not written by train or search: it has no valid {name}")
+    return run
+
+
+def fingerprint(directory):
+    """The sha256 of a data directory's train.tsv: the hold-out is a part of exactly that file."""
+    return hashlib.sha256((Path(directory) / "train.tsv").read_bytes()).hexdigest()
 
 
 def load_theta(path, space):
@@ -642,7 +678,7 @@ def load_theta(path, space):
     if found != [space.depths, space.heads, space.ffn_sizes]:
         raise UserError(f"{path} belongs to another search space than the model beside it")
     if [t.shape for t in theta] != [t.shape for t in P.theta] or not all(
-            np.isfinite(t).all() and (t >= 0).all() and abs(t.sum() - 1) < 1e-6 for t in theta):
+            np.isfinite(t).all() and (t >= 0).all() and abs(t.sum() - 1) < 1e-9 for t in theta):
         raise UserError(f"{path} holds no probability distribution over the search space")
     P.theta = theta
     return P
@@ -665,7 +701,7 @@ def evaluate(settings):
     if not settings.model:
         raise UserError("name the model with --model")
     device, autocast = arithmetic(settings)
-    run = read_json(Path(settings.model) / "run.json", "does not exist: nothing finished there")
+    run = read_run(settings.model)
     task = data.load_task(settings.data or run["data"])
     model = load_trained(settings.model, task).to(device)
     config, archs = model.config, {"": model.config.arch}
@@ -737,7 +773,7 @@ def arithmetic(settings):
 
 
 def hardware(device):
-    """The processor's name, and its number of threads."""
+    """The GPU's name, or the processor's and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -768,6 +804,8 @@ def write_model(model, tokenizer, directory):
     for name in ("vocab.txt", "tokenizer_config.json"):
         if Path(tokenizer, name).exists():
             write_file(Path(directory, name), Path(tokenizer, name).read_bytes())
+        else:                                                        # of a result being replaced
+            Path(directory, name).unlink(missing_ok=True)
 
 
 def in_words(result):
@@ -784,19 +822,6 @@ def costs_in_words(config, arch, full=None):
             f"FLOPs {part(count_flops)}, at 128 tokens")
 
 
-def read_json(path, otherwise="does not exist"):
-    """A JSON object from a file; UserError `path otherwise` where there is none."""
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} {otherwise}") from None
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content
-
-
 def write_json(path, **fields):
     """Write a JSON object, one field per line."""
     rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
@@ -811,43 +836,56 @@ class Output:
     """The directory that a command writes. It is finished once run.json is there, which comes last,
     and can be resumed while checkpoint.safetensors is: one file, always replaced as a whole."""
 
-    def __init__(self, settings):
+    def __init__(self, settings, *inputs):
         self.settings, self.directory = settings, Path(settings.out)
         self.checkpoint = self.directory / "checkpoint.safetensors"
         self.started = time.perf_counter()
+        for source in map(Path, inputs):
+            if source.resolve() == self.directory.resolve():
+                raise UserError(f"--out {self.directory} is what the command reads: choose another")
+        foreign = any((self.directory / n).exists() for n in ("config.json", "model.safetensors"))
         finished, unfinished = (self.directory / "run.json").exists(), self.checkpoint.exists()
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
         if settings.resume and finished:
             raise Finished(f"{self.directory} is finished: nothing to resume")
-        if not settings.overwrite and (finished or unfinished and not settings.resume):
+        if not settings.overwrite and (finished or foreign or unfinished) and not (
+                settings.resume and unfinished):
             raise UserError(f"{self.directory} holds " + (
                 "a finished result: choose another --out" if finished else
-                "an unfinished run: go on with --resume") + ", or replace it with --overwrite")
+                "an unfinished run: go on with --resume" if unfinished else
+                "another model: choose another --out") + ", or replace it with --overwrite")
 
-    def begin(self):
-        """Open the directory; (tensors, state) where there is a checkpoint to resume from."""
+    def begin(self, restore, **inputs):
+        """Open the directory; hand (tensors, state) of a checkpoint to resume from to `restore`.
+        `inputs` tell what the run works on; like the settings, they must not have changed."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.inputs = inputs
         resumed = self.settings.resume and self.checkpoint.exists()
         if not resumed:
             if self.settings.resume:
                 print(f"{self.directory}: nothing to resume, starting afresh")
-            (self.directory / "run.json").unlink(missing_ok=True)
-            self.checkpoint.unlink(missing_ok=True)
+            for name in ("run.json", "theta.json", "checkpoint.safetensors"):
+                (self.directory / name).unlink(missing_ok=True)
             self.log_file = open(self.directory / "log.jsonl", "wb")
-            return None
-        with safetensors.safe_open(self.checkpoint, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            state = json.loads(file.metadata()["state"])
-        for name, value in self.kept_settings().items():
-            if state["settings"].get(name) != value:
-                raise UserError(f"{self.directory} was started with {name} = "
-                                f"{state['settings'].get(name)!r}, not {value!r}")
-        self.log_file = open(self.directory / "log.jsonl", "r+b")
-        self.log_file.truncate(state["log_bytes"])
-        self.log_file.seek(state["log_bytes"])
-        self.started -= state["seconds"]
-        return tensors, state
+            return
+        try:
+            with safetensors.safe_open(self.checkpoint, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                state = json.loads(file.metadata()["state"])
+            for name, value in (self.kept_settings() | inputs).items():
+                if state["run"].get(name) != value:
+                    raise UserError(f"{self.directory} was started with {name} = "
+                                    f"{state['run'].get(name)!r}, not {value!r}")
+            restore(tensors, state)
+            self.log_file = open(self.directory / "log.jsonl", "r+b")
+            self.log_file.truncate(state["log_bytes"])
+            self.log_file.seek(state["log_bytes"])
+            self.started -= state["seconds"]
+        except UserError:
+            raise
+        except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            raise UserError(f"{self.checkpoint} is damaged: begin anew with --overwrite") from None
 
     def kept_settings(self):
         """The settings that the result depends on."""
@@ -862,7 +900,7 @@ class Output:
         """Replace the checkpoint. The log that it belongs to is on the disk before it."""
         self.log_file.flush()
         os.fsync(self.log_file.fileno())
-        state |= dict(settings=self.kept_settings(), log_bytes=self.log_file.tell(),
+        state |= dict(run=self.kept_settings() | self.inputs, log_bytes=self.log_file.tell(),
                       seconds=time.perf_counter() - self.started)
         tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         write_file(self.checkpoint, safetensors.torch.save(tensors, {"state": json.dumps(state)}))
@@ -870,7 +908,8 @@ class Output:
     def finish(self, device, **facts):
         """Write run.json, which makes the result final, and drop the checkpoint."""
         seconds, memory = round(time.perf_counter() - self.started, 1), round(peak_memory(device))
-        facts |= dict(settings=self.kept_settings(), seconds=seconds, peak_memory_mib=memory,
+        facts |= dict(**self.inputs, settings=self.kept_settings(), seconds=seconds,
+                      peak_memory_mib=memory,
                       hardware=hardware(device), versions=dict(
                           python=platform.python_version(), torch=torch.__version__,
                           numpy=np.__version__, tokenizers=tokenizers.__version__),
@@ -890,7 +929,7 @@ class Progress:
         self.start = self.shown = time.perf_counter()
 
     def ms(self, done):
-        """Milliseconds per step since the program began."""
+        """Milliseconds per step since this run, or its resumption, began."""
         return 1000 * (time.perf_counter() - self.start) / max(1, done - self.first)
 
     def show(self, done, text):
@@ -930,17 +969,13 @@ def parse(argv):
                 metavar=None if choices else field.type.__name__.upper())
             shown = f" (default: {field.default})" if field.default else ""
             sub.add_argument("--" + field.name.replace("_", "-"), help=text + shown, **form)
-        sub.set_defaults(parser=sub)
     options, unknown = parser.parse_known_args(argv)
     options = vars(options)
     if unknown:
         known = " ".join("--" + f.name.replace("_", "-") for f in
                          dataclasses.fields(COMMANDS[options["command"]][0]))
         parser.error(f"unknown: {' '.join(unknown)}; {options['command']} knows {known}")
-    sub, (kind, function) = options.pop("parser"), COMMANDS[options.pop("command")]
-    for field in dataclasses.fields(kind):
-        if (low := field.metadata["low"]) is not None and not low <= options[field.name] < math.inf:
-            sub.error(f"--{field.name.replace('_', '-')} must be a number of at least {low}")
+    kind, function = COMMANDS[options.pop("command")]
     return kind(**options), function
 
 
@@ -954,12 +989,16 @@ def main(argv=None):
     except UserError as error:
         print(f"yoco.py: error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print("yoco.py: error: out of memory: try a smaller --batch-size", file=sys.stderr)
+        return 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"yoco.py: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nyoco.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\nyoco.py: interrupted; train and search go on from their last checkpoint, if there "
+              "is one, with --resume", file=sys.stderr)
         return 130
     return 0
 

@@ -24,11 +24,11 @@ COMMON = ["--lr", "1e-4", "--batch-size", "32"]     # MiniLM wants more than the
 
 def cells(seed, data, bert, work):
     """(name, command, arguments, directory) of everything that one seed runs, in order."""
-    full, plain = f"{work}/mrpc-{seed}", f"{work}/plain-{seed}"
+    full, plain = f"{work}/superbert/mrpc-{seed}", f"{work}/superbert/plain-{seed}"
     given = ["--data", data, "--bert", bert, "--seed", str(seed), *COMMON]
     yield "largest", full, [["train", *given, "--epochs", SCALE, "--out", full]]
     for budget in BUDGETS:
-        out = f"{work}/mrpc-{seed}-{budget}"
+        out = f"{work}/subbert/mrpc-{seed}-{budget}"
         yield f"under {budget}", out, [["search", "--model", full, "--max-params", budget, "--seed",
                                         str(seed), "--evaluations", EVALUATIONS, "--out", out]]
     yield "plain", plain, [["train", *given, "--stages", "largest", "--out", plain]]
@@ -74,7 +74,7 @@ if __name__ == "__main__":
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("--data", default="glue/MRPC")
     parser.add_argument("--bert", default="all-MiniLM-L6-v2")
-    parser.add_argument("--work", default="superbert", help="where the models go")
+    parser.add_argument("--work", default=".", help="where superbert/ and subbert/ go")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     options = parser.parse_args()
     if options.command == "run":

@@ -1,9 +1,9 @@
 """Write the made-up task glue/TOY and a tiny untrained BERT for it: `python -m glue.toy`.
 
 The task is the sentiment of invented film reviews, in SST-2's format: does the writer recommend it?
-Its sentences look like English, but their label follows from one rule, `label`, that leaves no doubt
-and that no list of good and bad words can apply: the words' order decides. So a small BERT learns it
-from random weights in a minute, and the smallest sub-BERTs do visibly worse than the full model.
+Its sentences look like English, but their label follows from one rule, `label`, that leaves no
+doubt and that no list of good and bad words can apply: the words' order decides. So a small BERT
+learns it from random weights in a minute, and the smallest sub-BERTs do visibly worse.
 
 Only `random.Random.random` is drawn from, whose sequence Python guarantees: a seed gives the same
 bytes on every machine. Standard library only.
@@ -14,7 +14,7 @@ import json
 import random
 from pathlib import Path
 
-# Every word that can occur, besides "the was , i doubt that we did" and "but although and".
+# Every word that can occur; the label depends on the order of those in OTHERS.
 THINGS = "plot cast acting music script ending dialogue story pacing humor".split()
 GOOD = "good great brilliant funny moving clever charming fresh".split()
 BAD = "bad awful dull boring weak stale clumsy tedious".split()
@@ -22,7 +22,7 @@ LIKE = "love enjoy admire like".split()
 HATE = "hate dislike loathe regret".split()
 PAST = {verb: verb + ("ted" if verb == "regret" else "d" if verb[-1] == "e" else "ed")
         for verb in LIKE + HATE}
-STRONG = "very truly really extremely".split()                     # verbs take the two in the middle
+STRONG = "very truly really extremely".split()               # verbs take the two in the middle
 NOT = "not never hardly".split()
 
 POSITIVE = {*GOOD, *LIKE, *(PAST[verb] for verb in LIKE)}
@@ -55,7 +55,7 @@ def value(clause):
 
 
 def label(sentence):
-    """The rule: 1 for praise, 0 for blame, None where the two balance (such a sentence is not used).
+    """The rule: 1 for praise, 0 for blame, None where the two balance (no such sentence is used).
 
     What "although" introduces does not count, nor does what stands before "but"; clauses joined by
     "and" add up, so that the stronger one decides where they disagree.
@@ -104,20 +104,18 @@ def make(seed):
         rows, left = [], {None: 0, 0: size // 2, 1: size // 2}     # as much praise as blame
         while len(rows) < size:
             sentence = random_sentence(rng)
-            answer = label(sentence)
-            if sentence not in seen and left[answer]:
+            if sentence not in seen and left[answer := label(sentence)]:
                 seen.add(sentence)
                 left[answer] -= 1
                 rows.append((sentence, answer))
         splits[split] = rows
     words = SPECIAL + sorted({*OTHERS, *THINGS, *POSITIVE, *NEGATIVE, *STRONG, *NOT})
-    files = {f"{split}.tsv": "".join(f"{a}\t{b}\n" for a, b in [("sentence", "label"), *rows])
-             for split, rows in splits.items()}
-    files["test.tsv"] = "".join(f"{a}\t{b}\n" for a, b in [("index", "sentence"), *enumerate(
-        sentence for sentence, _ in splits["test"])])
-    files["vocab.txt"] = "".join(word + "\n" for word in words)
-    files["config.json"] = json.dumps({**CONFIG, "vocab_size": len(words)}, indent=2) + "\n"
-    return files
+    tables = {split: [("sentence", "label"), *rows] for split, rows in splits.items()}
+    tables["test"] = [("index", "sentence"), *enumerate(row[0] for row in splits["test"])]
+    return {"vocab.txt": "".join(word + "\n" for word in words),
+            "config.json": json.dumps({**CONFIG, "vocab_size": len(words)}, indent=2) + "\n",
+            **{f"{split}.tsv": "".join(f"{a}\t{b}\n" for a, b in table)
+               for split, table in tables.items()}}
 
 
 def main(argv=None):
