@@ -14,7 +14,7 @@ import json
 import random
 from pathlib import Path
 
-# Every word that can occur; the label depends on the order of those in OTHERS.
+# Every word that can occur. Their order in these lists is part of what a seed stands for.
 THINGS = "plot cast acting music script ending dialogue story pacing humor".split()
 GOOD = "good great brilliant funny moving clever charming fresh".split()
 BAD = "bad awful dull boring weak stale clumsy tedious".split()
@@ -24,12 +24,10 @@ PAST = {verb: verb + ("ted" if verb == "regret" else "d" if verb[-1] == "e" else
         for verb in LIKE + HATE}
 STRONG = "very truly really extremely".split()               # verbs take the two in the middle
 NOT = "not never hardly".split()
-
 POSITIVE = {*GOOD, *LIKE, *(PAST[verb] for verb in LIKE)}
 NEGATIVE = {*BAD, *HATE, *(PAST[verb] for verb in HATE)}
 OTHERS = "the was , i doubt that we did but although and".split()
 SPECIAL = "[PAD] [UNK] [CLS] [SEP] [MASK]".split()
-
 SIZES = {"train": 3000, "dev": 800, "test": 400}                   # sentences; no two are the same
 CONFIG = {  # five layers, so that BERT-base's fractions give four depths; about 150,000 parameters
     "architectures": ["BertForSequenceClassification"], "model_type": "bert",
@@ -93,13 +91,12 @@ def random_sentence(rng):
     """One clause, or two joined in one of four ways."""
     forms = ["{0}"] * 2 + ["{0} , but {1}", "although {0} , {1}", "{0} although {1}"] * 2
     forms += ["{0} and {1}"] * 3
-    form = forms[int(rng.random() * len(forms))]
-    return form.format(random_clause(rng), random_clause(rng))
+    return forms[int(rng.random() * len(forms))].format(random_clause(rng), random_clause(rng))
 
 
 def make(seed):
     """The data set's files, {name: text}."""
-    rng, seen, splits = random.Random(seed), set(), {}
+    rng, seen, tables = random.Random(seed), set(), {}
     for split, size in SIZES.items():
         rows, left = [], {None: 0, 0: size // 2, 1: size // 2}     # as much praise as blame
         while len(rows) < size:
@@ -108,10 +105,9 @@ def make(seed):
                 seen.add(sentence)
                 left[answer] -= 1
                 rows.append((sentence, answer))
-        splits[split] = rows
+        tables[split] = [("sentence", "label"), *rows]
+    tables["test"] = [("index", "sentence"), *enumerate(row[0] for row in tables["test"][1:])]
     words = SPECIAL + sorted({*OTHERS, *THINGS, *POSITIVE, *NEGATIVE, *STRONG, *NOT})
-    tables = {split: [("sentence", "label"), *rows] for split, rows in splits.items()}
-    tables["test"] = [("index", "sentence"), *enumerate(row[0] for row in splits["test"])]
     return {"vocab.txt": "".join(word + "\n" for word in words),
             "config.json": json.dumps({**CONFIG, "vocab_size": len(words)}, indent=2) + "\n",
             **{f"{split}.tsv": "".join(f"{a}\t{b}\n" for a, b in table)
