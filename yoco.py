@@ -745,6 +745,7 @@ def scorer(model, parts, metric, device, autocast, batch_size=32):
             for part in parts]
 
     def score(arch):
+        """{metric: %} of one architecture."""
         results = []
         model.eval()
         with torch.inference_mode(), autocast():
