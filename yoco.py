@@ -613,7 +613,7 @@ class Searching:
             self.memo[arch] = self.score(arch)["score"]
         dev = self.scorer(self.task.devs)(arch)
         print(f"found: {arch}\n  {costs_in_words(config, arch, self.space.largest())}\n"
-              f"  score {self.memo[arch]:.2f} on {where}, which selected it\n  dev: {in_words(dev)}"
+              f"  score {self.memo[arch]:.2f} on {where}, which selects\n  dev: {in_words(dev)}"
               + ("  (optimistic: dev selected it)" if where == "dev" else "")
               + f"\n  evaluations: {self.asked} asked, {len(self.memo)} run")
         write_model(extract(self.model, arch), self.directory, self.output.directory)

@@ -23,28 +23,27 @@ COMMON = ["--lr", "1e-4", "--batch-size", "32"]     # MiniLM wants more than the
 
 
 def cells(seed, data, bert, work):
-    """(name, command, arguments, directory) of everything that one seed runs, in order."""
+    """(name, directory, command line) of everything that one seed runs, in order."""
     full, plain = f"{work}/superbert/mrpc-{seed}", f"{work}/superbert/plain-{seed}"
     given = ["--data", data, "--bert", bert, "--seed", str(seed), *COMMON]
-    yield "largest", full, [["train", *given, "--epochs", SCALE, "--out", full]]
+    yield "largest", full, ["train", *given, "--epochs", SCALE, "--out", full]
     for budget in BUDGETS:
         out = f"{work}/subbert/mrpc-{seed}-{budget}"
-        yield f"under {budget}", out, [["search", "--model", full, "--max-params", budget, "--seed",
-                                        str(seed), "--evaluations", EVALUATIONS, "--out", out]]
-    yield "plain", plain, [["train", *given, "--stages", "largest", "--out", plain]]
+        yield f"under {budget}", out, ["search", "--model", full, "--max-params", budget, "--seed",
+                                       str(seed), "--evaluations", EVALUATIONS, "--out", out]
+    yield "plain", plain, ["train", *given, "--stages", "largest", "--out", plain]
 
 
 def run(seeds, data, bert, work):
     """Fill the cells of `seeds`, one JSON file each."""
     RESULTS.mkdir(exist_ok=True)
     for seed in seeds:
-        for name, out, commands in cells(seed, data, bert, work):
+        for name, out, command in cells(seed, data, bert, work):
             path = RESULTS / f"minilm-mrpc-{name.replace(' ', '-')}-seed{seed}.json"
             if path.exists():
                 continue
-            for command in commands:
-                if status := yoco.main([*command, "--resume"]):
-                    sys.exit(status)
+            if status := yoco.main([*command, "--resume"]):
+                sys.exit(status)
             facts = {"params": 22713216, **yoco.read_json(Path(out) / "run.json")}
             dev = facts.get("dev") or yoco.evaluate(yoco.EvalSettings(model=out, data=data))
             keep = ("params", "arch", "selection_score", "holdout", "evaluations_asked",
