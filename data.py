@@ -202,19 +202,25 @@ def encode(examples, directory, max_length):
             for t, e in zip(tokenizer.encode_batch(texts), examples)]
 
 
-def batches(encoded, batch_size, rng=None):
-    """Cut `encoded` into batches of similar length: index lists that name each example once.
-
-    With `rng` (a numpy Generator) for training: shuffled, sorted by length only within buckets of
-    50 batches, and the batches shuffled again. Without: longest first, for evaluation.
-    """
-    n = len(encoded)
-    order, bucket = (range(n), n) if rng is None else (rng.permutation(n).tolist(), 50 * batch_size)
-    cut = []
-    for start in range(0, n, bucket):
+def batches(encoded, batch_size, rng):
+    """Cut `encoded` into batches of similar length for training: index lists that name each example
+    once. Shuffled with `rng` (a numpy Generator), sorted by length only within buckets of 50
+    batches, and the batches shuffled again."""
+    order, bucket, cut = rng.permutation(len(encoded)).tolist(), 50 * batch_size, []
+    for start in range(0, len(order), bucket):
         chunk = sorted(order[start:start + bucket], key=lambda i: -len(encoded[i].input_ids))
         cut += [chunk[i:i + batch_size] for i in range(0, len(chunk), batch_size)]
-    return cut if rng is None else [cut[i] for i in rng.permutation(len(cut))]
+    return [cut[i] for i in rng.permutation(len(cut))]
+
+
+def token_batches(encoded, tokens=4096):
+    """Cut `encoded` into batches for evaluation: index lists, longest first, each of as many
+    examples as make at most `tokens` tokens when padded to the longest (but at least one)."""
+    order, cut = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids)), []
+    while order:
+        size = max(1, tokens // len(encoded[order[0]].input_ids))
+        cut, order = cut + [order[:size]], order[size:]
+    return cut
 
 
 def collate(encoded, indices, device="cpu"):

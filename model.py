@@ -244,6 +244,27 @@ def front_linear(x, linear, n_out=None, n_in=None):
     return F.linear(x, linear.weight[:n_out, :n_in], linear.bias[:n_out])
 
 
+def dropout(x, p):
+    """F.dropout, which on a CPU draws one number at a time and costs up to a fifth of a step; there
+    64 random bits decide about four elements, which rounds `p` to a multiple of 2**-16."""
+    if p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)
+    keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    return x * (keep.to(x.dtype) / (1 - p))
+
+
+def attention(q, k, v, mask, p):
+    """softmax(q k' / sqrt(D)) v with dropout `p` of the softmax. q [B, H, Q, D] for Q <= T tokens,
+    k and v [B, H, T, D], mask [B, 1, 1, T] bool -> [B, H, Q, D]."""
+    if p == 0 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    # The same, since PyTorch has no fused kernel with dropout for CPUs, and its way around is slow.
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)              # [B, H, Q, T]
+    weights = weights.masked_fill(~mask, -torch.inf).softmax(-1)
+    return dropout(weights, p) @ v
+
+
 class Layer(nn.Module):
     """One post-norm transformer encoder layer with up to `heads` heads and `ffn_size` neurons."""
 
@@ -262,21 +283,23 @@ class Layer(nn.Module):
         self.dropout = config.hidden_dropout_prob
         self.attention_dropout = config.attention_probs_dropout_prob
 
-    def forward(self, x, mask, H, F_):
-        """x [B, T, C], mask [B, 1, 1, T] bool, H heads and F_ neurons of the front -> [B, T, C]."""
+    def forward(self, x, mask, H, F_, last=False):
+        """x [B, T, C], mask [B, 1, 1, T] bool, H heads and F_ neurons of the front -> [B, T, C], or
+        [B, 1, C] of the last layer, out of which only [CLS] goes to the pooler."""
         B, T, C = x.shape
+        p, p_attention = (self.dropout, self.attention_dropout) if self.training else (0.0, 0.0)
 
-        def split(linear):
-            return front_linear(x, linear, H * self.D).view(B, T, H, self.D).transpose(1, 2)
-        a = F.scaled_dot_product_attention(                              # [B, H, T, D]
-            split(self.query), split(self.key), split(self.value), attn_mask=mask,
-            dropout_p=self.attention_dropout if self.training else 0.0)  # the scale is 1/sqrt(D)
-        a = a.transpose(1, 2).reshape(B, T, H * self.D)                  # [B, T, H*D]
-        a = front_linear(a, self.attention_out, n_in=H * self.D)         # [B, T, C]
-        x = self.attention_norm(x + F.dropout(a, self.dropout, self.training))
-        f = self.activation(front_linear(x, self.ffn_in, F_))            # [B, T, F]
-        f = front_linear(f, self.ffn_out, n_in=F_)                       # [B, T, C]
-        return self.ffn_norm(x + F.dropout(f, self.dropout, self.training))
+        def split(x, linear):
+            return front_linear(x, linear, H * self.D).view(B, -1, H, self.D).transpose(1, 2)
+        key, value = split(x, self.key), split(x, self.value)            # [B, H, T, D]
+        x = x[:, :1] if last else x                                      # [B, Q, C], Q = 1 or T
+        a = attention(split(x, self.query), key, value, mask, p_attention)
+        a = a.transpose(1, 2).reshape(B, -1, H * self.D)                 # [B, Q, H*D]
+        a = front_linear(a, self.attention_out, n_in=H * self.D)         # [B, Q, C]
+        x = self.attention_norm(x + dropout(a, p))
+        f = self.activation(front_linear(x, self.ffn_in, F_))            # [B, Q, F]
+        f = front_linear(f, self.ffn_out, n_in=F_)                       # [B, Q, C]
+        return self.ffn_norm(x + dropout(f, p))
 
 
 class ElasticBert(nn.Module):
@@ -309,10 +332,12 @@ class ElasticBert(nn.Module):
                 for wanted, there in zip(arch, own) for n, most in zip(wanted, there)):
             raise UserError(f"architecture [{arch}] does not fit into the model's [{own}]")
 
-    def forward(self, input_ids, token_type_ids, attention_mask, arch=None):
+    def forward(self, input_ids, token_type_ids, attention_mask, arch=None, kept=None):
         """Logits of the sub-BERT `arch` (None: the whole model).
 
-        Args: three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding).
+        Args: three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding); `kept`,
+            a dict for what is computed before each layer, from which a later call on the same batch
+            goes on where its first layers are the same (without dropout, and with the same weights).
         Returns: [B, num_labels]. Raises UserError where `arch` or T exceeds what the model has.
         """
         config, arch = self.config, arch or self.config.arch
@@ -320,15 +345,20 @@ class ElasticBert(nn.Module):
         if T > config.max_position_embeddings:
             raise UserError(f"{T} tokens; the model has {config.max_position_embeddings} positions")
         self.check(arch)
-        x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:T]
-             + self.token_type_embeddings(token_type_ids))               # [B, T, C]
-        x = F.dropout(self.embedding_norm(x), config.hidden_dropout_prob, self.training)
+        p = config.hidden_dropout_prob if self.training else 0.0
         mask = attention_mask.bool()[:, None, None, :]                   # [B, 1, 1, T]
-        for layer, H, F_ in zip(self.layers, *arch):                     # the first d layers
-            x = layer(x, mask, H, F_)
+        sizes, kept = tuple(zip(*arch)), {} if kept is None else kept    # (H, F) of each layer
+        start = max((i for i in range(arch.depth) if sizes[:i] in kept), default=0)
+        x = kept[sizes[:start]] if sizes[:start] in kept else None       # [B, T, C]
+        if x is None:
+            x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:T]
+                 + self.token_type_embeddings(token_type_ids))
+            x = dropout(self.embedding_norm(x), p)
+        for i in range(start, arch.depth):                               # the first d layers
+            kept[sizes[:i]] = x
+            x = self.layers[i](x, mask, *sizes[i], last=i + 1 == arch.depth)
         pooled = torch.tanh(self.pooler(x[:, 0]))                        # [B, C] from [CLS]
-        pooled = F.dropout(pooled, config.hidden_dropout_prob, self.training)
-        return self.classifier(pooled)                                   # [B, num_labels]
+        return self.classifier(dropout(pooled, p))                       # [B, num_labels]
 
 
 def extract(model, arch):

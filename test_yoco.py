@@ -8,6 +8,7 @@ MINILM_DIR defaults to ./all-MiniLM-L6-v2, where `python -m glue.download all-Mi
 """
 
 import ast
+import contextlib
 import dataclasses
 import doctest
 import hashlib
@@ -37,8 +38,8 @@ import data
 import model as model_module
 import yoco
 from glue import download, toy
-from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, count_flops, count_params,
-                   extract, load_bert, save_bert)
+from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, attention, count_flops,
+                   count_params, dropout, extract, load_bert, save_bert)
 from yoco import Categorical
 
 ROOT = Path(__file__).parent
@@ -160,13 +161,16 @@ def test_slice_equals_extracted(tmp_path):
     small_config(), small_config(hidden_size=40, num_attention_heads=5, intermediate_size=100,
                                  num_hidden_layers=3)])
 def test_flops_counter(config):
-    """count_flops against torch's counter, on the math attention backend, which it can count."""
+    """count_flops against torch's counter, on the math attention backend, which it can count, and
+    less what the last layer does not compute: everything but keys and values of T - 1 tokens."""
     model, (ids, types, mask) = ElasticBert(config, 2).eval(), small_batch(B=3, T=7)
     for arch in some_archs(config, 2):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(ids, types, mask, arch)
-        classifier = 2 * config.hidden_size * 2
-        assert counter.get_total_flops() == 3 * (count_flops(config, arch, seq_len=7) + classifier)
+        C, HD, k = config.hidden_size, arch.heads[-1] * config.head_size, arch.ffn_sizes[-1]
+        saved = 6 * (2 * C * HD + 2 * 7 * HD + 2 * C * k)         # multiply-adds
+        expected = count_flops(config, arch, seq_len=7) - 2 * saved + 2 * C * 2     # + classifier
+        assert counter.get_total_flops() == 3 * expected
 
 
 def test_counts_of_the_design():
@@ -201,6 +205,47 @@ def test_gradients_outside_the_slice_are_zero():
             assert weight.grad[corner].abs().sum() > 0 or "key.bias" in name   # softmax ignores it
             weight.grad[corner] = 0
             assert not weight.grad.any()
+
+
+def test_dropout_and_attention(monkeypatch):
+    """Dropout keeps 1 - p of the elements, scales them, in the gradient as well; attention with
+    dropout equals PyTorch's without where nothing is dropped, and its mean where something is."""
+    torch.manual_seed(0)
+    x = torch.ones(999, 1001, requires_grad=True)
+    y = dropout(x, 0.1)
+    y.sum().backward()
+    assert set(y.unique().tolist()) == {0.0, y.max().item()} and abs(y.max() - 1 / 0.9) < 1e-6
+    assert abs(y.mean() - 1) < 0.002 and torch.equal(x.grad, y)    # its spread: 0.0003
+    kept = (y > 0).float()
+    assert (abs(kept.mean(0) - 0.9) < 0.06).all() and (abs(kept.mean(1) - 0.9) < 0.06).all()
+    assert abs((kept[:, 1:] * kept[:, :-1]).mean() - 0.81) < 0.003      # neighbours: independent
+    assert dropout(x, 0.0) is x or torch.equal(dropout(x, 0.0), x)
+    assert dropout(x.bfloat16(), 0.5).dtype == torch.bfloat16
+
+    q, k, v = torch.randn(3, 2, 3, 5, 4).unbind()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()[:, None, None, :]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    mean = sum(attention(q, k, v, mask, 0.2) for _ in range(4000)) / 4000
+    assert (mean - expected).abs().max() < 0.06
+    monkeypatch.setattr("model.dropout", lambda x, p: x)
+    torch.testing.assert_close(attention(q, k, v, mask, 0.2), expected)
+
+
+def test_kept_prefixes():
+    """Architectures that share their first layers compute them once, with the same bits."""
+    model, batch, kept, calls = small_model(), small_batch(), {}, []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    a, b = Arch((2, 4, 6), (8, 16, 48)), Arch((2, 4, 2, 6), (8, 16, 8, 48))
+    for arch, layers in ((a, 3), (b, 2), (a, 1), (Arch((2,), (8,)), 1), (Arch((4,), (8,)), 1)):
+        calls.clear()
+        with torch.inference_mode():
+            logits = model(*batch, arch, kept)
+            assert len(calls) == layers
+            assert torch.equal(logits, model(*batch, arch))
+    score = yoco.scorer(model, [[data.Encoded([2, 3, 4], [0, 0, 0], 1)] * 40], "accuracy",
+                        torch.device("cpu"), contextlib.nullcontext)
+    assert score(a) == score(b) == score(a)
 
 
 def test_padding_changes_nothing():
@@ -654,8 +699,11 @@ def test_batches():
     real = sum(len(e.input_ids) for e in encoded)
     padded = sum(len(b) * max(len(encoded[i].input_ids) for i in b) for b in first)
     assert padded < 1.1 * real
-    lengths = [len(encoded[i].input_ids) for b in data.batches(encoded, 16) for i in b]
-    assert lengths == sorted(lengths, reverse=True)
+    cut = data.token_batches(encoded, 600)
+    lengths = [len(encoded[i].input_ids) for b in cut for i in b]
+    assert lengths == sorted(lengths, reverse=True) and len(lengths) == 1000
+    assert all(500 < len(b) * len(encoded[b[0]].input_ids) <= 600 for b in cut[:-1])
+    assert [len(b) for b in data.token_batches(encoded[:9], 1)] == [1] * 9
     ids, types, mask, labels = data.collate(encoded, [3, 1])
     assert mask.sum(1).tolist() == [len(encoded[3].input_ids), len(encoded[1].input_ids)]
     assert labels.tolist() == [3, 1] and labels.dtype == torch.int64 and mask.dtype == torch.bool

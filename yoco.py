@@ -738,21 +738,43 @@ def latency(model, T, device, autocast):
 # Plumbing: scores, devices, files, progress, the command line
 # --------------------------------------------------------------------------------------------------
 
-def scorer(model, parts, metric, device, autocast, batch_size=32):
-    """A function arch -> {metric: %} over lists of encoded examples; the batches are made once and
-    stay on the device. Of several parts (MNLI's dev has two) "score" is the mean."""
-    made = [[data.collate(part, indices, device) for indices in data.batches(part, batch_size)]
+PREFIX_MEMORY = 2**30    # bytes of hidden states that a scorer keeps for architectures to come
+
+
+def scorer(model, parts, metric, device, autocast):
+    """A function arch -> {metric: %} over lists of encoded examples. Of several parts (MNLI's dev
+    has two) "score" is the mean.
+
+    The batches are made once and stay on the device. Architectures whose first layers are the same
+    compute them once: `kept` holds, per batch, the hidden states before each layer, as many as
+    PREFIX_MEMORY allows; those used longest ago go first. The result is the same to the bit.
+    """
+    made = [[data.collate(part, indices, device) for indices in data.token_batches(part)]
             for part in parts]
+    tokens = sum(inputs[0].numel() for batches in made for inputs in batches)
+    most = PREFIX_MEMORY // (4 * tokens * model.config.hidden_size)
+    kept = [[{} for _ in batches] for batches in made]
+
+    def logits(inputs, arch, kept):
+        """Logits of one batch, as float32; keeps its hidden states and forgets the oldest."""
+        result = model(*inputs, arch, kept).float()
+        sizes = tuple(zip(*arch))
+        for prefix in [sizes[:i] for i in range(arch.depth) if sizes[:i] in kept]:
+            kept[prefix] = kept.pop(prefix)                          # the last in a dict's order
+        for prefix in list(kept)[:max(0, len(kept) - most)]:
+            del kept[prefix]
+        return result
 
     def score(arch):
         """{metric: %} of one architecture."""
         results = []
         model.eval()
         with torch.inference_mode(), autocast():
-            for batches in made:
-                logits = torch.cat([model(*inputs, arch).float() for *inputs, _ in batches])
+            for batches, keep in zip(made, kept):
+                found = [logits(inputs, arch, k) for (*inputs, _), k in zip(batches, keep)]
                 labels = torch.cat([labels for *_, labels in batches])
-                results.append(data.scores(metric, labels.cpu().numpy(), logits.cpu().numpy()))
+                results.append(data.scores(metric, labels.cpu().numpy(),
+                                           torch.cat(found).cpu().numpy()))
         named = {k + "_mismatched" * i: v for i, r in enumerate(results) for k, v in r.items()}
         return named | {"score": float(np.mean([r["score"] for r in results]))}
     return score
