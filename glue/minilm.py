@@ -2,6 +2,7 @@
 
     python -m glue.minilm run --data DIR --bert DIR [--seeds 0 1 2]     train, search, fine-tune
     python -m glue.minilm table                                         print the table
+    python -m glue.minilm compute --scale 0.2 ...                       what half of the epochs costs
 
 Each seed trains a super-BERT with a part of the authors' epochs (SCALE), searches it under three
 budgets, and fine-tunes the full model without elasticity. Every result is one small JSON file under
@@ -11,6 +12,7 @@ glue/results/; what is there is skipped, and what was interrupted resumes.
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,34 @@ def run(seeds, data, bert, work):
                 k: facts[k] for k in keep if k in facts}), indent=1) + "\n")
 
 
+def compute(seeds, data, bert, work, scale):
+    """Train with `scale` of the authors' epochs; keep the hold-out score of 40 architectures drawn
+    uniformly (the same for all), and the processor's seconds, which a pause does not change."""
+    for seed in seeds:
+        path, out = RESULTS / f"compute-{scale}-seed{seed}.json", f"{work}/superbert/c{scale}-{seed}"
+        if path.exists():
+            continue
+        start = time.process_time()
+        if status := yoco.main(["train", "--data", data, "--bert", bert, "--seed", str(seed),
+                                *COMMON, "--epochs", scale, "--out", out, "--resume"]):
+            sys.exit(status)
+        facts, seconds = yoco.read_json(Path(out) / "run.json"), time.process_time() - start
+        rng, config = np.random.default_rng(0), yoco.BertConfig.load(out)
+        space = yoco.SearchSpace.for_config(config)
+        pi = yoco.Categorical(space.categories)
+        archs = [space.arch(pi.sample(rng)) for _ in range(40)]
+        task = yoco.data.load_task(data)
+        _, held = yoco.data.split_holdout(task.train, *facts["held_out"])
+        score = yoco.scorer(yoco.load_trained(out, task),
+                            [yoco.data.encode(held, out, facts["max_length"])], task.metric,
+                            *yoco.arithmetic(yoco.EvalSettings()))
+        path.write_text(json.dumps(dict(
+            scale=float(scale), seed=seed, steps=facts["steps"], cpu_seconds=round(seconds),
+            uniform=float(np.mean([score(arch)["score"] for arch in archs])),
+            holdout=facts["holdout"], hardware=facts["hardware"], versions=facts["versions"]),
+            indent=1) + "\n")
+
+
 def table():
     """Mean and sample standard deviation over the seeds found in glue/results/."""
     def spread(values):
@@ -70,13 +100,16 @@ def table():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("command", choices=("run", "table", "compute"))
     parser.add_argument("--data", default="glue/MRPC")
     parser.add_argument("--bert", default="all-MiniLM-L6-v2")
     parser.add_argument("--work", default=".", help="where superbert/ and subbert/ go")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--scale", default=SCALE, help="compute: the part of the authors' epochs")
     options = parser.parse_args()
     if options.command == "run":
         run(options.seeds, options.data, options.bert, options.work)
+    elif options.command == "compute":
+        compute(options.seeds, options.data, options.bert, options.work, options.scale)
     else:
         table()
