@@ -213,7 +213,7 @@ def batches(encoded, batch_size, rng):
     return [cut[i] for i in rng.permutation(len(cut))]
 
 
-def token_batches(encoded, tokens=4096):
+def token_batches(encoded, tokens):
     """Cut `encoded` into batches for evaluation: index lists, longest first, each of as many
     examples as make at most `tokens` tokens when padded to the longest (but at least one)."""
     order, cut = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids)), []

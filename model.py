@@ -251,7 +251,7 @@ def dropout(x, p):
         return F.dropout(x, p)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)
     keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
-    return x * (keep.to(x.dtype) / (1 - p))
+    return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
 def attention(q, k, v, mask, p):
@@ -335,9 +335,9 @@ class ElasticBert(nn.Module):
     def forward(self, input_ids, token_type_ids, attention_mask, arch=None, kept=None):
         """Logits of the sub-BERT `arch` (None: the whole model).
 
-        Args: three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding); `kept`,
-            a dict for what is computed before each layer, from which a later call on the same batch
-            goes on where its first layers are the same (without dropout, and with the same weights).
+        Args: three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding);
+            `kept`, a dict for the hidden states before each layer: a later call on the same batch
+            (in eval mode, with the same weights) goes on from the first layer that differs.
         Returns: [B, num_labels]. Raises UserError where `arch` or T exceeds what the model has.
         """
         config, arch = self.config, arch or self.config.arch

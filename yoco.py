@@ -34,6 +34,8 @@ does instead; README.md lists them.
 """
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -739,6 +741,7 @@ def latency(model, T, device, autocast):
 # --------------------------------------------------------------------------------------------------
 
 PREFIX_MEMORY = 2**30    # bytes of hidden states that a scorer keeps for architectures to come
+BATCH_TOKENS = {"cpu": 2**11}    # tokens of a batch in evaluation: a CPU's caches like small ones
 
 
 def scorer(model, parts, metric, device, autocast):
@@ -749,7 +752,8 @@ def scorer(model, parts, metric, device, autocast):
     compute them once: `kept` holds, per batch, the hidden states before each layer, as many as
     PREFIX_MEMORY allows; those used longest ago go first. The result is the same to the bit.
     """
-    made = [[data.collate(part, indices, device) for indices in data.token_batches(part)]
+    budget = BATCH_TOKENS.get(device.type, 2**15)
+    made = [[data.collate(part, indices, device) for indices in data.token_batches(part, budget)]
             for part in parts]
     tokens = sum(inputs[0].numel() for batches in made for inputs in batches)
     most = PREFIX_MEMORY // (4 * tokens * model.config.hidden_size)
@@ -782,6 +786,13 @@ def scorer(model, parts, metric, device, autocast):
 
 def arithmetic(settings):
     """(device, maker of autocast contexts) from the settings `device` and `precision`."""
+    if sys.platform == "linux":
+        # glibc gives the memory of every large tensor back to the kernel, which maps and zeroes it
+        # anew for the next one: a tenth of a training step. Let it keep what it has.
+        with contextlib.suppress(OSError, AttributeError):           # another C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)                                      # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)                              # M_TRIM_THRESHOLD
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(n for n in here if here[n]) if settings.device == "auto" else settings.device
     if not here[name]:

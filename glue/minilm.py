@@ -2,7 +2,7 @@
 
     python -m glue.minilm run --data DIR --bert DIR [--seeds 0 1 2]     train, search, fine-tune
     python -m glue.minilm table                                         print the table
-    python -m glue.minilm compute --scale 0.2 ...                       what half of the epochs costs
+    python -m glue.minilm compute --scale 0.2 ...       a part of the epochs: the score it brings
 
 Each seed trains a super-BERT with a part of the authors' epochs (SCALE), searches it under three
 budgets, and fine-tunes the full model without elasticity. Every result is one small JSON file under
@@ -58,7 +58,8 @@ def compute(seeds, data, bert, work, scale):
     """Train with `scale` of the authors' epochs; keep the hold-out score of 40 architectures drawn
     uniformly (the same for all), and the processor's seconds, which a pause does not change."""
     for seed in seeds:
-        path, out = RESULTS / f"compute-{scale}-seed{seed}.json", f"{work}/superbert/c{scale}-{seed}"
+        out = f"{work}/superbert/mrpc-{scale}-{seed}"
+        path = RESULTS / f"compute-{scale}-seed{seed}.json"
         if path.exists():
             continue
         start = time.process_time()

@@ -1,0 +1,314 @@
+"""How fast: training, evaluation and search against the authors' way and against Hugging Face.
+
+    python -m glue.bench [--models MiniLM BERT-base] [--repeats 3] [--batches 3]
+    python -m glue.bench --search DIR --evaluations 1000      what shared prefixes save in a search
+
+Shapes with random weights, which change no time, on the lengths of MRPC. *The authors' way* runs on
+our own model: fp32, everything padded to 128 tokens, batches of 8, one architecture and one forward
+of an idle teacher per step, every architecture of a search evaluated twice. *Hugging Face* is
+`BertForSequenceClassification` at its best: the same precision as ours, batches padded to their
+longest, fused AdamW. All contenders take turns within one run; figures are medians of `--repeats`,
+each over `--batches` batches spread evenly over the lengths. On a CPU nothing else should run.
+
+A pass is one example through one architecture, forward and backward. FLOPs are those of the matrix
+products that are really computed, counted by PyTorch; the peak is the best of a few large products.
+"""
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import yoco
+from model import BertConfig, ElasticBert, SearchSpace, count_flops
+
+try:
+    import transformers
+except ImportError:
+    transformers = None                                              # its rows stay empty
+
+SHAPES = {"BERT-base": BertConfig(),
+          "MiniLM": BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
+          "tiny": BertConfig(hidden_size=48, num_hidden_layers=4, num_attention_heads=3,
+                             intermediate_size=192)}                 # to try the benchmark itself
+
+
+def mrpc():
+    """MRPC's train and dev as encoded examples with random ids; where their lengths are from."""
+    where = Path(os.environ.get("GLUE_DIR", "glue"), "MRPC")
+    bert = Path(os.environ.get("MINILM_DIR", "all-MiniLM-L6-v2"))
+    rng = np.random.default_rng(0)
+    if (where / "train.tsv").exists() and (bert / "vocab.txt").exists():
+        task, source = data.load_task(where), "MRPC's lengths"
+        parts = [[len(e.input_ids) for e in data.encode(part, bert, 128)]
+                 for part in (task.train, task.dev)]
+    else:                                                            # its mean, deviation, extremes
+        source = "lengths drawn like MRPC's: normal, 53 +- 13, cut to 16 ... 103"
+        parts = [rng.normal(53, 13, n).clip(16, 103).astype(int) for n in (3668, 408)]
+    return [[data.Encoded(rng.integers(1000, 30000, n).tolist(), [0] * n, i % 2)
+             for i, n in enumerate(lengths)] for lengths in parts], source
+
+
+def spread(encoded, batch_size, count, device, pad=0):
+    """`count` of the batches of `batch_size`, evenly over the lengths; `pad`: to so many tokens."""
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
+    cut = [order[i:i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size)]
+    chosen = [cut[int((i + 0.5) * len(cut) / count)] for i in range(count)]
+    made = [data.collate(encoded, indices, device) for indices in chosen]
+    return [(*(F.pad(x, (0, max(0, pad - x.shape[1]))) for x in inputs), labels)
+            for *inputs, labels in made]
+
+
+def step(model, optimizer, batch, archs, autocast, teacher=None):
+    """One training step of ours; with `teacher` its idle forward as well."""
+    if teacher is not None:
+        with torch.no_grad():
+            teacher(*batch[:3])
+    yoco.weight_gradient(model, batch, archs, autocast)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def hf_step(model, optimizer, batch, autocast):
+    """One training step of Hugging Face's model."""
+    *inputs, labels = batch
+    optimizer.zero_grad()
+    with autocast():
+        logits = hf_logits(model, inputs)
+    F.cross_entropy(logits.float(), labels).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def hf_logits(model, inputs):
+    """Logits of Hugging Face's model."""
+    ids, types, mask = inputs
+    return model(input_ids=ids, token_type_ids=types, attention_mask=mask.long()).logits
+
+
+def hf_model(config):
+    """Hugging Face's model of the same shape."""
+    return transformers.BertForSequenceClassification(transformers.BertConfig(
+        hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads, num_labels=2,
+        intermediate_size=config.intermediate_size))
+
+
+def take_turns(jobs, repeats, device):
+    """Median seconds of each job of {name: (function of one item, items)}, one after the other in
+    every repetition; a first call on the last item warms up."""
+    seconds = {name: [] for name in jobs}
+    for repeat in range(-1, repeats):
+        for name, (function, items) in jobs.items():
+            start = time.perf_counter()
+            for item in items if repeat >= 0 else items[-1:]:
+                function(item)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(times[1:])) for name, times in seconds.items()}
+
+
+def forward_flops(config, batches, archs):
+    """FLOPs of the matrix products of one forward pass per batch and architecture, counted on the
+    shapes alone; backward takes twice as many."""
+    with torch.device("meta"):
+        model = ElasticBert(config, 2)
+    with FlopCounterMode(display=False) as counter:
+        for batch, arch in zip(batches, archs):
+            model(*(tensor.to("meta") for tensor in batch[:3]), arch)
+    return counter.get_total_flops()
+
+
+def matmul_peak(device, autocast):
+    """FLOP/s of the best of a few large matrix products."""
+    best = 0
+    for n in (2048, 4096) if device.type == "cpu" else (4096, 8192, 16384):
+        x, w = torch.randn(2, n, n, device=device).unbind()
+        with torch.inference_mode(), autocast():
+            for _ in range(8):
+                start = time.perf_counter()
+                F.linear(x, w)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def memory(name, who, device, autocast):
+    """Print the MiB at the peak of three training steps of 32, over those before the model."""
+    (train, _), _ = mrpc()
+    batches, config = spread(train, 32, 3, device), SHAPES[name]
+    before = 0 if device.type == "cuda" else yoco.peak_memory(device)
+    model = (ElasticBert(config, 2) if who == "ours" else hf_model(config)).to(device).train()
+    optimizer = (yoco.new_optimizer(model) if who == "ours"
+                 else torch.optim.AdamW(model.parameters(), lr=0.0, fused=True))
+    for batch in batches:
+        if who == "ours":
+            step(model, optimizer, batch, [config.arch], autocast)
+        else:
+            hf_step(model, optimizer, batch, autocast)
+    print(round(yoco.peak_memory(device) - before))
+
+
+def bench(name, options, device, autocast):
+    """Measure one shape and print its table."""
+    config = SHAPES[name]
+    sizes = {who: int(subprocess.run(                                # first: a child starts with
+        [sys.executable, "-m", "glue.bench", "--memory", who, "--models", name,     # our peak
+         "--device", options.device, "--precision", options.precision], capture_output=True,
+        text=True, check=True).stdout) for who in (["ours", "HF"] if transformers else ["ours"])}
+    (train, dev), source = mrpc()
+    space, rng = SearchSpace.for_config(config), np.random.default_rng(0)
+    pi, n = yoco.Categorical(space.categories), options.batches
+    drawn = [space.arch(pi.sample(rng)) for _ in range(2 * n)]
+    encoder = count_flops(config, space.largest())
+    half = min((space.arch(pi.sample(rng)) for _ in range(1000)),
+               key=lambda arch: abs(count_flops(config, arch) - encoder / 2))
+    model = ElasticBert(config, 2).to(device).train()
+    teacher = ElasticBert(config, 2).to(device).eval()
+    adam, fp32 = yoco.new_optimizer(model), contextlib.nullcontext
+    by_32, by_8 = spread(train, 32, n, device), spread(train, 8, n, device)
+    padded = spread(train, 8, 2 * n, device, pad=128)
+    pairs = [drawn[2 * i:2 * i + 2] for i in range(n)]
+
+    # Training. Every job is (function of an item, items); the largest batches come first.
+    jobs = {
+        "uniform": (lambda i: step(model, adam, by_32[i], pairs[i], autocast), range(n)),
+        "uniform, 8": (lambda i: step(model, adam, by_8[i], pairs[i], autocast), range(n)),
+        "authors": (lambda i: step(model, adam, padded[i], drawn[i:i + 1], fp32, teacher),
+                    range(2 * n)),
+        "largest": (lambda b: step(model, adam, b, [space.largest()], autocast), by_32),
+        "half": (lambda b: step(model, adam, b, [half], autocast), by_32)}
+    if transformers:
+        hf = hf_model(config).to(device).train()
+        adamw = torch.optim.AdamW(hf.parameters(), lr=0.0, fused=True)
+        jobs["HF"] = lambda b: hf_step(hf, adamw, b, autocast), by_32
+    seconds = take_turns(jobs, options.repeats, device)
+    passes = {"uniform": 64 * n, "uniform, 8": 16 * n, "authors": 16 * n, "largest": 32 * n,
+              "half": 32 * n, "HF": 32 * n}
+    speed = {job: passes[job] / seconds[job] for job in jobs}        # passes per second
+    full = [space.largest()] * len(by_32)
+    used = {"training, uniform": 3 * forward_flops(config, [b for b in by_32 for _ in range(2)],
+                                                   drawn) / seconds["uniform"],
+            "training, largest": 3 * forward_flops(config, by_32, full) / seconds["largest"]}
+
+    # Evaluation: ours in batches of so many tokens, Hugging Face's of 32 as the file has them.
+    model.eval()
+    ours = [data.collate(dev, cut, device)[:3]
+            for cut in data.token_batches(dev, yoco.BATCH_TOKENS.get(device.type, 2**15))]
+    theirs = [data.collate(dev, range(i, min(i + 32, len(dev))), device)[:3]
+              for i in range(0, len(dev), 32)]
+    wide = spread(dev, 8, 5, device, pad=128)                        # all alike: five stand for 51
+
+    def evaluator(arch, autocast=autocast):
+        return lambda batch: model(*batch[:3], arch)
+    jobs = {"largest": (evaluator(space.largest()), ours), "half": (evaluator(half), ours)}
+    jobs |= {f"search {i}": (evaluator(arch), ours) for i, arch in enumerate(drawn)}
+    jobs |= {f"authors {i}": (evaluator(arch), wide) for i, arch in enumerate(drawn)}
+    if transformers:
+        hf.eval()
+        jobs["HF"] = (lambda batch: hf_logits(hf, batch)), theirs
+        jobs["HF sorted"] = jobs["HF"][0], ours
+    with torch.inference_mode():
+        wrapped = {}
+        for job, (function, items) in jobs.items():
+            def call(item, function=function, context=fp32 if "authors" in job else autocast):
+                with context():
+                    function(item)
+            wrapped[job] = call, items
+        times = take_turns(wrapped, options.repeats, device)
+    search, authors = (np.mean([times[f"{who} {i}"] for i in range(len(drawn))])
+                       for who in ("search", "authors"))
+    authors *= 2 * len(dev) / (8 * len(wide))                        # twice; all of dev
+    rate = {job: len(dev) / times[job] for job in times}             # examples per second
+    full = full[:1] * len(ours)
+    used["evaluation, largest"] = forward_flops(config, ours, full) / times["largest"]
+    peak = matmul_peak(device, autocast)
+
+    with autocast():
+        precision = F.linear(torch.ones(1, 1, device=device), torch.ones(1, 1, device=device)).dtype
+    print(f"\n**{name}**, {source}, {precision}, {yoco.hardware(device)}, "
+          f"torch {torch.__version__}"
+          + (f", transformers {transformers.__version__}" if transformers else ""))
+    print("\n| what | ratio | ours | the other |\n|---|---|---|---|")
+
+    def row(what, ratio, ours, other):
+        print(f"| {what} | {ratio:.2f} | {ours} | {other} |", flush=True)
+    row("training, uniform architectures, ours at batch 32 / the authors' way at 8",
+        speed["uniform"] / speed["authors"], f"{speed['uniform']:.2f} passes/s",
+        f"{speed['authors']:.2f} passes/s")
+    row("the same, both at batch 8", speed["uniform, 8"] / speed["authors"],
+        f"{speed['uniform, 8']:.2f} passes/s", f"{speed['authors']:.2f} passes/s")
+    row(f"search, per architecture of {len(dev)} examples, nothing shared: the authors' way / ours",
+        authors / search, f"{search:.2f} s", f"{authors:.2f} s")
+    if transformers:
+        row("training, largest: ours / Hugging Face, the same batches of 32",
+            speed["largest"] / speed["HF"], f"{speed['largest']:.2f} passes/s",
+            f"{speed['HF']:.2f} passes/s")
+        row("evaluation, largest: ours / Hugging Face in batches of 32",
+            rate["largest"] / rate["HF"], f"{rate['largest']:.1f} examples/s",
+            f"{rate['HF']:.1f} examples/s")
+        row("the same, Hugging Face in our batches", rate["largest"] / rate["HF sorted"],
+            f"{rate['largest']:.1f} examples/s", f"{rate['HF sorted']:.1f} examples/s")
+        row("peak memory of training, ours / Hugging Face", sizes["ours"] / sizes["HF"],
+            f"{sizes['ours']} MiB", f"{sizes['HF']} MiB")
+    part = count_flops(config, half) / encoder
+    row(f"a sub-BERT with {part:.2f} of the FLOPs / the largest: evaluation",
+        times["half"] / times["largest"], f"{times['half']:.2f} s", f"{times['largest']:.2f} s")
+    row("the same: a training step", seconds["half"] / seconds["largest"],
+        f"{seconds['half'] / n:.2f} s", f"{seconds['largest'] / n:.2f} s")
+    print("\n| ours | GFLOP/s | of the matrix product's "
+          f"{peak / 1e9:.0f} GFLOP/s |\n|---|---|---|")
+    for what, value in used.items():
+        print(f"| {what} | {value / 1e9:.0f} | {100 * value / peak:.0f}% |")
+
+
+def search(options):
+    """Run a search with and without shared prefixes, on the same architectures; print the ratio."""
+    seconds, found = {}, {}
+    for memory in (yoco.PREFIX_MEMORY, 0):
+        yoco.PREFIX_MEMORY = memory
+        with tempfile.TemporaryDirectory() as out:
+            found[memory] = yoco.search(yoco.SearchSettings(
+                model=options.search, out=f"{out}/sub", max_params=options.max_params,
+                evaluations=options.evaluations, device=options.device,
+                precision=options.precision))
+        seconds[memory] = found[memory]["seconds"]
+    (shared, a), (alone, b) = found.items()
+    assert a["arch"] == b["arch"] and a["evaluations_run"] == b["evaluations_run"]
+    print(f"{a['evaluations_run']} evaluations: {seconds[shared]:.0f} s with shared prefixes, "
+          f"{seconds[alone]:.0f} s without: ratio {seconds[alone] / seconds[shared]:.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["MiniLM", "BERT-base"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--memory", choices=("ours", "HF"), help=argparse.SUPPRESS)
+    parser.add_argument("--search", help="a super-BERT: run a search with and without sharing")
+    parser.add_argument("--max-params", default="0.7x", help="its budget")
+    parser.add_argument("--evaluations", type=int, default=1000, help="its length")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    where = yoco.arithmetic(yoco.Arithmetic(options.device, options.precision))
+    if options.search:
+        search(options)
+    elif options.memory:
+        memory(options.models[0], options.memory, *where)
+    else:
+        for model_name in options.models:
+            bench(model_name, options, *where)
