@@ -35,6 +35,7 @@ FORMATS = [  # first match wins; name None: the directory's name; labels None: t
 ]
 COLA = Format("CoLA", "sentence", None, "label", "matthews", ("0", "1"))
 COLA_COLUMNS = ["source", "label", "mark", "sentence"]
+LONGEST_LINE = 10**6
 DOWNLOADS = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE")
 
 
@@ -141,6 +142,11 @@ def read_rows(path):
     lines = text.rstrip("\r\n").split("\n")
     if lines == [""]:
         raise UserError(f"{path} is empty")
+    for number, line in enumerate(lines, 1):
+        if len(line) > LONGEST_LINE or "\0" in line:
+            raise UserError(f"{path}, line {number}: " + (
+                "a NUL byte: this is no text file" if "\0" in line[:LONGEST_LINE] else
+                f"more than {LONGEST_LINE:,} characters"))
     return [line.removesuffix("\r").split("\t") for line in lines]
 
 

@@ -87,8 +87,8 @@ class BertConfig:
                     and all(type(s) is int and 1 <= s <= largest for s in sizes)):
                 raise UserError(f"config: {name} must be {self.num_hidden_layers} whole numbers "
                                 f"from 1 to {largest}, one per layer")
-        if count_params(self, self.arch) > 4 * 10**9:
-            raise UserError("config: more than 4 * 10^9 parameters")
+        if count_params(self, self.arch) > 10**9:
+            raise UserError("config: more than 10^9 parameters")
 
     @property
     def head_size(self):
@@ -316,7 +316,8 @@ class ElasticBert(nn.Module):
         self.layers = nn.ModuleList(Layer(config, h, k) for h, k in zip(*config.arch))
         self.pooler = nn.Linear(C, C)
         self.classifier = nn.Linear(C, num_labels)
-        self.apply(self._init)
+        if not self.pooler.weight.is_meta:
+            self.apply(self._init)
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -479,7 +480,7 @@ def read_json(path, otherwise="does not exist"):
 
 
 def write_file(path, data):
-    """Write bytes so that `path` holds the old content or the new one, whatever happens."""
+    """Write bytes so that `path` holds the old content or the new one, also after a power cut."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -487,5 +488,9 @@ def write_file(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":                    # the new name, too, has to reach the disk
+            directory = os.open(temporary.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)

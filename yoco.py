@@ -43,8 +43,11 @@ import math
 import os
 import platform
 import re
+import shlex
+import signal
 import sys
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -58,6 +61,11 @@ from safetensors import SafetensorError
 import data
 from model import (BertConfig, ElasticBert, SearchSpace, UserError, count_flops, count_params,
                    extract, load_bert, read_json, save_bert, write_file)
+
+try:
+    import fcntl
+except ImportError:                                                  # Windows: no lock there
+    fcntl = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,10 +320,12 @@ def train(settings):
         source = P if rng.random() < run.K else P.uniform()                              # 7
         archs = [space.arch(source.sample(rng)) for _ in range(settings.archs_per_step)]   # 8
         losses = weight_gradient(model, batch, archs, run.autocast)                      # 9
-        if not np.isfinite(losses).all():
-            raise UserError(f"the loss is {losses} at step {t + 1}, stage {stage.name}, learning "
-                            f"rate {run.lr:g}, architectures {'; '.join(map(str, archs))}")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        *losses, norm = torch.stack([*losses, norm]).tolist()        # waits for the device, once
+        if not np.isfinite([*losses, norm]).all():                   # before it can spoil W
+            raise UserError(f"diverged: the loss is {losses}, the norm of its gradient {norm} at "
+                            f"step {t + 1}, stage {stage.name}, learning rate {run.lr:g}, "
+                            f"architectures {'; '.join(map(str, archs))}")
         for group in run.optimizer.param_groups:                     # linear to 0 in every stage
             group["lr"] = run.lr * (1 - (t - stage.first) / stage.steps)
         run.optimizer.step()                                                             # 10
@@ -327,7 +337,7 @@ def train(settings):
 
 def weight_gradient(model, batch, archs, autocast):
     """Leave in every .grad the mean over `archs` of the gradient of the loss on one batch (Eq. 5,
-    first line); return the losses, one per architecture."""
+    first line); return the losses, one tensor () per architecture."""
     # AUTHORS: the losses that are ranked come from two batches, so the batch decides which is best.
     # CHOICE: gradients start as None, so that a layer which no architecture has rests; and an
     # architecture drawn twice is computed once and weighs double.
@@ -339,7 +349,7 @@ def weight_gradient(model, batch, archs, autocast):
             logits = model(*inputs, arch)                            # [B, num_labels]
         loss[arch] = task_loss(logits.float(), labels)
         (loss[arch] * count / len(archs)).backward()                                     # Eq. 5
-    return torch.stack([loss[arch].detach() for arch in archs]).tolist()     # waits for the device
+    return [loss[arch].detach() for arch in archs]
 
 
 def task_loss(logits, labels):
@@ -387,7 +397,8 @@ class Training:
         self.progress = Progress(self.t, self.steps)
         print(f"{self.task.name}: {len(kept)} examples to train on, {len(self.held)} held out; "
               f"{count_params(self.config, self.space.largest()):,} parameters, "
-              f"{self.space.size():.1e} architectures; {self.steps} steps"
+              f"{self.space.size():.1e} architectures; {self.steps} steps; a checkpoint takes "
+              f"{12 * sum(w.numel() for w in self.model.parameters()) / 1e6:,.1f} MB"
               + ("" if self.held else "; without a hold-out, search will need --select-on dev"))
 
     def initial_model(self):
@@ -426,7 +437,7 @@ class Training:
             place = f"{self.stages.index(stage) + 1}/{len(self.stages)}"
             self.progress.show(done, f"stage {place} ({stage.name})  loss {np.mean(losses):.3f}  "
                                      f"K {self.K:.2f} (floor {floor:.2f})")
-        if done % self.settings.checkpoint_every == 0 and done < self.steps:
+        if (SIGNALS or done % self.settings.checkpoint_every == 0) and done < self.steps:
             self.save(done)
 
     def save(self, done):
@@ -573,7 +584,7 @@ class Searching:
             raise UserError(f"no sub-BERT has fewer than {self.budget:,.0f} {kind}: the smallest "
                             f"has {least:,} ({least / self.full_cost:.3f}x)")
         self.model = load_trained(self.directory, task).to(self.device)
-        _, held = data.split_holdout(task.train, *self.trained["held_out"])
+        _, held = data.split_holdout(task.train, *self.trained.get("held_out", [0, 0]))
         if settings.select_on == "holdout" and not held:
             raise UserError("the super-BERT was trained without a hold-out: use --select-on dev")
         self.score = self.scorer([held] if settings.select_on == "holdout" else task.devs)
@@ -595,7 +606,7 @@ class Searching:
         self.output.log(asked=self.asked, run=len(self.memo), best=self.memo.get(best))
         self.progress.show(self.asked, f"asked, {len(self.memo)} run  best fitting score "
                                        f"{self.memo.get(best, math.nan):.2f}")
-        if self.asked % (self.settings.checkpoint_every * n) == 0:
+        if SIGNALS or self.asked % (self.settings.checkpoint_every * n) == 0:
             self.output.save({}, asked=self.asked, rng=self.rng.bit_generator.state,
                              theta=[theta.tolist() for theta in self.P.theta],
                              memo=[[self.space.choices(m), s] for m, s in self.memo.items()])
@@ -657,8 +668,15 @@ def read_run(directory):
     """The run.json of a finished train or search; UserError where it lacks what others read."""
     path = Path(directory) / "run.json"
     run = read_json(path, "does not exist: no finished train or search")
-    for name, kind in (("data", str), ("max_length", int), ("finished", str)):
-        if not isinstance(run.get(name), kind):
+    share, seed = pair if isinstance(pair := run.get("held_out", [0, 0]), list) and len(
+        pair) == 2 else (None, None)
+    for name, valid in (
+            ("data", isinstance(run.get("data"), str) and "\0" not in run["data"]),
+            ("max_length", type(run.get("max_length")) is int and 1 <= run["max_length"] <= 10**6),
+            ("held_out", type(share) in (int, float) and 0 <= share <= 0.9
+             and type(seed) is int and 0 <= seed <= 2**32),
+            ("finished", isinstance(run.get("finished"), str))):
+        if not valid:
             raise UserError(f"{path} was not written by train or search: it has no valid {name}")
     return run
 
@@ -675,7 +693,7 @@ def load_theta(path, space):
     try:
         found = [tuple(stored[name]) for name in ("depths", "heads", "ffn_sizes")]
         theta = [np.array(t, np.float64) for t in stored["theta"]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         raise UserError(f"{path} is not a theta.json") from None
     if found != [space.depths, space.heads, space.ffn_sizes]:
         raise UserError(f"{path} belongs to another search space than the model beside it")
@@ -862,6 +880,15 @@ def write_json(path, **fields):
     write_file(path, f"{{\n{rows}\n}}\n".encode())
 
 
+def checksum(tensors, text):
+    """The CRC-32 of a checkpoint's content, as a string: what the disk damaged is not resumed."""
+    crc = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    return str(crc)
+
+
 class Finished(Exception):
     """--resume met a run with nothing left to do."""
 
@@ -882,6 +909,8 @@ class Output:
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
         if settings.resume and finished:
+            run = read_json(self.directory / "run.json")
+            self.compare(run.get("settings"), self.kept_settings())
             raise Finished(f"{self.directory} is finished: nothing to resume")
         if not settings.overwrite and (finished or foreign or unfinished) and not (
                 settings.resume and unfinished):
@@ -894,6 +923,16 @@ class Output:
         """Open the directory; hand (tensors, state) of a checkpoint to resume from to `restore`.
         `inputs` tell what the run works on; like the settings, they must not have changed."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        # Unbuffered, so that a full disk is noticed here, not when Python exits.
+        self.log_file = open(self.directory / "log.jsonl", "ab", buffering=0)
+        try:
+            if fcntl:                                                # free again when the run ends
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing {self.directory}: wait for its end, or choose "
+                            "another --out") from None
+        for stale in self.directory.glob(".*.tmp"):                  # of a run killed while writing
+            stale.unlink()
         self.inputs = inputs
         resumed = self.settings.resume and self.checkpoint.exists()
         if not resumed:
@@ -901,25 +940,32 @@ class Output:
                 print(f"{self.directory}: nothing to resume, starting afresh")
             for name in ("run.json", "theta.json", "checkpoint.safetensors"):
                 (self.directory / name).unlink(missing_ok=True)
-            self.log_file = open(self.directory / "log.jsonl", "wb")
+            self.log_file.truncate(0)
             return
         try:
             with safetensors.safe_open(self.checkpoint, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-                state = json.loads(file.metadata()["state"])
-            for name, value in (self.kept_settings() | inputs).items():
-                if state["run"].get(name) != value:
-                    raise UserError(f"{self.directory} was started with {name} = "
-                                    f"{state['run'].get(name)!r}, not {value!r}")
+                text, sealed = file.metadata()["state"], file.metadata()["crc32"]
+            if sealed != checksum(tensors, text):
+                raise ValueError
+            state = json.loads(text)
+            self.compare(state["run"], self.kept_settings() | inputs)
             restore(tensors, state)
-            self.log_file = open(self.directory / "log.jsonl", "r+b")
             self.log_file.truncate(state["log_bytes"])
-            self.log_file.seek(state["log_bytes"])
             self.started -= state["seconds"]
         except UserError:
             raise
         except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             raise UserError(f"{self.checkpoint} is damaged: begin anew with --overwrite") from None
+
+    def compare(self, before, now):
+        """Raise UserError that names the first setting or input that is not as it was."""
+        if not isinstance(before, dict):
+            raise UserError(f"{self.directory}/run.json is damaged: begin anew with --overwrite")
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise UserError(f"{self.directory} was started with {name} = {before.get(name)!r}, "
+                                f"not {value!r}")
 
     def kept_settings(self):
         """The settings that the result depends on."""
@@ -927,17 +973,22 @@ class Output:
         return {name: settings[name] for name in settings if name not in ("overwrite", "resume")}
 
     def log(self, **record):
-        """Append one line to log.jsonl."""
+        """Append one line to log.jsonl, written at once."""
         self.log_file.write(json.dumps(record).encode() + b"\n")
 
     def save(self, tensors, **state):
-        """Replace the checkpoint. The log that it belongs to is on the disk before it."""
-        self.log_file.flush()
+        """Replace the checkpoint, all of it at once. The log that it belongs to is on the disk
+        before it. If a signal asked the run to stop, this is where it does."""
         os.fsync(self.log_file.fileno())
-        state |= dict(run=self.kept_settings() | self.inputs, log_bytes=self.log_file.tell(),
+        state |= dict(run=self.kept_settings() | self.inputs,
+                      log_bytes=os.fstat(self.log_file.fileno()).st_size,
                       seconds=time.perf_counter() - self.started)
         tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-        write_file(self.checkpoint, safetensors.torch.save(tensors, {"state": json.dumps(state)}))
+        text = json.dumps(state)
+        write_file(self.checkpoint, safetensors.torch.save(
+            tensors, {"state": text, "crc32": checksum(tensors, text)}))
+        if SIGNALS:
+            raise KeyboardInterrupt
 
     def finish(self, device, **facts):
         """Write run.json, which makes the result final, and drop the checkpoint."""
@@ -1013,27 +1064,51 @@ def parse(argv):
     return kind(**options), function
 
 
+SIGNALS = []    # those that ask train and search to stop after the step at hand
+
+
+@contextlib.contextmanager
+def deferred_signals(defer):
+    """Note the first Ctrl-C or SIGTERM in SIGNALS instead of stopping at once; the second, or
+    without `defer` the first, is a KeyboardInterrupt."""
+    def note(number, _):
+        SIGNALS.append(number)
+        if not defer or len(SIGNALS) > 1:
+            raise KeyboardInterrupt
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+    SIGNALS.clear()
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv=None):
-    """Run one command; the exit status: 0, 2 after an error told in one line, 130 after Ctrl-C."""
+    """Run one command; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C and
+    143 after SIGTERM."""
+    argv, settings = sys.argv[1:] if argv is None else argv, None
     try:
         settings, function = parse(argv)
-        function(settings)
+        with deferred_signals(function is not evaluate):
+            function(settings)
     except Finished as fact:
         print(fact)
-    except UserError as error:
-        print(f"yoco.py: error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("yoco.py: error: out of memory: try a smaller --batch-size", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"yoco.py: error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("\nyoco.py: interrupted; train and search go on from their last checkpoint, if there "
-              "is one, with --resume", file=sys.stderr)
-        return 130
+        words = [word for word in argv if word not in ("--resume", "--overwrite")] + ["--resume"]
+        saved = Path(getattr(settings, "out", "") or ".", "checkpoint.safetensors").exists()
+        print("\nstopped" + f"; go on with: python yoco.py {shlex.join(words)}" * saved,
+              file=sys.stderr)
+        return 128 + (SIGNALS or [signal.SIGINT])[0]
+    except (UserError, OSError, torch.OutOfMemoryError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, OSError):
+            text = (f"{error.filename}: " if error.filename else "") + (error.strerror or text)
+        elif not isinstance(error, UserError):
+            text = "out of memory: try a smaller --batch-size"
+        print(f"yoco.py: error: {' '.join(text.split())[:1000]}", file=sys.stderr)
+        return 2
     return 0
 
 
