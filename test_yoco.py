@@ -1136,6 +1136,28 @@ def test_kill_at_any_moment(tiny, command):
         assert not list(Path("part").glob(".*")) and not list(Path("part").glob("checkpoint*"))
 
 
+def test_killed_while_it_finishes(tiny, capsys):
+    """Before the first checkpoint, between the files of a result, and before the checkpoint goes:
+    --resume gives the result, also after --overwrite."""
+    def die(*_, **__):
+        raise KeyboardInterrupt
+    assert yoco.main(TRAIN) == 0
+    search = SEARCH + ["--model", "superbert/tiny"]
+    assert yoco.main(search + ["--out", "whole"]) == 0
+    for place, flags in (("write_json", []), ("write_json", ["--overwrite"]),
+                         ("write_model", ["--overwrite"])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(yoco, place, die)
+            assert yoco.main(search + ["--out", "part"] + flags) == 130
+        assert not Path("part/run.json").exists()
+        assert yoco.main(search + ["--out", "part", "--resume"]) == 0
+        assert result_bytes("part") == result_bytes("whole")
+    Path("part/checkpoint.safetensors").write_bytes(b"left behind")
+    assert yoco.main(search + ["--out", "part", "--resume"]) == 0
+    assert not Path("part/checkpoint.safetensors").exists()
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_kill_while_saving(tiny):
     """A process that does nothing but save, killed: the checkpoint is one of those it saved, whole,
     and its log is as long as it says; what the kill left behind is cleared by the next run."""
@@ -1265,7 +1287,13 @@ def test_two_runs_one_directory(tiny, capsys):
     refused(capsys, words + ["--resume"], "another run is writing out")
     assert log_of("out") == [{"step": 1}] and Path("out/checkpoint.safetensors").exists()
     first.log_file.close()
-    assert yoco.main(words + ["--overwrite"]) == 0
+    second = yoco.Output(yoco.TrainSettings(data="tiny", out="late"))
+    assert yoco.main(TRAIN + ["--out", "late"]) == 0    # finishes while the second still loads
+    before = result_bytes("late")
+    with pytest.raises(UserError, match="holds a finished result"):
+        second.begin(None)
+    second.log_file.close()
+    assert result_bytes("late") == before
 
 
 def test_divergence(tiny, capsys, monkeypatch):

@@ -904,13 +904,19 @@ class Output:
         for source in map(Path, inputs):
             if source.resolve() == self.directory.resolve():
                 raise UserError(f"--out {self.directory} is what the command reads: choose another")
-        foreign = any((self.directory / n).exists() for n in ("config.json", "model.safetensors"))
-        finished, unfinished = (self.directory / "run.json").exists(), self.checkpoint.exists()
+        self.refuse()
+
+    def refuse(self):
+        """Raise UserError (or Finished) where the directory holds what must not be replaced."""
+        settings, there = self.settings, lambda name: (self.directory / name).exists()
+        finished, unfinished = there("run.json"), self.checkpoint.exists()
+        foreign = (there("config.json") or there("model.safetensors")) and not there("log.jsonl")
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
         if settings.resume and finished:
             run = read_json(self.directory / "run.json")
             self.compare(run.get("settings"), self.kept_settings())
+            self.checkpoint.unlink(missing_ok=True)                  # if killed before that
             raise Finished(f"{self.directory} is finished: nothing to resume")
         if not settings.overwrite and (finished or foreign or unfinished) and not (
                 settings.resume and unfinished):
@@ -931,6 +937,7 @@ class Output:
         except BlockingIOError:
             raise UserError(f"another run is writing {self.directory}: wait for its end, or choose "
                             "another --out") from None
+        self.refuse()                                                # again, now that it is ours
         for stale in self.directory.glob(".*.tmp"):                  # of a run killed while writing
             stale.unlink()
         self.inputs = inputs
@@ -951,7 +958,7 @@ class Output:
             state = json.loads(text)
             self.compare(state["run"], self.kept_settings() | inputs)
             restore(tensors, state)
-            self.log_file.truncate(state["log_bytes"])
+            self.log_file.truncate(min(state["log_bytes"], self.log_file.seek(0, os.SEEK_END)))
             self.started -= state["seconds"]
         except UserError:
             raise
@@ -999,9 +1006,9 @@ class Output:
                           python=platform.python_version(), torch=torch.__version__,
                           numpy=np.__version__, tokenizers=tokenizers.__version__),
                       finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-        self.log_file.close()
         write_json(self.directory / "run.json", **facts)
         self.checkpoint.unlink(missing_ok=True)
+        self.log_file.close()                                        # and frees the lock
         print(f"wrote {self.directory}; {seconds:.0f} s, {memory} MiB at the peak")
         return facts
 
@@ -1077,7 +1084,10 @@ def deferred_signals(defer):
             raise KeyboardInterrupt
         print("\nstopping after this step; once more stops at once", file=sys.stderr)
     SIGNALS.clear()
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    with contextlib.suppress(ValueError):                            # not in the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
     try:
         yield
     finally:
