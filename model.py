@@ -14,6 +14,7 @@ Letters: B batch, T tokens, C hidden size, H heads kept, D head size, F FFN neur
 import json
 import os
 from collections import namedtuple
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -348,15 +349,17 @@ class ElasticBert(nn.Module):
         self.check(arch)
         p = config.hidden_dropout_prob if self.training else 0.0
         mask = attention_mask.bool()[:, None, None, :]                   # [B, 1, 1, T]
-        sizes, kept = tuple(zip(*arch)), {} if kept is None else kept    # (H, F) of each layer
-        start = max((i for i in range(arch.depth) if sizes[:i] in kept), default=0)
-        x = kept[sizes[:start]] if sizes[:start] in kept else None       # [B, T, C]
+        sizes, x = tuple(zip(*arch)), None                               # (H, F) of each layer
+        start = max((i for i in range(arch.depth) if kept and sizes[:i] in kept), default=0)
+        if kept:
+            x = kept.get(sizes[:start])                                  # [B, T, C]
         if x is None:
             x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:T]
                  + self.token_type_embeddings(token_type_ids))
             x = dropout(self.embedding_norm(x), p)
         for i in range(start, arch.depth):                               # the first d layers
-            kept[sizes[:i]] = x
+            if kept is not None:
+                kept[sizes[:i]] = x
             x = self.layers[i](x, mask, *sizes[i], last=i + 1 == arch.depth)
         pooled = torch.tanh(self.pooler(x[:, 0]))                        # [B, C] from [CLS]
         return self.classifier(dropout(pooled, p))                       # [B, num_labels]
@@ -488,9 +491,11 @@ def write_file(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":                    # the new name, too, has to reach the disk
-            directory = os.open(temporary.parent, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
+        with suppress(OSError):                   # the new name, too, has to reach the disk,
+            directory = os.open(temporary.parent, os.O_RDONLY)    # where directories have fsync
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)

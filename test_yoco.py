@@ -38,7 +38,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -1396,8 +1396,10 @@ def mutate(rng, name, content):
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8:8 + size])
         if "state" in header.get("__metadata__", {}) and rng.random() < 0.7:     # a checkpoint
-            state = mutate_json(rng, json.loads(header["__metadata__"]["state"]))
-            header["__metadata__"]["state"] = json.dumps(state)
+            state = json.dumps(mutate_json(rng, json.loads(header["__metadata__"]["state"])))
+            header["__metadata__"]["state"] = state
+            if rng.random() < 0.8:                                   # with a seal that is right
+                header["__metadata__"]["crc32"] = yoco.checksum(load(content), state)
         else:
             header = mutate_json(rng, header)
         header = json.dumps(header).encode()

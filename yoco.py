@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -452,9 +453,12 @@ class Training:
                          theta=[theta.tolist() for theta in self.P.theta])
 
     def restore(self, tensors, state):
-        """The inverse of `save`."""
+        """The inverse of `save`; ValueError where the state is none of this run."""
+        if not (type(state["t"]) is int and 0 <= state["t"] < self.steps
+                and type(state["K"]) is float and 0 <= state["K"] <= 1):
+            raise ValueError
         self.t, self.K, self.rng.bit_generator.state = state["t"], state["K"], state["rng"]
-        self.P.theta = [np.array(theta) for theta in state["theta"]]
+        self.P.theta = checked(state["theta"], self.space)
         torch.set_rng_state(tensors.pop("rng"))
         if "cuda_rng" in tensors:
             torch.cuda.set_rng_state(tensors.pop("cuda_rng"))
@@ -604,17 +608,20 @@ class Searching:
         self.asked += n
         best = best_fit(self.memo, self.cost, self.budget)
         self.output.log(asked=self.asked, run=len(self.memo), best=self.memo.get(best))
-        self.progress.show(self.asked, f"asked, {len(self.memo)} run  best fitting score "
-                                       f"{self.memo.get(best, math.nan):.2f}")
         if SIGNALS or self.asked % (self.settings.checkpoint_every * n) == 0:
             self.output.save({}, asked=self.asked, rng=self.rng.bit_generator.state,
                              theta=[theta.tolist() for theta in self.P.theta],
                              memo=[[self.space.choices(m), s] for m, s in self.memo.items()])
+        self.progress.show(self.asked, f"asked, {len(self.memo)} run  best fitting score "
+                                       f"{self.memo.get(best, math.nan):.2f}")
 
     def restore(self, _, state):
-        """The inverse of the save above."""
+        """The inverse of the save above; ValueError where the state is none of this run."""
+        if not (type(state["asked"]) is int and 0 <= state["asked"] <= self.settings.evaluations
+                and all(type(score) is float for _, score in state["memo"])):
+            raise ValueError
         self.asked, self.rng.bit_generator.state = state["asked"], state["rng"]
-        self.P.theta = [np.array(theta) for theta in state["theta"]]
+        self.P.theta = checked(state["theta"], self.space)
         self.memo.update((self.space.arch(choices), score) for choices, score in state["memo"])
 
     def finish(self, arch):
@@ -672,7 +679,7 @@ def read_run(directory):
         pair) == 2 else (None, None)
     for name, valid in (
             ("data", isinstance(run.get("data"), str) and "\0" not in run["data"]),
-            ("max_length", type(run.get("max_length")) is int and 1 <= run["max_length"] <= 10**6),
+            ("max_length", type(run.get("max_length")) is int and 3 <= run["max_length"] <= 10**6),
             ("held_out", type(share) in (int, float) and 0 <= share <= 0.9
              and type(seed) is int and 0 <= seed <= 2**32),
             ("finished", isinstance(run.get("finished"), str))):
@@ -692,16 +699,21 @@ def load_theta(path, space):
     P = Categorical(space.categories)
     try:
         found = [tuple(stored[name]) for name in ("depths", "heads", "ffn_sizes")]
-        theta = [np.array(t, np.float64) for t in stored["theta"]]
-    except (KeyError, OverflowError, TypeError, ValueError):
-        raise UserError(f"{path} is not a theta.json") from None
+        P.theta = checked(stored["theta"], space)
+    except (LookupError, OverflowError, TypeError, ValueError):
+        raise UserError(f"{path} holds no probability distribution over the search space") from None
     if found != [space.depths, space.heads, space.ffn_sizes]:
         raise UserError(f"{path} belongs to another search space than the model beside it")
-    if [t.shape for t in theta] != [t.shape for t in P.theta] or not all(
-            np.isfinite(t).all() and (t >= 0).all() and abs(t.sum() - 1) < 1e-9 for t in theta):
-        raise UserError(f"{path} holds no probability distribution over the search space")
-    P.theta = theta
     return P
+
+
+def checked(theta, space):
+    """Lists -> the arrays of a theta; ValueError unless they are distributions over `space`."""
+    theta = [np.array(t, np.float64) for t in theta]
+    if [t.shape for t in theta] != [(n,) for n in space.categories] or not all(
+            np.isfinite(t).all() and (t >= 0).all() and abs(t.sum() - 1) < 1e-9 for t in theta):
+        raise ValueError
+    return theta
 
 
 # --------------------------------------------------------------------------------------------------
@@ -804,13 +816,7 @@ def scorer(model, parts, metric, device, autocast):
 
 def arithmetic(settings):
     """(device, maker of autocast contexts) from the settings `device` and `precision`."""
-    if sys.platform == "linux":
-        # glibc gives the memory of every large tensor back to the kernel, which maps and zeroes it
-        # anew for the next one: a tenth of a training step. Let it keep what it has.
-        with contextlib.suppress(OSError, AttributeError):           # another C library
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)                                      # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)                              # M_TRIM_THRESHOLD
+    keep_memory()
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(n for n in here if here[n]) if settings.device == "auto" else settings.device
     if not here[name]:
@@ -822,6 +828,16 @@ def arithmetic(settings):
                                               for unit in ("amx_bf16", "avx512_bf16"))
     bf16 = hardware_bf16 if settings.precision == "auto" else settings.precision == "bf16"
     return torch.device(name), lambda: torch.autocast(name, torch.bfloat16, enabled=bf16)
+
+
+def keep_memory():
+    """Let malloc keep what is freed. glibc's gives the memory of every large tensor back to the
+    kernel, which maps and zeroes it anew for the next: up to a tenth of a training step."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):           # another C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)                                      # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)                              # M_TRIM_THRESHOLD
 
 
 def hardware(device):
@@ -837,7 +853,10 @@ def peak_memory(device):
     """The most memory used so far, in MiB: the GPU's, or this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource                                                  # not on Windows
+    try:
+        import resource
+    except ImportError:                                              # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -937,9 +956,12 @@ class Output:
         except BlockingIOError:
             raise UserError(f"another run is writing {self.directory}: wait for its end, or choose "
                             "another --out") from None
+        except OSError as error:                                     # some network file systems
+            tell(f"{self.directory}: no protection against a second run ({error.strerror})")
         self.refuse()                                                # again, now that it is ours
-        for stale in self.directory.glob(".*.tmp"):                  # of a run killed while writing
-            stale.unlink()
+        for name in ("checkpoint.safetensors", "model.safetensors", "config.json", "vocab.txt",
+                     "tokenizer_config.json", "theta.json", "run.json"):
+            (self.directory / f".{name}.tmp").unlink(missing_ok=True)    # of a run that was killed
         self.inputs = inputs
         resumed = self.settings.resume and self.checkpoint.exists()
         if not resumed:
@@ -962,7 +984,8 @@ class Output:
             self.started -= state["seconds"]
         except UserError:
             raise
-        except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        except (SafetensorError, ArithmeticError, AttributeError, LookupError, RuntimeError,
+                TypeError, ValueError):
             raise UserError(f"{self.checkpoint} is damaged: begin anew with --overwrite") from None
 
     def compare(self, before, now):
@@ -976,12 +999,14 @@ class Output:
 
     def kept_settings(self):
         """The settings that the result depends on."""
-        settings = dataclasses.asdict(self.settings)
-        return {name: settings[name] for name in settings if name not in ("overwrite", "resume")}
+        return {name: value for name, value in dataclasses.asdict(self.settings).items()
+                if name not in ("out", "overwrite", "resume")}
 
     def log(self, **record):
         """Append one line to log.jsonl, written at once."""
-        self.log_file.write(json.dumps(record).encode() + b"\n")
+        line = json.dumps(record).encode() + b"\n"
+        if self.log_file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
 
     def save(self, tensors, **state):
         """Replace the checkpoint, all of it at once. The log that it belongs to is on the disk
@@ -1013,6 +1038,12 @@ class Output:
         return facts
 
 
+def tell(text, **how):
+    """Print to stderr, if anybody still reads it: a dead pipe must not cost a checkpoint."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True, **how)
+
+
 class Progress:
     """Where the work stands: one updating line on a terminal, elsewhere a line every 30 seconds."""
 
@@ -1030,9 +1061,8 @@ class Progress:
         if terminal or done == self.total or now - self.shown > 30:
             self.shown, left = now, (self.total - done) * self.ms(done) / 1000
             line = f"{done}/{self.total}  {text}  {self.ms(done):.0f} ms/step"
-            print("\r\033[K" * terminal + line + f"  {left // 60:.0f}:{left % 60:02.0f} left",
-                  file=sys.stderr, flush=True,
-                  end="" if terminal and done < self.total else "\n")
+            tell("\r\033[K" * terminal + line + f"  {left // 60:.0f}:{left % 60:02.0f} left",
+                 end="" if terminal and done < self.total else "\n")
 
 
 COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
@@ -1082,12 +1112,12 @@ def deferred_signals(defer):
         SIGNALS.append(number)
         if not defer or len(SIGNALS) > 1:
             raise KeyboardInterrupt
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
-    SIGNALS.clear()
+        tell("\nstopping after this step; once more stops at once")
     before = {}
     with contextlib.suppress(ValueError):                            # not in the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+            if signal.getsignal(number) != signal.SIG_IGN:           # as of a job in the background
+                before[number] = signal.signal(number, note)
     try:
         yield
     finally:
@@ -1095,10 +1125,21 @@ def deferred_signals(defer):
             signal.signal(number, handler)
 
 
+def way_on(argv, settings):
+    """The command line that resumes `argv`, with what `settings` filled in."""
+    words = [word for word in argv if word not in ("--resume", "--overwrite")]
+    given = {word.split("=")[0] for word in words}
+    for name in ("model", "out"):
+        if hasattr(settings, name) and f"--{name}" not in given:
+            words += [f"--{name}", getattr(settings, name)]
+    return shlex.join(["python", "yoco.py", *words, "--resume"])
+
+
 def main(argv=None):
     """Run one command; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C and
     143 after SIGTERM."""
     argv, settings = sys.argv[1:] if argv is None else argv, None
+    SIGNALS.clear()
     try:
         settings, function = parse(argv)
         with deferred_signals(function is not evaluate):
@@ -1106,19 +1147,22 @@ def main(argv=None):
     except Finished as fact:
         print(fact)
     except KeyboardInterrupt:
-        words = [word for word in argv if word not in ("--resume", "--overwrite")] + ["--resume"]
-        saved = Path(getattr(settings, "out", "") or ".", "checkpoint.safetensors").exists()
-        print("\nstopped" + f"; go on with: python yoco.py {shlex.join(words)}" * saved,
-              file=sys.stderr)
+        out = getattr(settings, "out", "")
+        saved = out and Path(out, "checkpoint.safetensors").exists()
+        tell("\nstopped" + (f"; go on with: {way_on(argv, settings)}" if saved else ""))
         return 128 + (SIGNALS or [signal.SIGINT])[0]
-    except (UserError, OSError, torch.OutOfMemoryError, MemoryError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
         text = str(error)
         if isinstance(error, OSError):
             text = (f"{error.filename}: " if error.filename else "") + (error.strerror or text)
-        elif not isinstance(error, UserError):
+        elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
             text = "out of memory: try a smaller --batch-size"
-        print(f"yoco.py: error: {' '.join(text.split())[:1000]}", file=sys.stderr)
+        elif not isinstance(error, UserError):
+            raise
+        tell(f"yoco.py: error: {' '.join(text.split())[:1000]}")
         return 2
+    finally:
+        SIGNALS.clear()
     return 0
 
 
