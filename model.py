@@ -262,7 +262,7 @@ def attention(q, k, v, mask, p):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     # The same, since PyTorch has no fused kernel with dropout for CPUs, and its way around is slow.
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)              # [B, H, Q, T]
-    weights = weights.masked_fill(~mask, -torch.inf).softmax(-1)
+    weights = weights.masked_fill_(~mask, -torch.inf).softmax(-1)
     return dropout(weights, p) @ v
 
 

@@ -853,6 +853,9 @@ def peak_memory(device):
     """The most memory used so far, in MiB: the GPU's, or this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():                                              # Linux
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
     try:
         import resource
     except ImportError:                                              # Windows

@@ -147,20 +147,20 @@ def matmul_peak(device, autocast):
 
 
 def memory(name, who, device, autocast):
-    """Print the MiB at the peak of three training steps of 32, over those before the model."""
+    """Print the MiB at the peak of three training steps of 32, over those before; what PyTorch and
+    transformers load when they are first used is loaded before, with the tiny shape."""
     (train, _), _ = mrpc()
-    batches, config = spread(train, 32, 3, device), SHAPES[name]
-    if who == "HF":
-        hf_model(SHAPES["tiny"])                                     # imports what it needs
-    before = 0 if device.type == "cuda" else yoco.peak_memory(device)
-    model = (ElasticBert(config, 2) if who == "ours" else hf_model(config)).to(device).train()
-    optimizer = (yoco.new_optimizer(model) if who == "ours"
-                 else torch.optim.AdamW(model.parameters(), lr=0.0, fused=True))
-    for batch in batches:
-        if who == "ours":
-            step(model, optimizer, batch, [config.arch], autocast)
-        else:
-            hf_step(model, optimizer, batch, autocast)
+    for config in (SHAPES["tiny"], SHAPES[name]):
+        pages = Path("/proc/self/statm").read_text().split()[1] if device.type == "cpu" else 0
+        before = int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20     # resident now
+        model = (ElasticBert(config, 2) if who == "ours" else hf_model(config)).to(device).train()
+        optimizer = (yoco.new_optimizer(model) if who == "ours"
+                     else torch.optim.AdamW(model.parameters(), lr=0.0, fused=True))
+        for batch in spread(train, 32, 3, device):
+            if who == "ours":
+                step(model, optimizer, batch, [config.arch], autocast)
+            else:
+                hf_step(model, optimizer, batch, autocast)
     print(round(yoco.peak_memory(device) - before))
 
 
