@@ -83,10 +83,13 @@ def compute(seeds, data, bert, work, scale):
             indent=1) + "\n")
 
 
+def spread(values):
+    """Mean and sample standard deviation."""
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
 def table():
-    """Mean and sample standard deviation over the seeds found in glue/results/."""
-    def spread(values):
-        return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    """Print both tables over the seeds found in glue/results/."""
     print("| sub-BERT | seeds | million parameters | dev accuracy | dev F1 | their mean |")
     print("|---|---|---|---|---|---|")
     for name in ("plain", "largest", *(f"under {budget}" for budget in BUDGETS)):
@@ -97,6 +100,15 @@ def table():
             print(f"| {name} | {len(found)} | {sizes} | " + " | ".join(
                 spread([f["dev"][metric] for f in found]) for metric in ("accuracy", "f1", "score"))
                 + " |")
+    print("\n| epochs | seeds | steps | hold-out: drawn uniformly | largest | CPU seconds |")
+    print("|---|---|---|---|---|---|")
+    for scale in sorted({path.name.split("-")[1] for path in RESULTS.glob("compute-*.json")}):
+        found = [json.loads(path.read_text()) for path in RESULTS.glob(f"compute-{scale}-*.json")]
+        if len(found) > 1:
+            print(f"| {scale} | {len(found)} | {found[0]['steps']} | "
+                  f"{spread([f['uniform'] for f in found])} | "
+                  f"{spread([f['holdout']['largest']['score'] for f in found])} | "
+                  f"{np.mean([f['cpu_seconds'] for f in found]):.0f} |")
 
 
 if __name__ == "__main__":
