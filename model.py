@@ -3,7 +3,8 @@
 After Devlin et al. 2019 (the model) and YOCO-BERT, Sec. 3.2 (the elasticity). A *super-BERT* is an
 `ElasticBert` called with its largest architecture; a *sub-BERT* is the first `d` layers of it, in
 each of them the first `h` heads and the first `k` FFN neurons. The architecture is an argument of
-`forward`: nothing is selected beforehand or cached, and what is sliced off is not computed.
+`forward`: nothing is selected beforehand, what is sliced off is not computed, and hidden states are
+kept only where the caller passes a dict for them.
 Hidden size, embeddings, pooler and classifier are shared by every architecture. `extract` copies a
 slice into a stand-alone model of the same class. Unlike the usual implementations the tensors have
 short names here and Hugging Face's names on disk; one explicit map stands between them.
@@ -227,7 +228,8 @@ def count_params(config, arch):
 
 
 def count_flops(config, arch, seq_len=128):
-    """FLOPs of one sequence: 2 per multiply-add of every matrix product of encoder and pooler."""
+    """FLOPs of one sequence: 2 per multiply-add of every matrix product of encoder and pooler; by
+    convention of the last layer in full, though `forward` computes it for [CLS] alone."""
     C, D, T = config.hidden_size, config.head_size, seq_len
     layers = sum(4*T*C*h*D        # query, key, value and output projections
                  + 2*T*T*h*D      # attention scores and their product with the values
@@ -246,8 +248,8 @@ def front_linear(x, linear, n_out=None, n_in=None):
 
 
 def dropout(x, p):
-    """F.dropout, which on a CPU draws one number at a time and costs up to a fifth of a step; there
-    64 random bits decide about four elements, which rounds `p` to a multiple of 2**-16."""
+    """F.dropout, which on a CPU draws one number at a time, a good part of a step; there 64 random
+    bits decide about four elements, which rounds `p` to a multiple of 2**-16."""
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)
@@ -349,10 +351,9 @@ class ElasticBert(nn.Module):
         self.check(arch)
         p = config.hidden_dropout_prob if self.training else 0.0
         mask = attention_mask.bool()[:, None, None, :]                   # [B, 1, 1, T]
-        sizes, x = tuple(zip(*arch)), None                               # (H, F) of each layer
+        sizes = tuple(zip(*arch))                                        # (H, F) of each layer
         start = max((i for i in range(arch.depth) if kept and sizes[:i] in kept), default=0)
-        if kept:
-            x = kept.get(sizes[:start])                                  # [B, T, C]
+        x = kept.get(sizes[:start]) if kept else None                    # [B, T, C]
         if x is None:
             x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:T]
                  + self.token_type_embeddings(token_type_ids))

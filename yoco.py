@@ -641,9 +641,9 @@ class Searching:
             self.device, task=self.task.name, metric=self.task.metric, data=self.trained["data"],
             superbert=str(self.directory), max_length=self.trained["max_length"],
             budget=self.budget, arch=arch._asdict(), params=count_params(config, arch),
-            flops=count_flops(config, arch),
-            selected_on=where, selection_score=self.memo[arch], dev=dev,
-            evaluations_asked=self.asked, evaluations_run=len(self.memo))
+            flops=count_flops(config, arch), selected_on=where, dev=dev,
+            selection_score=self.memo[arch], evaluations_asked=self.asked,
+            evaluations_run=len(self.memo))
 
 
 def parse_budget(max_params, max_flops, full):
@@ -675,8 +675,8 @@ def read_run(directory):
     """The run.json of a finished train or search; UserError where it lacks what others read."""
     path = Path(directory) / "run.json"
     run = read_json(path, "does not exist: no finished train or search")
-    share, seed = pair if isinstance(pair := run.get("held_out", [0, 0]), list) and len(
-        pair) == 2 else (None, None)
+    held_out = run.get("held_out", [0, 0])                           # share, seed
+    share, seed = held_out if type(held_out) is list and len(held_out) == 2 else ("", "")
     for name, valid in (
             ("data", isinstance(run.get("data"), str) and "\0" not in run["data"]),
             ("max_length", type(run.get("max_length")) is int and 3 <= run["max_length"] <= 10**6),
@@ -771,7 +771,11 @@ def latency(model, T, device, autocast):
 # --------------------------------------------------------------------------------------------------
 
 PREFIX_MEMORY = 2**30    # bytes of hidden states that a scorer keeps for architectures to come
-BATCH_TOKENS = {"cpu": 2**11}    # tokens of a batch in evaluation: a CPU's caches like small ones
+
+
+def batch_tokens(device):
+    """Tokens of a batch in evaluation: a CPU's caches like small ones."""
+    return 2**11 if device.type == "cpu" else 2**15
 
 
 def scorer(model, parts, metric, device, autocast):
@@ -782,9 +786,8 @@ def scorer(model, parts, metric, device, autocast):
     compute them once: `kept` holds, per batch, the hidden states before each layer, as many as
     PREFIX_MEMORY allows; those used longest ago go first. The result is the same to the bit.
     """
-    budget = BATCH_TOKENS.get(device.type, 2**15)
-    made = [[data.collate(part, indices, device) for indices in data.token_batches(part, budget)]
-            for part in parts]
+    made = [[data.collate(part, indices, device)
+             for indices in data.token_batches(part, batch_tokens(device))] for part in parts]
     tokens = sum(inputs[0].numel() for batches in made for inputs in batches)
     most = PREFIX_MEMORY // (4 * tokens * model.config.hidden_size)
     kept = [[{} for _ in batches] for batches in made]
@@ -832,7 +835,7 @@ def arithmetic(settings):
 
 def keep_memory():
     """Let malloc keep what is freed. glibc's gives the memory of every large tensor back to the
-    kernel, which maps and zeroes it anew for the next: up to a tenth of a training step."""
+    kernel, which maps and zeroes it anew for the next."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):           # another C library
             libc = ctypes.CDLL("libc.so.6")
@@ -850,7 +853,7 @@ def hardware(device):
 
 
 def peak_memory(device):
-    """The most memory used so far, in MiB: the GPU's, or this process's."""
+    """The most memory used so far, in MiB: the GPU's, or this process's (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
@@ -936,8 +939,11 @@ class Output:
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
         if settings.resume and finished:
-            run = read_json(self.directory / "run.json")
-            self.compare(run.get("settings"), self.kept_settings())
+            before = read_json(self.directory / "run.json").get("settings")
+            if not isinstance(before, dict):
+                raise UserError(f"{self.directory}/run.json is damaged: begin anew with "
+                                "--overwrite")
+            self.compare(before, self.kept_settings())
             self.checkpoint.unlink(missing_ok=True)                  # if killed before that
             raise Finished(f"{self.directory} is finished: nothing to resume")
         if not settings.overwrite and (finished or foreign or unfinished) and not (
@@ -993,8 +999,6 @@ class Output:
 
     def compare(self, before, now):
         """Raise UserError that names the first setting or input that is not as it was."""
-        if not isinstance(before, dict):
-            raise UserError(f"{self.directory}/run.json is damaged: begin anew with --overwrite")
         for name, value in now.items():
             if before.get(name) != value:
                 raise UserError(f"{self.directory} was started with {name} = {before.get(name)!r}, "
@@ -1029,8 +1033,7 @@ class Output:
         """Write run.json, which makes the result final, and drop the checkpoint."""
         seconds, memory = round(time.perf_counter() - self.started, 1), round(peak_memory(device))
         facts |= dict(**self.inputs, settings=self.kept_settings(), seconds=seconds,
-                      peak_memory_mib=memory,
-                      hardware=hardware(device), versions=dict(
+                      peak_memory_mib=memory, hardware=hardware(device), versions=dict(
                           python=platform.python_version(), torch=torch.__version__,
                           numpy=np.__version__, tokenizers=tokenizers.__version__),
                       finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))

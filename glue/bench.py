@@ -164,81 +164,99 @@ def memory(name, who, device, autocast):
     print(round(yoco.peak_memory(device) - before))
 
 
-def bench(name, options, device, autocast):
-    """Measure one shape and print its table."""
-    config = SHAPES[name]
-    sizes = {who: int(subprocess.run(                                # first: a child starts with
-        [sys.executable, "-m", "glue.bench", "--memory", who, "--models", name,     # our peak
-         "--device", options.device, "--precision", options.precision], capture_output=True,
-        text=True, check=True).stdout) for who in (["ours", "HF"] if transformers else ["ours"])}
-    (train, dev), source = mrpc()
+def draw(config, count):
+    """`count` architectures drawn uniformly, and one with half of the FLOPs of the largest."""
     space, rng = SearchSpace.for_config(config), np.random.default_rng(0)
-    pi, n = yoco.Categorical(space.categories), options.batches
-    drawn = [space.arch(pi.sample(rng)) for _ in range(2 * n)]
-    encoder = count_flops(config, space.largest())
-    half = min((space.arch(pi.sample(rng)) for _ in range(1000)),
-               key=lambda arch: abs(count_flops(config, arch) - encoder / 2))
+    pi = yoco.Categorical(space.categories)
+    drawn = [space.arch(pi.sample(rng)) for _ in range(max(1000, count))]
+    wanted = count_flops(config, space.largest()) / 2
+    return drawn[:count], min(drawn, key=lambda arch: abs(count_flops(config, arch) - wanted))
+
+
+def training(config, options, train, device, autocast):
+    """Measure training: {job: passes per second}; {what: FLOP/s of ours}; and how many times the
+    matrix products of ours the authors' way computes per pass."""
+    n = options.batches
+    drawn, half = draw(config, 2 * n)
     model = ElasticBert(config, 2).to(device).train()
     teacher = ElasticBert(config, 2).to(device).eval()
-    adam, fp32 = yoco.new_optimizer(model), contextlib.nullcontext
+    adam, fp32, largest = yoco.new_optimizer(model), contextlib.nullcontext, [config.arch]
     by_32, by_8 = spread(train, 32, n, device), spread(train, 8, n, device)
     padded = spread(train, 8, 2 * n, device, pad=128)
     pairs = [drawn[2 * i:2 * i + 2] for i in range(n)]
-
-    # Training. Every job is (function of an item, items); the largest batches come first.
+    # Every job is (function of an item, items, passes of each); the largest batches come first.
     jobs = {
-        "uniform": (lambda i: step(model, adam, by_32[i], pairs[i], autocast), range(n)),
-        "uniform, 8": (lambda i: step(model, adam, by_8[i], pairs[i], autocast), range(n)),
+        "uniform": (lambda i: step(model, adam, by_32[i], pairs[i], autocast), range(n), 64),
+        "uniform, 8": (lambda i: step(model, adam, by_8[i], pairs[i], autocast), range(n), 16),
         "authors": (lambda i: step(model, adam, padded[i], drawn[i:i + 1], fp32, teacher),
-                    range(2 * n)),
-        "largest": (lambda b: step(model, adam, b, [space.largest()], autocast), by_32),
-        "half": (lambda b: step(model, adam, b, [half], autocast), by_32)}
+                    range(2 * n), 8),
+        "largest": (lambda b: step(model, adam, b, largest, autocast), by_32, 32),
+        "half": (lambda b: step(model, adam, b, [half], autocast), by_32, 32)}
     if transformers:
         hf = hf_model(config).to(device).train()
         adamw = torch.optim.AdamW(hf.parameters(), lr=0.0, fused=True)
-        jobs["HF"] = lambda b: hf_step(hf, adamw, b, autocast), by_32
-    seconds = take_turns(jobs, options.repeats, device)
-    passes = {"uniform": 64 * n, "uniform, 8": 16 * n, "authors": 16 * n, "largest": 32 * n,
-              "half": 32 * n, "HF": 32 * n}
-    speed = {job: passes[job] / seconds[job] for job in jobs}        # passes per second
-    full = [space.largest()] * len(by_32)
-    used = {"training, uniform": 3 * forward_flops(config, [b for b in by_32 for _ in range(2)],
-                                                   drawn) / seconds["uniform"],
-            "training, largest": 3 * forward_flops(config, by_32, full) / seconds["largest"]}
+        jobs["HF"] = lambda b: hf_step(hf, adamw, b, autocast), by_32, 32
+    seconds = take_turns({job: (f, items) for job, (f, items, _) in jobs.items()}, options.repeats,
+                         device)
+    speed = {job: passes * len(items) / seconds[job] for job, (_, items, passes) in jobs.items()}
+    ours = 3 * forward_flops(config, [b for b in by_32 for _ in range(2)], drawn)
+    theirs = (3 * forward_flops(config, padded, drawn)
+              + forward_flops(config, padded, largest * 2 * n))
+    used = {"training, uniform": ours / seconds["uniform"], "training, largest":
+            3 * forward_flops(config, by_32, largest * n) / seconds["largest"]}
+    return speed, used, theirs / ours * 4                            # passes: 16 n against 64 n
 
-    # Evaluation: ours in batches of so many tokens, Hugging Face's of 32 as the file has them.
-    model.eval()
+
+def evaluation(config, options, dev, device, autocast):
+    """Measure evaluation of all of `dev`: {job: seconds}; {what: FLOP/s of ours}; and the ratio of
+    matrix products as above. Ours in batches of so many tokens, Hugging Face's in 32 examples."""
+    drawn, half = draw(config, 3)
+    model = ElasticBert(config, 2).to(device).eval()
     ours = [data.collate(dev, cut, device)[:3]
-            for cut in data.token_batches(dev, yoco.BATCH_TOKENS.get(device.type, 2**15))]
+            for cut in data.token_batches(dev, yoco.batch_tokens(device))]
     theirs = [data.collate(dev, range(i, min(i + 32, len(dev))), device)[:3]
               for i in range(0, len(dev), 32)]
     wide = spread(dev, 8, 5, device, pad=128)                        # all alike: five stand for 51
 
-    def evaluator(arch, autocast=autocast):
-        return lambda batch: model(*batch[:3], arch)
-    jobs = {"largest": (evaluator(space.largest()), ours), "half": (evaluator(half), ours)}
-    jobs |= {f"search {i}": (evaluator(arch), ours) for i, arch in enumerate(drawn[:3])}
-    jobs |= {f"authors {i}": (evaluator(arch), wide) for i, arch in enumerate(drawn[:3])}
-    if transformers:
-        hf.eval()
-        jobs["HF"] = (lambda batch: hf_logits(hf, batch)), theirs
-        jobs["HF sorted"] = jobs["HF"][0], ours
-    with torch.inference_mode():
-        wrapped = {}
-        for job, (function, items) in jobs.items():
-            def call(item, function=function, context=fp32 if "authors" in job else autocast):
-                with context():
-                    function(item)
-            wrapped[job] = call, items
-        times = take_turns(wrapped, options.repeats, device)
-    search, authors = (np.mean([times[f"{who} {i}"] for i in range(min(3, len(drawn)))])
-                       for who in ("search", "authors"))
-    authors *= 2 * len(dev) / (8 * len(wide))                        # twice; all of dev
-    rate = {job: len(dev) / times[job] for job in times}             # examples per second
-    full = full[:1] * len(ours)
-    used["evaluation, largest"] = forward_flops(config, ours, full) / times["largest"]
-    peak = matmul_peak(device, autocast)
+    def job(function, items, context=autocast):
+        def call(inputs):
+            with context():
+                function(inputs)
+        return call, items
 
+    def elastic(arch):
+        return lambda inputs: model(*inputs[:3], arch)
+    jobs = {"largest": job(elastic(config.arch), ours), "half": job(elastic(half), ours)}
+    jobs |= {f"search {i}": job(elastic(arch), ours) for i, arch in enumerate(drawn)}
+    jobs |= {f"authors {i}": job(elastic(arch), wide, contextlib.nullcontext)
+             for i, arch in enumerate(drawn)}
+    if transformers:
+        hf = hf_model(config).to(device).eval()
+        jobs["HF"] = job(lambda inputs: hf_logits(hf, inputs), theirs)
+        jobs["HF sorted"] = job(lambda inputs: hf_logits(hf, inputs), ours)
+    with torch.inference_mode():
+        seconds = take_turns(jobs, options.repeats, device)
+    twice = 2 * len(dev) / (8 * len(wide))                           # twice; all of dev
+    seconds["search"] = np.mean([seconds[f"search {i}"] for i in range(3)])
+    seconds["authors"] = np.mean([seconds[f"authors {i}"] for i in range(3)]) * twice
+    used = {"evaluation, largest":
+            forward_flops(config, ours, [config.arch] * len(ours)) / seconds["largest"]}
+    work = [sum(forward_flops(config, batches, [arch] * len(batches)) for arch in drawn)
+            for batches in (wide, ours)]
+    return seconds, used, twice * work[0] / work[1]
+
+
+def bench(name, options, device, autocast):
+    """Measure one shape and print its table."""
+    config = SHAPES[name]
+    (train, dev), source = mrpc()
+    sizes = {who: int(subprocess.run(                                # a process each: a peak stays
+        [sys.executable, "-m", "glue.bench", "--memory", who, "--models", name,
+         "--device", options.device, "--precision", options.precision], capture_output=True,
+        text=True, check=True).stdout) for who in (["ours", "HF"] if transformers else ["ours"])}
+    speed, used, train_work = training(config, options, train, device, autocast)
+    seconds, used_too, search_work = evaluation(config, options, dev, device, autocast)
+    peak = matmul_peak(device, autocast)
     with autocast():
         precision = F.linear(torch.ones(1, 1, device=device), torch.ones(1, 1, device=device)).dtype
     print(f"\n**{name}**, {source}, {precision}, {yoco.hardware(device)}, "
@@ -246,34 +264,31 @@ def bench(name, options, device, autocast):
           + (f", transformers {transformers.__version__}" if transformers else ""))
     print("\n| what | ratio | ours | the other |\n|---|---|---|---|")
 
-    def row(what, ratio, ours, other):
-        print(f"| {what} | {ratio:.2f} | {ours} | {other} |", flush=True)
+    def row(what, ours, other, unit):
+        print(f"| {what} | {ours / other:.2f} | {ours:.2f} {unit} | {other:.2f} {unit} |")
     row("training, uniform architectures, ours at batch 32 / the authors' way at 8",
-        speed["uniform"] / speed["authors"], f"{speed['uniform']:.2f} passes/s",
-        f"{speed['authors']:.2f} passes/s")
-    row("the same, both at batch 8", speed["uniform, 8"] / speed["authors"],
-        f"{speed['uniform, 8']:.2f} passes/s", f"{speed['authors']:.2f} passes/s")
-    row(f"search, per architecture of {len(dev)} examples, nothing shared: the authors' way / ours",
-        authors / search, f"{search:.2f} s", f"{authors:.2f} s")
+        speed["uniform"], speed["authors"], "passes/s")
+    row("the same, both at batch 8", speed["uniform, 8"], speed["authors"], "passes/s")
+    print(f"| the same, in matrix products alone, at batch 32 | {train_work:.2f} | | |")
+    row(f"search, architectures of {len(dev)} examples, nothing shared: ours / the authors' way",
+        1 / seconds["search"], 1 / seconds["authors"], "a second")
+    print(f"| the same, in matrix products alone | {search_work:.2f} | | |")
     if transformers:
         row("training, largest: ours / Hugging Face, the same batches of 32",
-            speed["largest"] / speed["HF"], f"{speed['largest']:.2f} passes/s",
-            f"{speed['HF']:.2f} passes/s")
+            speed["largest"], speed["HF"], "passes/s")
         row("evaluation, largest: ours / Hugging Face in batches of 32",
-            rate["largest"] / rate["HF"], f"{rate['largest']:.1f} examples/s",
-            f"{rate['HF']:.1f} examples/s")
-        row("the same, Hugging Face in our batches", rate["largest"] / rate["HF sorted"],
-            f"{rate['largest']:.1f} examples/s", f"{rate['HF sorted']:.1f} examples/s")
-        row("peak memory of training, ours / Hugging Face", sizes["ours"] / sizes["HF"],
-            f"{sizes['ours']} MiB", f"{sizes['HF']} MiB")
-    part = count_flops(config, half) / encoder
+            len(dev) / seconds["largest"], len(dev) / seconds["HF"], "examples/s")
+        row("the same, Hugging Face in our batches",
+            len(dev) / seconds["largest"], len(dev) / seconds["HF sorted"], "examples/s")
+        row("peak memory of training, ours / Hugging Face", sizes["ours"], sizes["HF"], "MiB")
+    _, half = draw(config, 0)
+    part = count_flops(config, half) / count_flops(config, config.arch)
     row(f"a sub-BERT with {part:.2f} of the FLOPs / the largest: evaluation",
-        times["half"] / times["largest"], f"{times['half']:.2f} s", f"{times['largest']:.2f} s")
-    row("the same: a training step", seconds["half"] / seconds["largest"],
-        f"{seconds['half'] / n:.2f} s", f"{seconds['largest'] / n:.2f} s")
+        seconds["half"], seconds["largest"], "s")
+    row("the same: a training step", 32 / speed["half"], 32 / speed["largest"], "s")
     print("\n| ours | GFLOP/s | of the matrix product's "
           f"{peak / 1e9:.0f} GFLOP/s |\n|---|---|---|")
-    for what, value in used.items():
+    for what, value in (used | used_too).items():
         print(f"| {what} | {value / 1e9:.0f} | {100 * value / peak:.0f}% |")
 
 

@@ -46,7 +46,9 @@ def run(seeds, data, bert, work):
                 continue
             if status := yoco.main([*command, "--resume"]):
                 sys.exit(status)
-            facts = {"params": 22713216, **yoco.read_json(Path(out) / "run.json")}
+            config = yoco.BertConfig.load(out)
+            facts = {"params": yoco.count_params(config, config.arch),
+                     **yoco.read_json(Path(out) / "run.json")}
             dev = facts.get("dev") or yoco.evaluate(yoco.EvalSettings(model=out, data=data))
             keep = ("params", "arch", "selection_score", "holdout", "evaluations_asked",
                     "evaluations_run", "steps", "lr", "seconds", "hardware", "versions")
