@@ -56,6 +56,7 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     id2label: dict | None = None               # {"0": name, ...}: label names travel with the model
+    depth_keeps: str = "first"                 # of the layers, where an architecture has fewer
     layer_heads: list | None = None            # a sub-BERT's heads, one number per layer
     layer_ffn_sizes: list | None = None        # a sub-BERT's FFN sizes, one number per layer
 
@@ -77,6 +78,8 @@ class BertConfig:
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise UserError(f"config: hidden_act {self.hidden_act!r} is not one of "
                             f"{', '.join(ACTIVATIONS)}")
+        if self.depth_keeps not in ("first", "even"):
+            raise UserError(f"config: depth_keeps is {self.depth_keeps!r}, not 'first' or 'even'")
         if self.id2label is not None and not (
                 isinstance(self.id2label, dict) and all(isinstance(v, str) for v in self.labels)
                 and len(self.labels) == len(self.id2label)):
@@ -104,6 +107,10 @@ class BertConfig:
         return Arch(self.layer_heads or [self.num_attention_heads] * d,
                     self.layer_ffn_sizes or [self.intermediate_size] * d)
 
+    def layers(self, arch):
+        """(index, heads, FFN size) of each layer that `arch` runs, a tuple."""
+        return tuple(zip(kept_layers(self.depth_keeps, self.num_hidden_layers, arch.depth), *arch))
+
     @property
     def labels(self):
         """Label names in the order of the logits; () where none are known."""
@@ -124,6 +131,17 @@ class BertConfig:
             return cls(**{k: v for k, v in fields.items() if k in cls.__dataclass_fields__})
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+
+
+def kept_layers(rule, layers, depth):
+    """Which of so many layers a sub-BERT of `depth` has, by the rule "first" or "even".
+
+    >>> list(kept_layers("first", 6, 4)), list(kept_layers("even", 6, 4))
+    ([0, 1, 2, 3], [0, 2, 3, 5])
+    """
+    # DIFFERS from Sec. 3.2: "even" keeps them evenly spaced, and the last always.
+    return range(depth) if rule == "first" else [(i + 1) * layers // depth - 1
+                                                 for i in range(depth)]
 
 
 class Arch(namedtuple("Arch", "heads ffn_sizes")):
@@ -154,15 +172,16 @@ class SearchSpace:
     """The search space M of Sec. 3.2 as categorical variables: one over depth, then one per layer
     over the pair (FFN size, heads): index = FFN index * number of heads choices + heads index.
 
-    A point of it is a list of choices, one category index per variable; a layer beyond the depth is
-    inactive and has the choice None.
+    A point of it is a list of choices, one category index per variable; a layer that the depth does
+    not keep is inactive and has the choice None.
 
     >>> space = SearchSpace(depths=[1, 2], heads=[1, 2], ffn_sizes=[8, 16, 32])
     >>> space.categories, space.size(), space.choices(Arch((2,), (16,)))
     ((2, 6, 6), 42, [0, 3, None])
     """
 
-    def __init__(self, depths, heads, ffn_sizes):
+    def __init__(self, depths, heads, ffn_sizes, depth_keeps="first"):
+        self.depth_keeps = depth_keeps
         self.depths, self.heads, self.ffn_sizes = (
             tuple(sorted(set(sizes))) for sizes in (depths, heads, ffn_sizes))   # ascending
         if not all(sizes and sizes[0] >= 1 for sizes in (self.depths, self.heads, self.ffn_sizes)):
@@ -170,12 +189,17 @@ class SearchSpace:
 
     @classmethod
     def for_config(cls, config):
-        """BERT-base's choices (Sec. 4, Search Space Setups), as fractions of any BERT's size."""
+        """BERT-base's choices (Sec. 4, Search Space Setups), as fractions of any BERT's size; of a
+        sub-BERT, whose layers differ, the space that holds it alone."""
+        if config.layer_heads or config.layer_ffn_sizes:
+            return OneArch(config.arch)
+
         def part(size, *fractions):
             return [max(1, round(size * f)) for f in fractions]
         return cls(depths=part(config.num_hidden_layers, 1/2, 2/3, 5/6, 1),
                    heads=part(config.num_attention_heads, 1/3, 2/3, 1),
-                   ffn_sizes=part(config.intermediate_size, 1/6, 1/4, 1/3, 1))
+                   ffn_sizes=part(config.intermediate_size, 1/6, 1/4, 1/3, 1),
+                   depth_keeps=config.depth_keeps)
 
     @property
     def categories(self):
@@ -184,11 +208,11 @@ class SearchSpace:
 
     def largest(self):
         """The largest architecture: the super-BERT itself."""
-        return Arch((self.heads[-1],) * self.depths[-1], (self.ffn_sizes[-1],) * self.depths[-1])
+        return self.arch([n - 1 for n in self.categories])
 
     def smallest(self):
         """The smallest architecture."""
-        return Arch((self.heads[0],) * self.depths[0], (self.ffn_sizes[0],) * self.depths[0])
+        return self.arch([0] * len(self.categories))
 
     def size(self):
         """The number of architectures, inactive layers not counted."""
@@ -205,16 +229,35 @@ class SearchSpace:
 
     def arch(self, choices):
         """Choices -> Arch. What stands at inactive layers is not looked at."""
-        depth = self.depths[choices[0]]
-        pairs = [divmod(choice, len(self.heads)) for choice in choices[1:1 + depth]]
+        active = kept_layers(self.depth_keeps, self.depths[-1], self.depths[choices[0]])
+        pairs = [divmod(choices[1 + i], len(self.heads)) for i in active]
         return Arch([self.heads[h] for _, h in pairs], [self.ffn_sizes[f] for f, _ in pairs])
 
     def choices(self, arch):
         """Arch -> choices, with None for every inactive layer."""
         self.check(arch)
-        layers = [self.ffn_sizes.index(k) * len(self.heads) + self.heads.index(h)
-                  for h, k in zip(*arch)]
-        return [self.depths.index(arch.depth)] + layers + [None] * (self.depths[-1] - arch.depth)
+        layers = [None] * self.depths[-1]
+        for i, h, k in zip(kept_layers(self.depth_keeps, len(layers), arch.depth), *arch):
+            layers[i] = self.ffn_sizes.index(k) * len(self.heads) + self.heads.index(h)
+        return [self.depths.index(arch.depth)] + layers
+
+
+class OneArch(SearchSpace):
+    """The space of one architecture, to be fine-tuned as it is: every variable has one category."""
+
+    def __init__(self, only):
+        super().__init__([only.depth], [max(only.heads)], [max(only.ffn_sizes)])
+        self.only = only
+
+    def arch(self, choices):
+        """The one architecture."""
+        return self.only
+
+    def choices(self, arch):
+        """Its choices, all 0."""
+        if arch != self.only:
+            raise UserError(f"{arch} is not the only architecture here, {self.only}")
+        return [0] * len(self.categories)
 
 
 def count_params(config, arch):
@@ -332,8 +375,8 @@ class ElasticBert(nn.Module):
         """Raise UserError unless `arch` has whole numbers from 1 to what the model has."""
         own = self.config.arch
         if arch.depth > own.depth or not all(
-                type(n) is int and 1 <= n <= most
-                for wanted, there in zip(arch, own) for n, most in zip(wanted, there)):
+                type(n) is int and 1 <= n <= most for i, *wanted in self.config.layers(arch)
+                for n, most in zip(wanted, (own.heads[i], own.ffn_sizes[i]))):
             raise UserError(f"architecture [{arch}] does not fit into the model's [{own}]")
 
     def forward(self, input_ids, token_type_ids, attention_mask, arch=None, kept=None):
@@ -351,17 +394,18 @@ class ElasticBert(nn.Module):
         self.check(arch)
         p = config.hidden_dropout_prob if self.training else 0.0
         mask = attention_mask.bool()[:, None, None, :]                   # [B, 1, 1, T]
-        sizes = tuple(zip(*arch))                                        # (H, F) of each layer
-        start = max((i for i in range(arch.depth) if kept and sizes[:i] in kept), default=0)
-        x = kept.get(sizes[:start]) if kept else None                    # [B, T, C]
+        layers = config.layers(arch)                                     # (index, H, F) of each
+        start = max((i for i in range(arch.depth) if kept and layers[:i] in kept), default=0)
+        x = kept.get(layers[:start]) if kept else None                   # [B, T, C]
         if x is None:
             x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:T]
                  + self.token_type_embeddings(token_type_ids))
             x = dropout(self.embedding_norm(x), p)
-        for i in range(start, arch.depth):                               # the first d layers
+        for i in range(start, arch.depth):
+            index, H, F_ = layers[i]
             if kept is not None:
-                kept[sizes[:i]] = x
-            x = self.layers[i](x, mask, *sizes[i], last=i + 1 == arch.depth)
+                kept[layers[:i]] = x
+            x = self.layers[index](x, mask, H, F_, last=i + 1 == arch.depth)
         pooled = torch.tanh(self.pooler(x[:, 0]))                        # [B, C] from [CLS]
         return self.classifier(dropout(pooled, p))                       # [B, num_labels]
 
@@ -372,15 +416,37 @@ def extract(model, arch):
     Raises UserError where `arch` exceeds `model`.
     """
     model.check(arch)
-    config = replace(model.config, num_hidden_layers=arch.depth,
+    config = replace(model.config, num_hidden_layers=arch.depth, depth_keeps="first",
                      layer_heads=list(arch.heads), layer_ffn_sizes=list(arch.ffn_sizes))
     with torch.device("meta"):                                           # shapes without memory
         sub = ElasticBert(config, model.num_labels)
-    full, state = model.state_dict(), {}
+    full, state, active = model.state_dict(), {}, model.config.layers(arch)
     for name, tensor in sub.state_dict().items():                        # slices are front corners
-        state[name] = full[name][tuple(slice(n) for n in tensor.shape)].clone()
+        kind, *rest = name.split(".", 2)
+        if kind == "layers":                                             # their places differ
+            name_there = f"layers.{active[int(rest[0])][0]}.{rest[1]}"
+        else:
+            name_there = name
+        state[name] = full[name_there][tuple(slice(n) for n in tensor.shape)].clone()
     sub.load_state_dict(state, assign=True)
     return sub.train(model.training)
+
+
+@torch.no_grad()
+def reorder(model, importance):
+    """Sort the heads and FFN neurons of every layer in place, most important first; the function
+    that the largest computes stays the same. importance: per layer two tensors, [H] and [F]."""
+    for layer, (heads, neurons) in zip(model.layers, importance):
+        order = heads.argsort(descending=True, stable=True).cpu()        # [H]
+        rows = torch.arange(len(heads) * layer.D).view(-1, layer.D)[order].flatten()     # [H*D]
+        for linear in (layer.query, layer.key, layer.value):
+            linear.weight.copy_(linear.weight[rows])
+            linear.bias.copy_(linear.bias[rows])
+        layer.attention_out.weight.copy_(layer.attention_out.weight[:, rows])
+        order = neurons.argsort(descending=True, stable=True)            # [F]
+        layer.ffn_in.weight.copy_(layer.ffn_in.weight[order])
+        layer.ffn_in.bias.copy_(layer.ffn_in.bias[order])
+        layer.ffn_out.weight.copy_(layer.ffn_out.weight[:, order])
 
 
 # --------------------------------------------------------------------------------------------------

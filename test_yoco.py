@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import urllib.error
 import zipfile
 from collections import Counter
@@ -47,7 +48,7 @@ import model as model_module
 import yoco
 from glue import bench, download, toy
 from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, attention, count_flops,
-                   count_params, dropout, extract, load_bert, save_bert)
+                   count_params, dropout, extract, load_bert, reorder, save_bert)
 from yoco import Categorical
 
 ROOT = Path(__file__).parent
@@ -571,6 +572,62 @@ def test_weight_gradient():
         assert torch.allclose(w.grad, expected[name], atol=1e-6), name
 
 
+def test_reorder():
+    """Permuted heads and neurons compute the same; the front is the most important part; the
+    importance is the change of the loss when a head's output is scaled, by finite differences."""
+    no_dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model, batch = small_model(**no_dropout), small_batch()
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    run = types.SimpleNamespace(
+        model=model, config=model.config, space=SearchSpace.for_config(model.config), per_epoch=1,
+        stages=[None], autocast=contextlib.nullcontext, batch=lambda *_: (*batch, labels))
+    importance = yoco.Training.importance(run)
+    model.eval()
+
+    def loss():
+        with torch.no_grad():
+            return F.cross_entropy(model(*batch).double(), labels).item()
+    for i, head in ((0, 3), (2, 5), (3, 0)):
+        out = model.layers[i].attention_out.weight.data[:, 4 * head:4 * head + 4]
+        before, values = out.clone(), []
+        for scale in (1.05, 0.95):
+            out.copy_(before * scale)
+            values.append(loss())
+        out.copy_(before)
+        assert np.isclose(importance[i][0][head], abs(values[0] - values[1]) / 0.1, rtol=0.02,
+                          atol=1e-5)
+    logits = model(*batch)
+    weights = model.layers[1].ffn_in.weight.clone()
+    reorder(model, importance)
+    torch.testing.assert_close(model(*batch), logits)
+    best = importance[1][1].argmax()
+    assert torch.equal(model.layers[1].ffn_in.weight[0], weights[best])
+    for heads, neurons in yoco.Training.importance(run):
+        assert (heads.diff() <= 1e-6).all() and (neurons.diff() <= 1e-6).all()
+
+
+def test_distillation():
+    """The gradient is that of the mean of both losses; the teacher learns from the labels alone."""
+    no_dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model, labels = small_model(**no_dropout).train(), torch.tensor([0, 1, 2, 1, 0])
+    small, full, _ = some_archs(model.config, 1)
+    ids, types_, mask = small_batch()
+    wanted = model(ids, types_, mask).detach().softmax(1)
+    logits = model(ids, types_, mask, small)
+    soft = -(wanted * logits.log_softmax(1)).sum(1).mean()
+    ((F.cross_entropy(logits, labels) + soft) / 2).backward()
+    expected = {name: w.grad for name, w in model.named_parameters()}
+    batch, off = (ids, types_, mask, labels), contextlib.nullcontext
+    losses = yoco.weight_gradient(model, batch, [small], off, full)
+    assert np.isclose(losses[0], F.cross_entropy(logits, labels).item())
+    for name, w in model.named_parameters():
+        assert (w.grad is None) == (expected[name] is None)
+        assert w.grad is None or torch.allclose(w.grad, expected[name], atol=1e-6)
+    plain, both = ([w.grad for w in (yoco.weight_gradient(model, batch, [full], off, t), model)[1]
+                    .parameters()] for t in (None, full))
+    assert all(torch.equal(a, b) for a, b in zip(plain, both))
+
+
 # --------------------------------------------------------------------------------------------------
 # data.py
 # --------------------------------------------------------------------------------------------------
@@ -989,8 +1046,6 @@ def test_bad_commands_are_refused(tiny, capsys):
     assert before == result_bytes("superbert/tiny")     # nothing was lost on the way
     assert yoco.main(SEARCH + ["--model", "superbert/tiny"]) == 0
     refused(capsys, SEARCH, "holds a finished result")
-    refused(capsys, ["train", "--data", "tiny", "--bert", "subbert/tiny-0.9x", "--out", "x"],
-            "is a sub-BERT")
 
 
 @pytest.mark.parametrize("extra, mass", [
@@ -999,10 +1054,12 @@ def test_bad_commands_are_refused(tiny, capsys):
 def test_variants(tiny, capsys, extra, mass):
     """explore leaves theta uniform, exploit moves it, `largest` trains one architecture only."""
     assert yoco.main(TRAIN + extra) == 0
+    if mass == "largest":                               # nothing to search, so no theta
+        assert not Path("superbert/tiny/theta.json").exists()
+        return refused(capsys, SEARCH + ["--model", "superbert/tiny"], "without --stages largest")
     theta = json.loads(Path("superbert/tiny/theta.json").read_text())["theta"]
     tops = [max(t) * len(t) for t in theta]
-    assert {"uniform": np.allclose(tops, 1), "moved": max(tops) > 1.01,
-            "largest": all(t[-1] == 1 for t in theta)}[mass]
+    assert {"uniform": np.allclose(tops, 1), "moved": max(tops) > 1.01}[mass]
     log = [json.loads(line) for line in Path("superbert/tiny/log.jsonl").read_text().splitlines()]
     always = {"explore": [0.0], "exploit": [1.0], "largest": [1.0]}.get(extra[1])
     assert not always or [row["K"] for row in log] == always * len(log)
@@ -1071,8 +1128,6 @@ def test_nothing_that_is_read_is_overwritten(tiny, capsys):
     with open("tiny/train.tsv", "a") as file:
         file.write("the film\t1\n")
     refused(capsys, SEARCH, "train.tsv has changed")
-    assert yoco.main(TRAIN + ["--stages", "largest", "--overwrite"]) == 0
-    refused(capsys, SEARCH, "it holds nothing to search")
 
 
 # --------------------------------------------------------------------------------------------------

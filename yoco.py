@@ -60,8 +60,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 import data
-from model import (BertConfig, ElasticBert, SearchSpace, UserError, count_flops, count_params,
-                   extract, load_bert, read_json, save_bert, write_file)
+from model import (BertConfig, ElasticBert, OneArch, SearchSpace, UserError, count_flops,
+                   count_params, extract, load_bert, read_json, reorder, save_bert, write_file)
 
 try:
     import fcntl
@@ -228,6 +228,11 @@ class Stage:
     first: int                                                       # its first step t
     steps: int
 
+    @property
+    def opens_more(self):
+        """Whether more than the largest is open."""
+        return max(map(len, (self.depths, self.heads, self.ffn_sizes))) > 1
+
     def masks(self, space):
         """The open categories of each variable, as `Categorical.open` wants them."""
         layer = [k in self.ffn_sizes and h in self.heads
@@ -288,9 +293,17 @@ class TrainSettings(Arithmetic):
     resume: bool = setting(False, "continue an interrupted run from its last checkpoint")
     strategy: str = setting("ee", "ee: the controller decides; exploit: always P_theta; explore: "
                                   "always pi, theta fixed", choices=("ee", "exploit", "explore"))
-    stages: str = setting("progressive", "progressive: open the space step by step; largest: the "
-                                         "first stage alone, which is plain fine-tuning",
-                          choices=("progressive", "largest"))
+    stages: str = setting("progressive", "progressive: open the space step by step; all: the whole "
+                                         "space from the start, as many steps; largest: the first "
+                                         "stage alone, which is plain fine-tuning",
+                          choices=("progressive", "all", "largest"))
+    depth_keeps: str = setting("first", "the layers of a smaller depth: the first ones (paper), or "
+                                        "evenly spaced ones and always the last",
+                               choices=("first", "even"))
+    distill: bool = setting(False, "learn from the labels and from the largest sub-BERT's logits")
+    reorder: bool = setting(False, "after the first stage sort heads and neurons, so that the most "
+                                   "important come first")
+    shuffle: bool = setting(False, "a control: permute the losses of a step before they rank")
     epochs: float = setting(1.0, "scale of the table of epochs per stage", low=1e-6)
     lr: float = setting(0.0, "learning rate at the start of each stage; 0: the paper's", low=0)
     # CHOICE: 32; the paper prints none.  AUTHORS: 8
@@ -314,13 +327,15 @@ def train(settings):
         if t == stage.first:
             P.open(stage.masks(space))                                                   # 11
             run.optimizer = new_optimizer(model)
+            if settings.reorder and stage is run.first_elastic:
+                reorder(model, run.importance())
         if t == stage.first or t % run.interval == 0:                                    # 3
             run.K = {"ee": exploit_probability(P), "exploit": 1.0,                       # 4
                      "explore": 0.0}[settings.strategy]                                  # 5
         batch = run.batch(stage, t - stage.first)                                        # 6
         source = P if rng.random() < run.K else P.uniform()                              # 7
         archs = [space.arch(source.sample(rng)) for _ in range(settings.archs_per_step)]   # 8
-        losses = weight_gradient(model, batch, archs, run.autocast)                      # 9
+        losses = weight_gradient(model, batch, archs, run.autocast, run.teacher)         # 9
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         *losses, norm = torch.stack([*losses, norm]).tolist()        # waits for the device, once
         if not np.isfinite([*losses, norm]).all():                   # before it can spoil W
@@ -331,25 +346,34 @@ def train(settings):
             group["lr"] = run.lr * (1 - (t - stage.first) / stage.steps)
         run.optimizer.step()                                                             # 10
         if settings.strategy != "explore":
-            P.step([space.choices(arch) for arch in archs], losses, settings.delta)      # 10
+            ranked = rng.permutation(losses) if settings.shuffle else losses
+            P.step([space.choices(arch) for arch in archs], ranked, settings.delta)      # 10
         run.after_step(t + 1, stage, losses)
     return run.finish()
 
 
-def weight_gradient(model, batch, archs, autocast):
+def weight_gradient(model, batch, archs, autocast, teacher=None):
     """Leave in every .grad the mean over `archs` of the gradient of the loss on one batch (Eq. 5,
-    first line); return the losses, one tensor () per architecture."""
+    first line); return the losses, one tensor () per architecture. With a `teacher`, an
+    architecture, each also learns from its logits; the losses returned are those of the labels."""
     # AUTHORS: the losses that are ranked come from two batches, so the batch decides which is best.
     # CHOICE: gradients start as None, so that a layer which no architecture has rests; and an
     # architecture drawn twice is computed once and weighs double.
     model.zero_grad()
     *inputs, labels = batch
     loss = {}
+    if teacher and set(archs) != {teacher}:
+        with torch.no_grad(), autocast():
+            wanted = model.eval()(*inputs, teacher).float()          # without dropout
+        model.train()
     for arch, count in Counter(archs).items():
         with autocast():
-            logits = model(*inputs, arch)                            # [B, num_labels]
-        loss[arch] = task_loss(logits.float(), labels)
-        (loss[arch] * count / len(archs)).backward()                                     # Eq. 5
+            logits = model(*inputs, arch).float()                    # [B, num_labels]
+        loss[arch] = total = task_loss(logits, labels)
+        if teacher and arch != teacher:
+            # CHOICE: as much weight for the teacher as for the labels, temperature 1.
+            total = (total + distill_loss(logits, wanted)) / 2
+        (total * count / len(archs)).backward()                                          # Eq. 5
     return [loss[arch].detach() for arch in archs]
 
 
@@ -360,10 +384,21 @@ def task_loss(logits, labels):
     return F.cross_entropy(logits, labels)
 
 
+def distill_loss(logits, wanted):
+    """Cross-entropy with the distribution of the logits `wanted`, or, of a single logit, the mean
+    squared error. Both [B, num_labels]."""
+    if logits.shape[1] == 1:
+        return F.mse_loss(logits, wanted)
+    return F.cross_entropy(logits, wanted.softmax(1))
+
+
 def new_optimizer(model):
     """Adam without weight decay (Sec. 4), a new one in every stage."""
     # CHOICE: inside a layer that is used, Adam's momentum also moves the slices that are not.
     return torch.optim.Adam(model.parameters(), lr=0.0, eps=1e-8, fused=True)
+
+
+IMPORTANCE_BATCHES = 32     # of train, over which --reorder sums the importance
 
 
 class Training:
@@ -379,7 +414,9 @@ class Training:
         self.task = data.load_task(settings.data)
         torch.manual_seed(settings.seed)                             # the classifier, dropout
         self.model = self.initial_model().to(self.device).train()
-        self.config, self.space = self.model.config, SearchSpace.for_config(self.model.config)
+        self.config = self.model.config
+        self.space = (OneArch(self.config.arch) if settings.stages == "largest"
+                      else SearchSpace.for_config(self.config))
         kept, self.held = data.split_holdout(self.task.train, settings.holdout, settings.seed)
         if not kept:
             raise UserError(f"--holdout {settings.holdout} leaves nothing to train on")
@@ -388,11 +425,14 @@ class Training:
         self.per_epoch = math.ceil(len(kept) / settings.batch_size)
         self.interval = settings.controller_interval or max(1, self.per_epoch // 20)
         self.stages = make_stages(self.space, self.task.name, self.per_epoch, settings.epochs)
-        if settings.stages == "largest":
-            self.stages = self.stages[:1]
+        if settings.stages == "all":                                 # in as many steps
+            last = self.stages[-1]
+            self.stages = [dataclasses.replace(last, first=0, steps=last.first + last.steps)]
+        self.first_elastic = next((s for s in self.stages if s.opens_more), None)
         self.steps = self.stages[-1].first + self.stages[-1].steps
         self.lr = settings.lr or LEARNING_RATES.get(self.task.name, LEARNING_RATES["default"])
         self.P, self.rng = Categorical(self.space.categories), np.random.default_rng(settings.seed)
+        self.teacher = self.space.largest() if settings.distill else None
         self.optimizer, self.K, self.t, self.order = new_optimizer(self.model), 1.0, 0, None
         self.output.begin(self.restore, train_sha256=fingerprint(settings.data))
         self.progress = Progress(self.t, self.steps)
@@ -413,8 +453,7 @@ class Training:
             model = ElasticBert(BertConfig.load(self.bert), self.task.num_labels)
         else:
             model = load_bert(self.bert, self.task.num_labels)
-        if model.config.layer_heads or model.config.layer_ffn_sizes:
-            raise UserError(f"{self.bert} is a sub-BERT; a super-BERT starts from a full one")
+        model.config.depth_keeps = self.settings.depth_keeps
         model.config.id2label = {str(i): name for i, name in enumerate(self.task.labels)} or None
         return model
 
@@ -426,6 +465,24 @@ class Training:
             rng = np.random.default_rng([self.settings.seed, stage.first, epoch])
             self.order = data.batches(self.encoded, self.settings.batch_size, rng)
         return data.collate(self.encoded, self.order[i], self.device)
+
+    def importance(self):
+        """The importance of every head and neuron, for `reorder`: |sum of w dL/dw| over its output
+        weights, of the largest, summed over batches (Molchanov et al. 2019)."""
+        outs = [linear for layer in self.model.layers
+                for linear in (layer.attention_out, layer.ffn_out)]
+        totals, self.order = [0] * len(outs), None
+        self.model.eval()                                            # no dropout
+        for i in range(min(self.per_epoch, IMPORTANCE_BATCHES)):
+            weight_gradient(self.model, self.batch(self.stages[0], i), [self.space.largest()],
+                            self.autocast)
+            for j, linear in enumerate(outs):
+                part = (linear.weight * linear.weight.grad).sum(0)   # per input column
+                size = self.config.head_size if j % 2 == 0 else 1
+                totals[j] = totals[j] + part.detach().view(-1, size).sum(1).abs()
+        self.model.train()
+        self.order = None
+        return list(zip(totals[::2], totals[1::2]))
 
     def after_step(self, done, stage, losses):
         """Log and show every tenth step; save a checkpoint at its interval."""
@@ -475,20 +532,23 @@ class Training:
 
     def finish(self):
         """Score three sub-BERTs on the hold-out, and write the super-BERT."""
-        holdout, most_likely = {}, self.space.arch(self.P.most_likely())
+        holdout, archs = {}, {"largest": self.space.largest()}
+        if self.space.size() > 1:
+            archs |= {"most likely": self.space.arch(self.P.most_likely()),
+                      "smallest": self.space.smallest()}
         if self.held:
             score = scorer(self.model, [data.encode(self.held, self.bert, self.max_length)],
                            self.task.metric, self.device, self.autocast)
             print("scores on the hold-out, weights as they are:")
-            for name, arch in (("largest", self.space.largest()), ("most likely", most_likely),
-                               ("smallest", self.space.smallest())):
+            for name, arch in archs.items():
                 holdout[name] = score(arch)
                 print(f"  {name:12}{count_params(self.config, arch):>13,} parameters  "
                       f"{in_words(holdout[name])}")
         write_model(self.model, self.bert, self.output.directory)
-        write_json(self.output.directory / "theta.json", depths=self.space.depths,
-                   heads=self.space.heads, ffn_sizes=self.space.ffn_sizes,
-                   theta=[theta.tolist() for theta in self.P.theta])
+        if self.space.size() > 1:                                    # there is something to search
+            write_json(self.output.directory / "theta.json", depths=self.space.depths,
+                       heads=self.space.heads, ffn_sizes=self.space.ffn_sizes,
+                       theta=[theta.tolist() for theta in self.P.theta])
         return self.output.finish(self.device, task=self.task.name, metric=self.task.metric,
                                   data=self.settings.data, max_length=self.max_length, lr=self.lr,
                                   held_out=[self.settings.holdout, self.settings.seed],
@@ -527,26 +587,31 @@ class SearchSettings(Arithmetic):
     evaluations: int = setting(1000, "architectures to ask for", low=1)
     archs_per_step: int = setting(2, "lambda: architectures sampled per step", low=1)
     delta: float = setting(1.0, "length of a step of theta in the Fisher norm", low=0)
+    method: str = setting("sng", "sng: P_theta and its natural gradient; evolution: as HAT; "
+                                 "random: uniform (the last two try only what fits the budget)",
+                          choices=("sng", "evolution", "random"))
     select_on: str = setting("holdout", "the data that selects; dev, as in the paper, makes the "
                                         "dev score optimistic", choices=("holdout", "dev"))
     checkpoint_every: int = setting(50, "steps between checkpoints", low=1)
     seed: int = setting(0, "seed of the sampling", low=0)
 
 
-def search(settings):
+def search(settings, memo=None):
     """Move P_theta toward the highest reward with W fixed, and write the best sub-BERT that fits.
-    Returns what its run.json says."""
-    run = Searching(settings)
+    Returns what its run.json says. memo: scores in % of architectures, known from other searches of
+    the same super-BERT on the same data; those found are added."""
+    run = Searching(settings, {} if memo is None else memo)
     space, P, memo = run.space, run.P, run.memo                      # memo: arch -> ACC(m) in %
     while run.asked < settings.evaluations:
         n = min(settings.archs_per_step, settings.evaluations - run.asked)
-        archs = [space.arch(P.sample(run.rng)) for _ in range(n)]
+        archs = [run.propose() for _ in range(n)]
         for arch in archs:
             if arch not in memo:
                 memo[arch] = run.score(arch)["score"]                # inherited weights
         rewards = [reward(memo[m], run.cost(m), run.budget, run.full_cost) for m in archs]
-        P.step([space.choices(m) for m in archs], [-r for r in rewards], settings.delta)
-        run.after_step(n)
+        if settings.method == "sng":
+            P.step([space.choices(m) for m in archs], [-r for r in rewards], settings.delta)
+        run.after_step(archs)
     return run.finish(best_fit(memo, run.cost, run.budget))
 
 
@@ -560,7 +625,7 @@ def best_fit(memo, cost, budget):
 class Searching:
     """What `search` works on: the super-BERT, P, T(m), the data that selects, and its files."""
 
-    def __init__(self, settings):
+    def __init__(self, settings, memo):
         self.settings = settings
         settings.model = settings.model or latest_superbert()
         self.directory = Path(settings.model)
@@ -572,9 +637,6 @@ class Searching:
         task, config = data.load_task(self.trained["data"]), BertConfig.load(self.directory)
         self.task, self.space = task, SearchSpace.for_config(config)
         self.P = load_theta(self.directory / "theta.json", self.space)
-        if self.P.uniform().entropy() == 0:
-            raise UserError(f"{self.directory} was trained with --stages largest: it holds nothing "
-                            "to search")
         sha256 = fingerprint(self.trained["data"])
         if self.trained.get("train_sha256") != sha256:
             raise UserError(f"{self.trained['data']}/train.tsv has changed since the training of "
@@ -592,7 +654,7 @@ class Searching:
         if settings.select_on == "holdout" and not held:
             raise UserError("the super-BERT was trained without a hold-out: use --select-on dev")
         self.score = self.scorer([held] if settings.select_on == "holdout" else task.devs)
-        self.rng, self.memo, self.asked = np.random.default_rng(settings.seed), {}, 0
+        self.rng, self.memo, self.asked = np.random.default_rng(settings.seed), memo, 0
         self.output.begin(self.restore, train_sha256=sha256, trained=self.trained["finished"])
         self.progress = Progress(self.asked, settings.evaluations)
         print(f"searching {self.directory} for T(m) < {self.budget:,.0f} {kind} "
@@ -603,12 +665,42 @@ class Searching:
         parts = [data.encode(part, self.directory, self.trained["max_length"]) for part in parts]
         return scorer(self.model, parts, self.task.metric, self.device, self.autocast)
 
-    def after_step(self, n):
+    def propose(self):
+        """One architecture to evaluate, by --method."""
+        if self.settings.method == "sng":
+            return self.space.arch(self.P.sample(self.rng))
+        parents = self.parents() if self.settings.method == "evolution" else []
+        for _ in range(10_000):
+            choices = self.P.uniform().sample(self.rng)
+            if parents:
+                # Of two parents: half of the time a mutation, every choice drawn anew with p = 0.3,
+                # else a crossover. Where a parent has no layer, what was drawn stays.
+                one, two = (parents[i] for i in self.rng.integers(len(parents), size=2))
+                share, other = (0.3, choices) if self.rng.random() < 0.5 else (0.5, two)
+                child = [b if self.rng.random() < share else a for a, b in zip(one, other)]
+                choices = [c if a is None else a for a, c in zip(child, choices)]
+            if self.cost(arch := self.space.arch(choices)) < self.budget:
+                return arch
+        return self.space.smallest()
+
+    def parents(self):
+        """The 25 best when the last generation ended, as choices; none while the first, of 125, is
+        drawn; later ones have 100 (Wang et al. 2020, HAT)."""
+        # CHOICE: all three shrink in proportion where fewer than 1000 evaluations are asked for.
+        size = min(1, self.settings.evaluations / 1000)
+        first, later, best = (max(1, round(n * size)) for n in (125, 100, 25))
+        born = first + (len(self.memo) - first) // later * later
+        past = list(self.memo)[:born] if born >= first else []
+        past = [m for m in past if self.cost(m) < self.budget]
+        return [self.space.choices(m) for m in sorted(past, key=lambda m: -self.memo[m])[:best]]
+
+    def after_step(self, archs):
         """Log, show, and save a checkpoint at its interval."""
-        self.asked += n
+        self.asked += len(archs)
         best = best_fit(self.memo, self.cost, self.budget)
-        self.output.log(asked=self.asked, run=len(self.memo), best=self.memo.get(best))
-        if SIGNALS or self.asked % (self.settings.checkpoint_every * n) == 0:
+        self.output.log(asked=self.asked, run=len(self.memo), best=self.memo.get(best),
+                        scores=[[self.space.choices(m), self.memo[m]] for m in archs])
+        if SIGNALS or self.asked % (self.settings.checkpoint_every * len(archs)) == 0:
             self.output.save({}, asked=self.asked, rng=self.rng.bit_generator.state,
                              theta=[theta.tolist() for theta in self.P.theta],
                              memo=[[self.space.choices(m), s] for m, s in self.memo.items()])
@@ -695,7 +787,8 @@ def fingerprint(directory):
 
 def load_theta(path, space):
     """P_theta from theta.json; UserError unless it is a distribution over `space`."""
-    stored = read_json(path, "does not exist: that is no super-BERT")
+    stored = read_json(path, "does not exist: only what train wrote without --stages largest can "
+                             "be searched")
     P = Categorical(space.categories)
     try:
         found = [tuple(stored[name]) for name in ("depths", "heads", "ffn_sizes")]
@@ -795,8 +888,8 @@ def scorer(model, parts, metric, device, autocast):
     def logits(inputs, arch, kept):
         """Logits of one batch, as float32; keeps its hidden states and forgets the oldest."""
         result = model(*inputs, arch, kept).float()
-        sizes = tuple(zip(*arch))
-        for prefix in [sizes[:i] for i in range(arch.depth) if sizes[:i] in kept]:
+        layers = model.config.layers(arch)
+        for prefix in [layers[:i] for i in range(arch.depth) if layers[:i] in kept]:
             kept[prefix] = kept.pop(prefix)                          # the last in a dict's order
         for prefix in list(kept)[:max(0, len(kept) - most)]:
             del kept[prefix]

@@ -1,0 +1,507 @@
+"""The paper's tables and figures on real data, with seeds and intervals, MiniLM as the model.
+
+    python -m glue.paper run [--tasks MRPC RTE] [--variants plain yoco] [--seeds 0 1 2]
+    python -m glue.paper table 1|2|3|4|5|ablation|defaults
+    python -m glue.paper figure 2|3
+
+A cell is one task, variant and seed. `run` writes each as one small JSON file under glue/results/;
+what is there is skipped, and what was interrupted resumes. The same command may run several times
+at once, since a cell that another process works on is skipped too. `table` and `figure` (which
+needs matplotlib) read those files alone.
+
+What a cell does: the full MiniLM is fine-tuned (`plain`), the start of every variant with its seed;
+from it `--steps` steps train a super-BERT; a search on the hold-out finds one sub-BERT with less
+than 0.75 and one with less than 0.5 of the *encoder's* parameters (MiniLM's embeddings are half of
+it and not elastic, so the paper's ratios of all parameters are out of reach); dev is read once for
+each. A variant is nothing but flags of `train` and `search`. MiniLM's figures (6 layers x 384) are
+not comparable with BERT-base's.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import data
+import yoco
+from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, count_flops, count_params,
+                   extract, load_bert, read_json)
+
+RESULTS = Path(__file__).parent / "results"
+TASKS = ("MRPC", "RTE", "CoLA", "STS-B", "SST-2")
+SHARES = (0.75, 0.5)                                # budgets, of the encoder's parameters
+PLAIN_EPOCHS = {"SST-2": 1}                         # else 3
+COMMON = ["--lr", "1e-4", "--batch-size", "32"]     # MiniLM wants more than the paper's 2e-5
+SMALL_DELTA = 69 ** -0.5                            # theta of MiniLM has 3 + 6 x 11 dimensions
+
+# variant: flags of train | flags of search
+ELASTIC = {
+    "yoco": ("", ""),
+    "exploit only": ("--strategy exploit", ""),
+    "explore only": ("--strategy explore", ""),
+    "permuted losses": ("--shuffle", ""),
+    "HAT": ("--strategy explore --stages all", "--method evolution"),
+    "OFA": ("--strategy explore --distill", "--method evolution"),
+    "reorder": ("--reorder", ""),
+    "distill": ("--distill", ""),
+    "even": ("--depth-keeps even", ""),
+    "all stages at once": ("--stages all", ""),
+    "reorder + distill": ("--reorder --distill", ""),
+    "reorder + distill + even": ("--reorder --distill --depth-keeps even", ""),
+    "best": ("--reorder --distill --depth-keeps even --stages all", ""),
+    "small delta": (f"--delta {SMALL_DELTA:.4f}", ""),
+    "lambda 4": ("--archs-per-step 4", ""),                              # and half of the steps
+    "lambda 4, small delta": (f"--archs-per-step 4 --delta {SMALL_DELTA:.4f}", ""),
+}
+RATES = ("2e-4", "2e-5", "2e-6", "2e-7")
+BANDS = {"A": (0.18, 0.36), "B": (0.36, 0.55), "C": (0.55, 0.73), "D": (0.73, 0.91)}
+METHODS = ("sng", "evolution", "random")
+# Without elasticity: the first 3 layers, 3 of 6 evenly spaced, fine-tuned as they are. Then what
+# needs the super-BERT of a variant: fine-tuning its sub-BERT, Fig. 3's methods, Tab. 1's bands.
+OTHERS = (["plain", "first layers", "even layers", "methods", "bands", "bands of best"]
+          + [f"{v}, tuned {r}" for v in ("yoco", "best", "HAT", "OFA") for r in RATES])
+
+
+# --------------------------------------------------------------------------------------------------
+# Cells
+# --------------------------------------------------------------------------------------------------
+
+class Cell:
+    """One task, variant and seed: what it needs, its commands, and the facts that it keeps."""
+
+    def __init__(self, task, variant, seed, options):
+        self.task, self.variant, self.seed, self.options = task, variant, seed, options
+        self.steps = options.steps
+        self.name = f"{task}-{variant}-{self.steps}-{seed}".replace(",", "").replace(" ", "_")
+        self.data = f"{options.data}/{task}"
+
+    @property
+    def path(self):
+        """The JSON file of the result."""
+        return RESULTS / f"paper-{self.name}.json"
+
+    def out(self, kind=""):
+        """A directory for a model of this cell."""
+        return f"{self.options.work}/{self.name}{kind}"
+
+    def other(self, variant):
+        """The cell of another variant, finished first."""
+        cell = Cell(self.task, variant, self.seed, self.options)
+        cell.ensure(needed=True)
+        return cell
+
+    def ensure(self, needed=False):
+        """Fill the cell, unless it is filled or another process is at it. needed: wait for that
+        process; and fill it anew where its models are no longer there."""
+        Path(self.options.work).mkdir(parents=True, exist_ok=True)
+        RESULTS.mkdir(exist_ok=True)
+        with open(self.out(".lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if needed else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return
+            if self.path.exists() and (not needed or Path(self.out(), "run.json").exists()):
+                return
+            print(f"--- {self.name}", flush=True)
+            cpu = time.process_time()
+            facts = self.fill()
+            facts |= dict(cpu_seconds=round(time.process_time() - cpu))
+            rows = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in facts.items())
+            yoco.write_file(self.path, f"{{\n{rows}\n}}\n".encode())
+
+    def fill(self):
+        """Do the work; the facts of the cell."""
+        if self.variant in ("plain", "first layers", "even layers"):
+            return self.plain()
+        if self.variant == "methods":
+            return self.methods()
+        if self.variant.startswith("bands"):
+            return self.bands()
+        if ", tuned " in self.variant:
+            return self.tuned()
+        return self.elastic()
+
+    def train(self, out, bert, *flags):
+        """Run `train`, or take what is there; its run.json."""
+        return self.command(out, "train", "--data", self.data, "--bert", str(bert), *COMMON, *flags)
+
+    def search(self, out, model, *flags):
+        """Run `search`, likewise."""
+        return self.command(out, "search", "--model", model, "--evaluations",
+                            str(self.options.evaluations), *flags)
+
+    def command(self, out, *words):
+        """Run a command of yoco.py to its end; its run.json."""
+        if status := yoco.main([*words, "--seed", str(self.seed), "--out", out, "--resume"]):
+            sys.exit(status)
+        return read_json(Path(out) / "run.json")
+
+    def facts(self, run, **more):
+        """What every cell says, from the run.json of its training."""
+        kept = {k: v for k, v in run["settings"].items() if k not in ("data", "bert")}   # paths
+        return dict(task=self.task, variant=self.variant, seed=self.seed, steps=run["steps"],
+                    passes=run["steps"] * kept["batch_size"] * (
+                        1 if kept["stages"] == "largest" else kept["archs_per_step"]),
+                    commit=commit(), seconds=run["seconds"], hardware=run["hardware"],
+                    versions=run["versions"], settings=kept, **more)
+
+    def score(self, directory, on="dev"):
+        """A function arch -> {metric: %} of a model that `train` or `search` wrote."""
+        run, task = read_json(Path(directory) / "run.json"), data.load_task(self.data)
+        model = yoco.load_trained(directory, task)
+        device, autocast = yoco.arithmetic(yoco.Arithmetic())
+        parts = task.devs if on == "dev" else [data.split_holdout(task.train, *run["held_out"])[1]]
+        return yoco.scorer(model.to(device), [data.encode(part, directory, run["max_length"])
+                                              for part in parts], task.metric, device, autocast)
+
+    def plain(self):
+        """Fine-tuning without elasticity, of MiniLM or of some of its layers."""
+        bert, epochs = self.options.bert, PLAIN_EPOCHS.get(self.task, 3)
+        if self.variant != "plain":
+            full = load_bert(bert, 2)
+            full.config.depth_keeps = self.variant.split()[0]
+            n, heads = full.config.num_hidden_layers // 2, full.config.num_attention_heads
+            cut = extract(full, Arch([heads] * n, [full.config.intermediate_size] * n))
+            yoco.write_model(cut, bert, self.out("-cut"))
+            bert = self.out("-cut")
+        scale = epochs / yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])[2][-1]
+        run = self.train(self.out(), bert, "--stages", "largest", "--epochs", f"{scale:.6f}")
+        config = BertConfig.load(self.out())
+        return self.facts(run, scores=[dict(
+            budget=1.0 if self.variant == "plain" else 0.5, arch=config.arch._asdict(),
+            params=count_params(config, config.arch), flops=count_flops(config, config.arch),
+            holdout=run["holdout"]["largest"], dev=self.score(self.out())(config.arch))])
+
+    def elastic(self):
+        """Train a super-BERT, search it under both budgets."""
+        start, (train, search) = self.other("plain").out(), ELASTIC[self.variant]
+        kept = data.split_holdout(data.load_task(self.data).train, 0.1, self.seed)[0]
+        steps = self.steps // (2 if "lambda 4" in self.variant else 1)
+        epochs = sum(map(sum, yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])))
+        epochs += yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])[2][-1]
+        scale = steps / epochs / math.ceil(len(kept) / self.options.batch_size)
+        run = self.train(self.out(), start, "--epochs", f"{scale:.6f}", "--batch-size",
+                         str(self.options.batch_size), *train.split())
+        config = BertConfig.load(self.out())
+        space, rng = SearchSpace.for_config(config), np.random.default_rng(0)
+        pi, score = yoco.Categorical(space.categories), self.score(self.out(), "holdout")
+        uniform = [score(space.arch(pi.sample(rng)))["score"] for _ in range(20)]
+        scores = [dict(budget=1.0, arch=space.largest()._asdict(),
+                       holdout=run["holdout"]["largest"],
+                       dev=self.score(self.out())(space.largest()))]
+        for wanted in SHARES:
+            found = self.search(self.out(f"-{wanted}"), self.out(), "--max-params",
+                                str(budget(config, wanted)), *search.split())
+            scores.append(dict(budget=wanted, **self.found(found, config)))
+        return self.facts(run, uniform=float(np.mean(uniform)), scores=scores,
+                          most_likely=run["holdout"]["most likely"])
+
+    def found(self, run, config):
+        """What is kept of a search, from its run.json."""
+        arch = Arch(**run["arch"])
+        return dict(share=share(config, arch), arch=run["arch"], params=run["params"],
+                    flops=run["flops"], holdout={"score": run["selection_score"]}, dev=run["dev"],
+                    asked=run["evaluations_asked"], run=run["evaluations_run"],
+                    seconds=run["seconds"])
+
+    def tuned(self):
+        """Ten more epochs for the sub-BERT that a variant found under the smaller budget."""
+        variant, rate = self.variant.split(", tuned ")
+        source = self.other(variant).out(f"-{SHARES[-1]}")
+        config = BertConfig.load(source)
+        scale = 10 / yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])[2][-1]
+        run = self.train(self.out(), source, "--lr", rate, "--epochs", f"{scale:.6f}")
+        return self.facts(run, scores=[dict(
+            budget=SHARES[-1], arch=config.arch._asdict(),
+            params=count_params(config, config.arch), flops=count_flops(config, config.arch),
+            holdout=run["holdout"]["largest"], dev=self.score(self.out())(config.arch))])
+
+    def methods(self):
+        """Fig. 3: what three methods find in one super-BERT, by evaluations."""
+        model = self.other("yoco").out()
+        config, curves = BertConfig.load(model), {}
+        space, limit = SearchSpace.for_config(config), budget(BertConfig.load(model), SHARES[-1])
+        for method in METHODS:
+            out = self.out(f"-{method}")
+            run = self.search(out, model, "--method", method, "--max-params", str(limit))
+            known, curve = {}, []
+            for line in Path(out, "log.jsonl").read_text().splitlines():
+                for choices, score in json.loads(line)["scores"]:
+                    if count_params(config, arch := space.arch([c or 0 for c in choices])) < limit:
+                        known[arch] = score
+                best = sorted(known.values())[-10:]
+                curve.append([best[-1], float(np.mean(best))] if best else None)
+            curves[method] = dict(curve=curve, **self.found(run, config))
+        return self.facts(read_json(Path(model) / "run.json"), methods=curves)
+
+    def bands(self):
+        """Tab. 1 and Fig. 2: the best in every band of sizes, of one super-BERT, one memo."""
+        model = self.other("best" if "best" in self.variant else "yoco").out()
+        config, memo, scores = BertConfig.load(model), {}, []
+        for band, (_, high) in BANDS.items():
+            settings = yoco.SearchSettings(
+                model=model, out=self.out(f"-{band}"), max_params=str(budget(config, high)),
+                evaluations=self.options.evaluations, seed=self.seed, overwrite=True)
+            yoco.search(settings, memo)
+        dev = self.score(model)
+        for band, (low, high) in BANDS.items():
+            inside = {m: s for m, s in memo.items() if low <= share(config, m) < high}
+            best = yoco.best_fit(inside, lambda m: count_params(config, m), math.inf)
+            if best:
+                scores.append(dict(band=band, share=share(config, best), arch=best._asdict(),
+                                   params=count_params(config, best), dev=dev(best),
+                                   flops=count_flops(config, best), holdout={"score": memo[best]}))
+        return self.facts(read_json(Path(model) / "run.json"), scores=scores, run=len(memo))
+
+
+def fixed(config):
+    """Parameters of embeddings and pooler: what a layer costs, taken off a model of one layer."""
+    one, two = (count_params(config, Arch([1] * n, [1] * n)) for n in (1, 2))
+    return 2 * one - two
+
+
+def share(config, arch):
+    """The part of the encoder's parameters that `arch` has."""
+    full, rest = SearchSpace.for_config(config).largest(), fixed(config)
+    return (count_params(config, arch) - rest) / (count_params(config, full) - rest)
+
+
+def budget(config, part):
+    """`--max-params` for so much of the encoder."""
+    full = count_params(config, SearchSpace.for_config(config).largest())
+    return round(fixed(config) + part * (full - fixed(config)))
+
+
+def commit():
+    """The commit of this code, "+" where files differ from it; "" outside a repository."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+                              cwd=RESULTS.parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables and figures, from the JSON files alone
+# --------------------------------------------------------------------------------------------------
+
+# Two-sided 95% quantiles of Student's t for 1 ... 9 degrees of freedom.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def load(steps):
+    """{(task, variant): {seed: facts}} of all cells with so many steps."""
+    cells = {}
+    for path in sorted(RESULTS.glob(f"paper-*-{steps}-*.json")):
+        facts = read_json(path)
+        cells.setdefault((facts["task"], facts["variant"]), {})[facts["seed"]] = facts
+    return cells
+
+
+def dev(part):
+    """A getter of the dev score under a budget; None where a cell has none."""
+    return lambda facts: next((s["dev"]["score"] for s in facts["scores"]
+                               if s.get("budget", s.get("band")) == part), None)
+
+
+def holdout(facts):
+    """The hold-out score of what was found under the smaller budget."""
+    return next((s["holdout"]["score"] for s in facts["scores"] if s.get("budget") == SHARES[-1]),
+                None)
+
+
+def values(cells, task, variant, getter):
+    """{seed: value} of one field of the table."""
+    found = {seed: getter(facts) for seed, facts in cells.get((task, variant), {}).items()}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def spread(found):
+    """'mean ± sample standard deviation (n)' of {seed: value}; empty where nothing is known."""
+    if not found:
+        return ""
+    x = list(found.values())
+    deviation = f" ± {np.std(x, ddof=1):.1f}" if len(x) > 1 else ""
+    return f"{np.mean(x):.1f}{deviation} ({len(x)})"
+
+
+def difference(found, reference):
+    """The mean paired difference over common seeds, with its 95% interval."""
+    x = [found[seed] - reference[seed] for seed in found if seed in reference]
+    if len(x) < 2:
+        return ""
+    half = T95[len(x) - 2] * np.std(x, ddof=1) / math.sqrt(len(x))
+    return f"{np.mean(x):+.1f} [{np.mean(x) - half:+.1f}, {np.mean(x) + half:+.1f}]"
+
+
+def compare(cells, variants, columns):
+    """Print a row per variant; columns: {title: (task, getter)}. Every field also has the paired
+    difference from the first variant."""
+    columns = {title: (task, getter) for title, (task, getter) in columns.items()
+               if any(values(cells, task, variant, getter) for variant in variants)}
+    print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
+    for variant in variants:
+        fields = []
+        for task, getter in columns.values():
+            found = values(cells, task, variant, getter)
+            less = difference(found, values(cells, task, variants[0], getter))
+            fields.append(spread(found) + (f"; {less}" if less and variant != variants[0] else ""))
+        if any(fields):
+            print(f"| {variant} | " + " | ".join(fields) + " |")
+
+
+QUOTED = """| *quoted from the paper's Tab. 2: BERT-base, its own row selected on dev* | | | | | |
+| BERT-base, 110 M | 89.5 | 71.1 | 54.3 | | 92.7 |
+| LayerDrop, 67 M | 85.9 | 65.2 | 45.4 | | 90.7 |
+| DistilBERT, 67 M | 87.5 | 59.9 | 51.3 | | 91.3 |
+| BERT-PKD, 67 M | 85.7 | 66.5 | 45.5 | | 91.3 |
+| PD-BERT, 67 M | 87.2 | 66.7 | | | 91.1 |
+| BERT-of-Theseus, 67 M | 89.0 | 68.2 | 51.1 | | 91.5 |
+| MINILM, 67 M | 88.4 | 71.5 | 49.2 | | 92.0 |
+| YOCO-BERT, 59 to 67 M | 90.3 | 72.9 | 59.8 | | 92.8 |"""
+
+
+def table(number, steps):
+    """Print one table over the cells with so many steps."""
+    cells = load(steps)
+    print(f"MiniLM (6 x 384; not comparable with BERT-base), {steps} steps of elastic training "
+          "from plain fine-tuning.\nDev scores in % (MRPC: mean of accuracy and F1; CoLA: "
+          "Matthews; STS-B: mean of Pearson and Spearman),\nmean ± sample standard deviation (seeds); then "
+          "the paired difference from the first row [95% interval].\n")
+    both = {f"{task} {part}x": (task, dev(part)) for task in TASKS for part in SHARES}
+    if number == "1":
+        for variant in ("bands", "bands of best"):
+            print(f"| {variant}: part of the encoder | " + " | ".join(TASKS) + " |\n"
+                  + "|---" * (1 + len(TASKS)) + "|")
+            for band, (low, high) in BANDS.items():
+                print(f"| {band}: {low} to {high} | " + " | ".join(spread(values(
+                    cells, task, variant, dev(band))) for task in TASKS) + " |")
+    elif number == "2":
+        parts = {"plain": 1.0, "first layers": 0.5, "even layers": 0.5, "yoco": 0.5, "best": 0.5}
+        print("| | " + " | ".join(TASKS) + " |\n" + "|---" * (1 + len(TASKS)) + "|")
+        for variant, part in parts.items():
+            found = {t: values(cells, t, variant, dev(part)) for t in TASKS}
+            print(f"| {variant}, {part}x | " + " | ".join(spread(found[t]) for t in TASKS) + " |")
+        print(QUOTED)
+        tasks = [t for t in TASKS if all(values(cells, t, v, dev(p)) for v, p in
+                                         (("plain", 1.0), ("best", 0.5)))]
+        if tasks:
+            full, half = (np.mean([np.mean(list(values(cells, t, v, dev(p)).values()))
+                                   for t in tasks]) for v, p in (("plain", 1.0), ("best", 0.5)))
+            print(f"\nbest at half of the encoder keeps {100 * half / full:.1f}% of plain "
+                  f"fine-tuning's mean over {', '.join(tasks)}")
+    elif number == "3":
+        compare(cells, ["yoco", "HAT", "OFA"] + [f"{v}, tuned {r}" for v in ("HAT", "OFA")
+                                                 for r in RATES], both)
+    elif number == "4":
+        compare(cells, ["yoco", "exploit only", "explore only", "permuted losses"], both)
+    elif number == "5":
+        for variant in ("yoco", "best"):
+            compare(cells, [variant] + [f"{variant}, tuned {rate}" for rate in RATES],
+                    {f"{task} {SHARES[-1]}x": (task, dev(SHARES[-1])) for task in TASKS})
+    elif number == "ablation":
+        uniform = {f"{t} drawn uniformly, hold-out": (t, lambda f: f.get("uniform")) for t in TASKS}
+        largest = {f"{t} largest": (t, dev(1.0)) for t in TASKS}
+        compare(cells, ["yoco", "reorder", "distill", "even", "all stages at once",
+                        "reorder + distill", "reorder + distill + even", "best", "plain",
+                        "first layers", "even layers"], largest | both | uniform)
+    elif number == "defaults":
+        compare(cells, ["yoco", "small delta", "lambda 4", "lambda 4, small delta"],
+                {f"{t} {what}, hold-out": (t, getter) for t in TASKS for what, getter in
+                 (("found at 0.5x", holdout), ("drawn uniformly", lambda f: f["uniform"]))})
+    spent = [f for of_seed in cells.values() for f in of_seed.values()]
+    print(f"\nAll {len(spent)} cells: {sum(f['cpu_seconds'] for f in spent) / 3600:.1f} hours of "
+          f"processor time on {', '.join(sorted({f['hardware'] for f in spent}))}.")
+
+
+def figure(number, steps):
+    """Draw one figure to glue/results/figureN.svg."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "yoco"                     # the same file every time
+    import matplotlib.pyplot as plt
+    cells = load(steps)
+    (figure_2 if number == "2" else figure_3)(plt, cells)
+    plt.tight_layout()
+    plt.savefig(RESULTS / f"figure{number}.svg", metadata={"Date": None})
+    print(f"wrote {RESULTS / f'figure{number}.svg'}")
+
+
+def figure_2(plt, cells):
+    """Parameters and FLOPs against the dev score: a mark per seed, the means joined."""
+    tasks = [t for t in TASKS if any((t, v) in cells for v in ("bands", "bands of best"))]
+    if not tasks:
+        raise UserError("no cells of the variant bands yet: python -m glue.paper run")
+    _, axes = plt.subplots(len(tasks), 2, figsize=(8, 3.2 * len(tasks)), squeeze=False)
+    for row, task in zip(axes, tasks):
+        for axis, unit, name in zip(row, ("params", "flops"), ("million parameters",
+                                                               "GFLOPs at 128 tokens")):
+            for variant in ("bands", "bands of best", "plain", "first layers", "even layers"):
+                rows = [s for f in cells.get((task, variant), {}).values() for s in f["scores"]]
+                if rows:
+                    x = np.array([s[unit] for s in rows]) / (1e6 if unit == "params" else 1e9)
+                    y = np.array([s["dev"]["score"] for s in rows])
+                    dots = axis.plot(x, y, "o", ms=3, alpha=0.5)[0]
+                    groups = sorted({s.get("band", "") for s in rows})
+                    inside = [[s.get("band", "") == g for s in rows] for g in groups]
+                    axis.plot([x[i].mean() for i in inside], [y[i].mean() for i in inside], "o-",
+                              color=dots.get_color(), label=variant)
+            axis.set(xlabel=name, ylabel=f"{task} dev score")
+        row[0].legend(fontsize=7)
+
+
+def figure_3(plt, cells):
+    """Best so far and the mean of the ten best on the hold-out, against evaluations."""
+    tasks = [t for t in TASKS if (t, "methods") in cells]
+    if not tasks:
+        raise UserError("no cells of the variant methods yet: python -m glue.paper run")
+    _, axes = plt.subplots(len(tasks), 2, figsize=(8, 3.2 * len(tasks)), squeeze=False)
+    for row, task in zip(axes, tasks):
+        of_seeds = cells[task, "methods"].values()
+        for i, (axis, what) in enumerate(zip(row, ("best so far", "mean of the ten best"))):
+            for method in METHODS:
+                curves = np.array([[p[i] if p else np.nan for p in f["methods"][method]["curve"]]
+                                   for f in of_seeds])
+                asked = np.arange(1, curves.shape[1] + 1) * 2        # two a step
+                axis.plot(asked, curves.mean(0), label=method)
+            axis.set(xlabel="evaluations", ylabel=f"{task} hold-out, {what}")
+        row[0].legend(fontsize=7)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("run", "table", "figure"))
+    parser.add_argument("number", nargs="?", help="of the table or figure")
+    parser.add_argument("--tasks", nargs="+", default=["MRPC", "RTE"])
+    parser.add_argument("--variants", nargs="+", choices=[*ELASTIC, *OTHERS], metavar="VARIANT",
+                        default=["plain", *ELASTIC, *OTHERS[1:]])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300, help="of elastic training")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--evaluations", type=int, default=60, help="of each search")
+    parser.add_argument("--data", default="glue", help="where the tasks' directories are")
+    parser.add_argument("--bert", default="all-MiniLM-L6-v2")
+    parser.add_argument("--work", default="superbert/paper", help="where models go")
+    options = parser.parse_args()
+    try:
+        if options.command == "run":
+            for task in options.tasks:
+                for variant in options.variants:
+                    for seed in options.seeds:
+                        Cell(task, variant, seed, options).ensure()
+        elif options.command == "table":
+            table(options.number, options.steps)
+        else:
+            figure(options.number, options.steps)
+    except UserError as error:
+        sys.exit(f"glue.paper: error: {error}")
