@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import doctest
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -46,7 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import model as model_module
 import yoco
-from glue import bench, download, toy
+from glue import bench, download, paper, toy
 from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, attention, count_flops,
                    count_params, dropout, extract, load_bert, reorder, save_bert)
 from yoco import Categorical
@@ -164,6 +165,34 @@ def test_slice_equals_extracted(tmp_path):
                                                      loaded.state_dict().values()))
     shared = {w.data_ptr() for w in model.parameters()} & {w.data_ptr() for w in sub.parameters()}
     assert not shared                                   # an extracted model owns its memory
+
+
+def test_evenly_spaced_depth(tmp_path):
+    """The layers of a smaller depth: spaced evenly, the last always, each with its own weights; a
+    sub-BERT of them stands alone, and shared prefixes tell layers apart."""
+    for layers, depth, kept in ((12, 6, [1, 3, 5, 7, 9, 11]), (6, 3, [1, 3, 5]), (4, 1, [3]),
+                                (6, 4, [0, 2, 3, 5]), (6, 5, [0, 1, 2, 3, 5]), (2, 2, [0, 1])):
+        assert list(model_module.kept_layers("even", layers, depth)) == kept
+        assert list(model_module.kept_layers("first", layers, depth)) == list(range(depth))
+    model, batch = small_model(depth_keeps="even"), small_batch()
+    space, arch = SearchSpace.for_config(model.config), Arch((2, 6), (48, 8))
+    assert space.choices(arch) == [0, None, 9, None, 2]
+    assert space.arch(space.choices(arch)) == arch
+    by_hand = small_model()                             # the same weights; layers 2 and 4 first
+    by_hand.layers = torch.nn.ModuleList([by_hand.layers[i] for i in (1, 3, 0, 2)])
+    expected = by_hand(*batch, arch)
+    assert torch.equal(model(*batch, arch), expected)
+    assert not torch.allclose(small_model()(*batch, arch), expected)
+    save_bert(model, tmp_path / "whole")
+    assert torch.equal(load_bert(tmp_path / "whole", 3)(*batch, arch), expected)
+    save_bert(extract(model, arch), tmp_path / "sub")
+    torch.testing.assert_close(load_bert(tmp_path / "sub", 3)(*batch), expected)
+    kept = {}
+    with torch.inference_mode():
+        for m in some_archs(model.config, 20):
+            assert torch.equal(model(*batch, m, kept), model(*batch, m))
+    with pytest.raises(UserError, match="depth_keeps"):
+        small_config(depth_keeps="last")
 
 
 @pytest.mark.parametrize("config", [
@@ -879,8 +908,8 @@ def test_one_seed_one_result(tiny):
     assert both("a", "3") == both("b", "3") != both("c", "4")
 
 
-@pytest.mark.parametrize("stop", [3, 11])
-def test_resume_is_exact(tiny, monkeypatch, stop):
+@pytest.mark.parametrize("stop, more", [(3, False), (11, False), (7, True)])
+def test_resume_is_exact(tiny, monkeypatch, stop, more):
     """Stopped in the middle and resumed: the same bytes and the same log as without the stop."""
     def stop_at(kind, moment):
         original, count = kind.after_step, itertools.count(1)
@@ -891,7 +920,9 @@ def test_resume_is_exact(tiny, monkeypatch, stop):
                 raise KeyboardInterrupt
         monkeypatch.setattr(kind, "after_step", after_step)
         return lambda: monkeypatch.setattr(kind, "after_step", original)
-    train, search = TRAIN + ["--checkpoint-every", "2"], SEARCH + ["--checkpoint-every", "2"]
+    train = TRAIN + ["--checkpoint-every", "2"] + ["--distill", "--reorder", "--depth-keeps",
+                                                   "even"] * more
+    search = SEARCH + ["--checkpoint-every", "2"] + ["--method", "evolution"] * more
     assert yoco.main(train + ["--out", "whole"]) == 0
     assert yoco.main(search + ["--model", "whole", "--out", "sub"]) == 0
     undo = stop_at(yoco.Training, stop)
@@ -1048,8 +1079,50 @@ def test_bad_commands_are_refused(tiny, capsys):
     refused(capsys, SEARCH, "holds a finished result")
 
 
+def test_finetuning_a_sub_bert(tiny):
+    """A sub-BERT trains as it is: the same architecture, other weights, nothing to search."""
+    assert yoco.main(TRAIN) == yoco.main(SEARCH) == 0
+    words = ["train", "--data", "tiny", "--bert", "subbert/tiny-0.9x", "--out", "tuned", "--lr",
+             "1e-3", *CPU]
+    assert yoco.main(words) == 0
+    before, after = (load_bert(d, 2) for d in ("subbert/tiny-0.9x", "tuned"))
+    assert before.config.arch == after.config.arch
+    assert not torch.equal(before.layers[0].query.weight, after.layers[0].query.weight)
+    assert {path.name for path in Path("tuned").iterdir()} == {
+        "config.json", "model.safetensors", "vocab.txt", "run.json", "log.jsonl"}
+    log = Path("tuned/log.jsonl").read_text().splitlines()
+    assert {json.loads(line)["stage"] for line in log} == {"largest"}
+    assert yoco.main(["eval", "--model", "tuned", *CPU]) == 0
+
+
+@pytest.mark.parametrize("method", ["evolution", "random"])
+def test_search_methods(tiny, monkeypatch, method):
+    """Every proposal fits; on a score that counts matches with a target, evolution comes close and
+    random search does not."""
+    tiny_bert(tiny / "tiny", num_hidden_layers=6, num_attention_heads=6)
+    assert yoco.main(TRAIN + ["--epochs", "0.01"]) == 0
+    space = SearchSpace.for_config(BertConfig.load("superbert/tiny"))
+    target = [3, 0, 5, 2, 7, 1, 4]
+
+    def scorer(run, parts):
+        return lambda arch: {"score": float(sum(a == b for a, b in
+                                                zip(space.choices(arch), target)))}
+    monkeypatch.setattr(yoco.Searching, "scorer", scorer)
+    words = SEARCH + ["--method", method, "--evaluations", "1000"]
+    assert yoco.main(words + ["--out", "a"]) == 0
+    run = yoco.read_json(Path("a/run.json"))
+    lines = [json.loads(line) for line in Path("a/log.jsonl").read_text().splitlines()]
+    asked = [choices for line in lines for choices, _ in line["scores"]]
+    assert len(asked) == 1000
+    archs = [space.arch([c or 0 for c in choices]) for choices in asked]
+    assert all(count_params(BertConfig.load("superbert/tiny"), m) < run["budget"] for m in archs)
+    assert run["selection_score"] >= 6 if method == "evolution" else run["selection_score"] <= 5
+
+
 @pytest.mark.parametrize("extra, mass", [
     (["--strategy", "explore"], "uniform"), (["--strategy", "exploit"], "moved"),
+    (["--stages", "all"], "moved"), (["--distill", "--reorder"], "moved"),
+    (["--shuffle"], "moved"), (["--depth-keeps", "even"], "moved"),
     (["--stages", "largest"], "largest"), (["--holdout", "0"], "moved")])
 def test_variants(tiny, capsys, extra, mass):
     """explore leaves theta uniform, exploit moves it, `largest` trains one architecture only."""
@@ -1061,7 +1134,7 @@ def test_variants(tiny, capsys, extra, mass):
     tops = [max(t) * len(t) for t in theta]
     assert {"uniform": np.allclose(tops, 1), "moved": max(tops) > 1.01}[mass]
     log = [json.loads(line) for line in Path("superbert/tiny/log.jsonl").read_text().splitlines()]
-    always = {"explore": [0.0], "exploit": [1.0], "largest": [1.0]}.get(extra[1])
+    always = {"explore": [0.0], "exploit": [1.0], "largest": [1.0]}.get(extra[-1])
     assert not always or [row["K"] for row in log] == always * len(log)
     if extra[0] == "--holdout":
         refused(capsys, ["search", "--max-params", "0.9x"], "--select-on dev")
@@ -1603,6 +1676,63 @@ def test_bench(capsys, monkeypatch):
     assert "MiB" not in printed and printed.count("passes/s") == 4 and "GFLOP/s" in printed
 
 
+def test_paper_cells(tiny, monkeypatch, capsys):
+    """Cells from training to table: each is one file, what is there is not run again, the scores
+    are those that `eval` gives, budgets hold."""
+    monkeypatch.setattr(paper, "RESULTS", tiny / "results")
+    monkeypatch.setattr(paper, "TASKS", ("tiny",))
+    assert yoco.main(TRAIN + ["--stages", "largest", "--out", "bert"]) == 0    # in MiniLM's place
+    variants = ["best", "lambda 4", "HAT", "first layers", "even layers", "methods", "bands",
+                "yoco, tuned 2e-5"]                     # plain and yoco come with them
+    words = ["run", "--tasks", "tiny", "--data", ".", "--bert", "bert", "--work", "work", "--steps",
+             "28", "--batch-size", "8", "--evaluations", "8", "--seeds", "0", "1", "--variants"]
+    assert paper.main(words + variants) == 0
+    cells = paper.load(28)
+    assert {variant for _, variant in cells} == {*variants, "plain", "yoco"}
+    assert all(set(seeds) == {0, 1} for seeds in cells.values())
+    config = BertConfig.load("bert")
+    one, two = (count_params(config, Arch([3] * n, [24] * n)) for n in (1, 2))
+    for share, found in zip((1, 0.75, 0.5), cells["tiny", "best"][0]["scores"], strict=True):
+        name = "work/tiny-best-28-0" + (f"-{share}" if share < 1 else "")
+        assert yoco.evaluate(yoco.EvalSettings(model=name, data="tiny")) == found["dev"]
+        assert share == 1 or found["params"] < 2 * one - two + share * 2 * (two - one)
+        assert found["budget"] == share
+    assert cells["tiny", "lambda 4"][0]["passes"] == pytest.approx(
+        cells["tiny", "yoco"][0]["passes"], rel=0.4)    # rounded, per stage
+    layers = [load_bert(f"work/tiny-{kind}_layers-28-0-cut", 2).layers for kind in ("first", "even")]
+    whole = load_bert("bert", 2).layers
+    for (cut,), full in zip(layers, whole):             # the first, and the last of two
+        assert torch.equal(cut.ffn_in.weight, full.ffn_in.weight)
+    monkeypatch.setattr(yoco, "main", None)             # nothing runs again
+    assert paper.main(words + variants) == 0
+    for number in ("1", "2", "3", "4", "5", "ablation", "defaults"):
+        capsys.readouterr()
+        assert paper.main(["table", number, "--steps", "28"]) == 0
+        assert "±" in (printed := capsys.readouterr().out), printed
+    assert paper.main(["table", "3", "--steps", "9"]) == 0
+    for number in "23":
+        if importlib.util.find_spec("matplotlib"):
+            assert paper.main(["figure", number, "--steps", "28"]) == 0
+            assert "</svg>" in (tiny / f"results/figure{number}.svg").read_text()
+        else:
+            assert paper.main(["figure", number, "--steps", "28"]) == 2
+            assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_paper_statistics():
+    """Worked by hand: differences 1, 2, 3 have mean 2, deviation 1, and 4.303 / sqrt(3) = 2.484."""
+    found, reference = {0: 11.0, 1: 22.0, 2: 33.0, 7: 5.0}, {0: 10.0, 1: 20.0, 2: 30.0, 5: 1.0}
+    assert paper.difference(found, reference) == "+2.0 [-0.5, +4.5]"
+    assert paper.difference({0: 1.0}, reference) == "" == paper.spread({})
+    assert paper.spread({0: 1.0, 1: 3.0}) == "2.0 ± 1.4 (2)"
+    assert paper.spread({3: 4.0}) == "4.0 (1)"
+    minilm = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+    layer = 4 * 384 * 384 + 4 * 384 + 2 * 384 * 1536 + 1536 + 384 + 4 * 384
+    assert paper.fixed(minilm) == 22_713_216 - 6 * layer
+    assert paper.share(minilm, Arch((12,) * 3, (1536,) * 3)) == 0.5
+    assert paper.budget(minilm, 0.5) == 22_713_216 - 3 * layer
+
+
 # --------------------------------------------------------------------------------------------------
 # glue/download.py, against a server in this process
 # --------------------------------------------------------------------------------------------------
@@ -1942,7 +2072,8 @@ def tags_in_code():
                   if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
         for number, line in enumerate(text.split("\n"), 1):
             comment = line.partition("#")[2]
-            for tag in re.findall(r"\b(DIFFERS from Eq\. \d|DIFFERS|CHOICE|AUTHORS):", comment):
+            for tag in re.findall(r"\b(DIFFERS from (?:Eq|Sec)\. [\d.]+|DIFFERS|CHOICE|AUTHORS):",
+                                  comment):
                 inside = [s for s in scopes if s.lineno <= number <= s.end_lineno]
                 name = max(inside, key=lambda s: s.lineno).name if inside else "module"
                 found.add((name, tag))

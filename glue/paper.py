@@ -258,7 +258,8 @@ class Cell:
                 scores.append(dict(band=band, share=share(config, best), arch=best._asdict(),
                                    params=count_params(config, best), dev=dev(best),
                                    flops=count_flops(config, best), holdout={"score": memo[best]}))
-        return self.facts(read_json(Path(model) / "run.json"), scores=scores, run=len(memo))
+        return self.facts(read_json(Path(model) / "run.json"), scores=scores,
+                          evaluated=len(memo))
 
 
 def fixed(config):
@@ -373,8 +374,8 @@ def table(number, steps):
     cells = load(steps)
     print(f"MiniLM (6 x 384; not comparable with BERT-base), {steps} steps of elastic training "
           "from plain fine-tuning.\nDev scores in % (MRPC: mean of accuracy and F1; CoLA: "
-          "Matthews; STS-B: mean of Pearson and Spearman),\nmean ± sample standard deviation (seeds); then "
-          "the paired difference from the first row [95% interval].\n")
+          "Matthews; STS-B: mean of Pearson and Spearman),\nmean ± sample standard deviation "
+          "(seeds); then the paired difference from the first row [95% interval].\n")
     both = {f"{task} {part}x": (task, dev(part)) for task in TASKS for part in SHARES}
     if number == "1":
         for variant in ("bands", "bands of best"):
@@ -478,21 +479,26 @@ def figure_3(plt, cells):
         row[0].legend(fontsize=7)
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    """Run one command; the exit status: 0, or 2 after an error told in one line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("run", "table", "figure"))
-    parser.add_argument("number", nargs="?", help="of the table or figure")
+    parser.add_argument("number", nargs="?", help="of the table (1 to 5, ablation, defaults) or "
+                                                  "figure (2, 3)")
     parser.add_argument("--tasks", nargs="+", default=["MRPC", "RTE"])
     parser.add_argument("--variants", nargs="+", choices=[*ELASTIC, *OTHERS], metavar="VARIANT",
                         default=["plain", *ELASTIC, *OTHERS[1:]])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300, help="of elastic training")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=16, help="of elastic training")
     parser.add_argument("--evaluations", type=int, default=60, help="of each search")
     parser.add_argument("--data", default="glue", help="where the tasks' directories are")
     parser.add_argument("--bert", default="all-MiniLM-L6-v2")
     parser.add_argument("--work", default="superbert/paper", help="where models go")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    known = dict(run=[None], table=[*"12345", "ablation", "defaults"], figure=["2", "3"])
+    if options.number not in known[options.command]:
+        parser.error(f"{options.command} knows {', '.join(map(str, known[options.command]))}")
     try:
         if options.command == "run":
             for task in options.tasks:
@@ -504,4 +510,10 @@ if __name__ == "__main__":
         else:
             figure(options.number, options.steps)
     except UserError as error:
-        sys.exit(f"glue.paper: error: {error}")
+        print(f"glue.paper: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
