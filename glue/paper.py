@@ -491,7 +491,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300, help="of elastic training")
     parser.add_argument("--batch-size", type=int, default=16, help="of elastic training")
-    parser.add_argument("--evaluations", type=int, default=60, help="of each search")
+    parser.add_argument("--evaluations", type=int, default=40, help="of each search")
     parser.add_argument("--data", default="glue", help="where the tasks' directories are")
     parser.add_argument("--bert", default="all-MiniLM-L6-v2")
     parser.add_argument("--work", default="superbert/paper", help="where models go")
