@@ -1093,6 +1093,14 @@ def test_finetuning_a_sub_bert(tiny):
     log = Path("tuned/log.jsonl").read_text().splitlines()
     assert {json.loads(line)["stage"] for line in log} == {"largest"}
     assert yoco.main(["eval", "--model", "tuned", *CPU]) == 0
+    # Its hold-out stays what it was: with another seed it would train on what selects.
+    assert yoco.main(words + ["--seed", "5", "--out", "other", "--stages", "largest"]) == 0
+    assert [yoco.read_run(d)["held_out"] for d in ("superbert/tiny", "tuned", "other")] == [
+        [0.1, 0]] * 3
+    with open("tiny/train.tsv", "a") as file:           # other data, another split
+        file.write("the film\t1\n")
+    assert yoco.main(words + ["--seed", "5", "--out", "another"]) == 0
+    assert yoco.read_run("another")["held_out"] == [0.1, 5]
 
 
 @pytest.mark.parametrize("method", ["evolution", "random"])
@@ -1119,6 +1127,23 @@ def test_search_methods(tiny, monkeypatch, method):
     assert run["selection_score"] >= 6 if method == "evolution" else run["selection_score"] <= 5
 
 
+def test_generations():
+    """HAT's sizes: 125 at random, then the 25 best of all so far breed 100; in a search of 200
+    evaluations a fifth of each."""
+    space = SearchSpace.for_config(BertConfig())
+    rng, pi = np.random.default_rng(0), Categorical(space.categories)
+    drawn = list(dict.fromkeys(space.arch(pi.sample(rng)) for _ in range(400)))[:330]
+    for evaluations, first, later, best in ((1000, 125, 100, 25), (200, 25, 20, 5)):
+        for n in (first - 1, first, first + later - 1, first + later):
+            run = types.SimpleNamespace(
+                space=space, budget=10**9, cost=lambda m: 1, memo={m: i for i, m in
+                                                                   enumerate(drawn[:n])},
+                settings=types.SimpleNamespace(evaluations=evaluations))
+            born = 0 if n < first else first if n < first + later else first + later
+            expected = drawn[:born][:-best - 1:-1] if born else []      # the last score highest
+            assert yoco.Searching.parents(run) == [space.choices(m) for m in expected]
+
+
 @pytest.mark.parametrize("extra, mass", [
     (["--strategy", "explore"], "uniform"), (["--strategy", "exploit"], "moved"),
     (["--stages", "all"], "moved"), (["--distill", "--reorder"], "moved"),
@@ -1129,7 +1154,7 @@ def test_variants(tiny, capsys, extra, mass):
     assert yoco.main(TRAIN + extra) == 0
     if mass == "largest":                               # nothing to search, so no theta
         assert not Path("superbert/tiny/theta.json").exists()
-        return refused(capsys, SEARCH + ["--model", "superbert/tiny"], "without --stages largest")
+        return refused(capsys, SEARCH + ["--model", "superbert/tiny"], "nothing to search")
     theta = json.loads(Path("superbert/tiny/theta.json").read_text())["theta"]
     tops = [max(t) * len(t) for t in theta]
     assert {"uniform": np.allclose(tops, 1), "moved": max(tops) > 1.01}[mass]
@@ -1699,7 +1724,8 @@ def test_paper_cells(tiny, monkeypatch, capsys):
         assert found["budget"] == share
     assert cells["tiny", "lambda 4"][0]["passes"] == pytest.approx(
         cells["tiny", "yoco"][0]["passes"], rel=0.4)    # rounded, per stage
-    layers = [load_bert(f"work/tiny-{kind}_layers-28-0-cut", 2).layers for kind in ("first", "even")]
+    layers = [load_bert(f"work/tiny-{kind}_layers-28-0-cut", 2).layers
+              for kind in ("first", "even")]
     whole = load_bert("bert", 2).layers
     for (cut,), full in zip(layers, whole):             # the first, and the last of two
         assert torch.equal(cut.ffn_in.weight, full.ffn_in.weight)

@@ -301,8 +301,8 @@ class TrainSettings(Arithmetic):
                                         "evenly spaced ones and always the last",
                                choices=("first", "even"))
     distill: bool = setting(False, "learn from the labels and from the largest sub-BERT's logits")
-    reorder: bool = setting(False, "after the first stage sort heads and neurons, so that the most "
-                                   "important come first")
+    reorder: bool = setting(False, "before smaller sub-BERTs open, sort heads and neurons, the "
+                                   "most important first")
     shuffle: bool = setting(False, "a control: permute the losses of a step before they rank")
     epochs: float = setting(1.0, "scale of the table of epochs per stage", low=1e-6)
     lr: float = setting(0.0, "learning rate at the start of each stage; 0: the paper's", low=0)
@@ -417,7 +417,9 @@ class Training:
         self.config = self.model.config
         self.space = (OneArch(self.config.arch) if settings.stages == "largest"
                       else SearchSpace.for_config(self.config))
-        kept, self.held = data.split_holdout(self.task.train, settings.holdout, settings.seed)
+        sha256 = fingerprint(settings.data)
+        self.held_out = inherited_split(self.bert, sha256) or [settings.holdout, settings.seed]
+        kept, self.held = data.split_holdout(self.task.train, *self.held_out)
         if not kept:
             raise UserError(f"--holdout {settings.holdout} leaves nothing to train on")
         self.max_length = min(settings.max_length, self.config.max_position_embeddings)
@@ -434,7 +436,7 @@ class Training:
         self.P, self.rng = Categorical(self.space.categories), np.random.default_rng(settings.seed)
         self.teacher = self.space.largest() if settings.distill else None
         self.optimizer, self.K, self.t, self.order = new_optimizer(self.model), 1.0, 0, None
-        self.output.begin(self.restore, train_sha256=fingerprint(settings.data))
+        self.output.begin(self.restore, train_sha256=sha256)
         self.progress = Progress(self.t, self.steps)
         print(f"{self.task.name}: {len(kept)} examples to train on, {len(self.held)} held out; "
               f"{count_params(self.config, self.space.largest()):,} parameters, "
@@ -551,7 +553,7 @@ class Training:
                        theta=[theta.tolist() for theta in self.P.theta])
         return self.output.finish(self.device, task=self.task.name, metric=self.task.metric,
                                   data=self.settings.data, max_length=self.max_length, lr=self.lr,
-                                  held_out=[self.settings.holdout, self.settings.seed],
+                                  held_out=self.held_out,
                                   steps=self.steps, holdout=holdout)
 
 
@@ -686,7 +688,8 @@ class Searching:
     def parents(self):
         """The 25 best when the last generation ended, as choices; none while the first, of 125, is
         drawn; later ones have 100 (Wang et al. 2020, HAT)."""
-        # CHOICE: all three shrink in proportion where fewer than 1000 evaluations are asked for.
+        # CHOICE: all three shrink in proportion where fewer than 1000 evaluations are asked for; a
+        # generation counts distinct architectures.
         size = min(1, self.settings.evaluations / 1000)
         first, later, best = (max(1, round(n * size)) for n in (125, 100, 25))
         born = first + (len(self.memo) - first) // later * later
@@ -732,6 +735,7 @@ class Searching:
         return self.output.finish(
             self.device, task=self.task.name, metric=self.task.metric, data=self.trained["data"],
             superbert=str(self.directory), max_length=self.trained["max_length"],
+            held_out=self.trained.get("held_out", [0, 0]),
             budget=self.budget, arch=arch._asdict(), params=count_params(config, arch),
             flops=count_flops(config, arch), selected_on=where, dev=dev,
             selection_score=self.memo[arch], evaluations_asked=self.asked,
@@ -780,6 +784,15 @@ def read_run(directory):
     return run
 
 
+def inherited_split(bert, sha256):
+    """The [share, seed] of the hold-out of the model that a training starts from, where that was
+    trained on the same train.tsv: what it has seen must not select. None where there is none."""
+    if not Path(bert, "run.json").exists():
+        return None
+    run = read_run(bert)
+    return run.get("held_out") if run.get("train_sha256") == sha256 else None
+
+
 def fingerprint(directory):
     """The sha256 of a data directory's train.tsv: the hold-out is a part of exactly that file."""
     return hashlib.sha256((Path(directory) / "train.tsv").read_bytes()).hexdigest()
@@ -787,8 +800,8 @@ def fingerprint(directory):
 
 def load_theta(path, space):
     """P_theta from theta.json; UserError unless it is a distribution over `space`."""
-    stored = read_json(path, "does not exist: only what train wrote without --stages largest can "
-                             "be searched")
+    stored = read_json(path, "does not exist: no super-BERT, or of one architecture alone, "
+                             "and nothing to search")
     P = Categorical(space.categories)
     try:
         found = [tuple(stored[name]) for name in ("depths", "heads", "ffn_sizes")]

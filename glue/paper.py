@@ -7,7 +7,9 @@
 A cell is one task, variant and seed. `run` writes each as one small JSON file under glue/results/;
 what is there is skipped, and what was interrupted resumes. The same command may run several times
 at once, since a cell that another process works on is skipped too. `table` and `figure` (which
-needs matplotlib) read those files alone.
+needs matplotlib) read those files alone. In a cell, `commit` is that of the process that finished
+it, `seconds` are those of its training and of each search, pauses left out, and `passes` are
+examples times architectures drawn, without the teacher's forward.
 
 What a cell does: the full MiniLM is fine-tuned (`plain`), the start of every variant with its seed;
 from it `--steps` steps train a super-BERT; a search on the hold-out finds one sub-BERT with less
@@ -17,22 +19,25 @@ each. A variant is nothing but flags of `train` and `search`. MiniLM's figures (
 not comparable with BERT-base's.
 """
 
-import argparse
 import contextlib
-import fcntl
 import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import data
 import yoco
-from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, count_flops, count_params,
-                   extract, load_bert, read_json)
+from model import (Arch, BertConfig, SearchSpace, UserError, count_flops, count_params, extract,
+                   load_bert, read_json)
+
+try:
+    import fcntl
+except ImportError:                                                  # Windows: one process only
+    fcntl = None
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("MRPC", "RTE", "CoLA", "STS-B", "SST-2")
@@ -104,17 +109,15 @@ class Cell:
         RESULTS.mkdir(exist_ok=True)
         with open(self.out(".lock"), "w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if needed else fcntl.LOCK_NB))
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX | (0 if needed else fcntl.LOCK_NB))
             except BlockingIOError:
                 return
             if self.path.exists() and (not needed or Path(self.out(), "run.json").exists()):
                 return
             print(f"--- {self.name}", flush=True)
-            cpu = time.process_time()
-            facts = self.fill()
-            facts |= dict(cpu_seconds=round(time.process_time() - cpu))
-            rows = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in facts.items())
-            yoco.write_file(self.path, f"{{\n{rows}\n}}\n".encode())
+            self.commit = commit()
+            yoco.write_json(self.path, **self.fill())
 
     def fill(self):
         """Do the work; the facts of the cell."""
@@ -146,11 +149,11 @@ class Cell:
     def facts(self, run, **more):
         """What every cell says, from the run.json of its training."""
         kept = {k: v for k, v in run["settings"].items() if k not in ("data", "bert")}   # paths
+        drawn = kept["archs_per_step"] if "most likely" in run["holdout"] else 1
         return dict(task=self.task, variant=self.variant, seed=self.seed, steps=run["steps"],
-                    passes=run["steps"] * kept["batch_size"] * (
-                        1 if kept["stages"] == "largest" else kept["archs_per_step"]),
-                    commit=commit(), seconds=run["seconds"], hardware=run["hardware"],
-                    versions=run["versions"], settings=kept, **more)
+                    passes=run["steps"] * kept["batch_size"] * drawn, commit=self.commit,
+                    seconds=run["seconds"], hardware=run["hardware"], versions=run["versions"],
+                    settings=kept, **more)
 
     def score(self, directory, on="dev"):
         """A function arch -> {metric: %} of a model that `train` or `search` wrote."""
@@ -165,7 +168,8 @@ class Cell:
         """Fine-tuning without elasticity, of MiniLM or of some of its layers."""
         bert, epochs = self.options.bert, PLAIN_EPOCHS.get(self.task, 3)
         if self.variant != "plain":
-            full = load_bert(bert, 2)
+            torch.manual_seed(self.seed)                             # the classifier
+            full = load_bert(bert, data.load_task(self.data).num_labels)
             full.config.depth_keeps = self.variant.split()[0]
             n, heads = full.config.num_hidden_layers // 2, full.config.num_attention_heads
             cut = extract(full, Arch([heads] * n, [full.config.intermediate_size] * n))
@@ -231,25 +235,27 @@ class Cell:
         for method in METHODS:
             out = self.out(f"-{method}")
             run = self.search(out, model, "--method", method, "--max-params", str(limit))
-            known, curve = {}, []
-            for line in Path(out, "log.jsonl").read_text().splitlines():
-                for choices, score in json.loads(line)["scores"]:
-                    if count_params(config, arch := space.arch([c or 0 for c in choices])) < limit:
-                        known[arch] = score
+            known, curve = {}, []                        # [asked, best so far, mean of ten best]
+            for asked, scores in scores_of(out, space):
+                known |= {m: s for m, s in scores.items() if count_params(config, m) < limit}
                 best = sorted(known.values())[-10:]
-                curve.append([best[-1], float(np.mean(best))] if best else None)
+                curve.append([asked, best[-1], float(np.mean(best))] if best else [])
             curves[method] = dict(curve=curve, **self.found(run, config))
         return self.facts(read_json(Path(model) / "run.json"), methods=curves)
 
     def bands(self):
         """Tab. 1 and Fig. 2: the best in every band of sizes, of one super-BERT, one memo."""
         model = self.other("best" if "best" in self.variant else "yoco").out()
-        config, memo, scores = BertConfig.load(model), {}, []
+        config, memo, scores, seconds = BertConfig.load(model), {}, [], 0
         for band, (_, high) in BANDS.items():
-            settings = yoco.SearchSettings(
-                model=model, out=self.out(f"-{band}"), max_params=str(budget(config, high)),
-                evaluations=self.options.evaluations, seed=self.seed, overwrite=True)
-            yoco.search(settings, memo)
+            out = self.out(f"-{band}")
+            if not Path(out, "run.json").exists():
+                yoco.search(yoco.SearchSettings(
+                    model=model, out=out, max_params=str(budget(config, high)), seed=self.seed,
+                    evaluations=self.options.evaluations, resume=True), memo)
+            seconds += read_json(Path(out) / "run.json")["seconds"]
+            for _, found in scores_of(out, SearchSpace.for_config(config)):
+                memo |= found
         dev = self.score(model)
         for band, (low, high) in BANDS.items():
             inside = {m: s for m, s in memo.items() if low <= share(config, m) < high}
@@ -258,8 +264,16 @@ class Cell:
                 scores.append(dict(band=band, share=share(config, best), arch=best._asdict(),
                                    params=count_params(config, best), dev=dev(best),
                                    flops=count_flops(config, best), holdout={"score": memo[best]}))
-        return self.facts(read_json(Path(model) / "run.json"), scores=scores,
-                          evaluated=len(memo))
+        return self.facts(read_json(Path(model) / "run.json"), scores=scores, evaluated=len(memo)
+                          ) | dict(seconds=seconds)
+
+
+def scores_of(directory, space):
+    """Per step of a search: (evaluations asked so far, {arch: score}), from its log."""
+    for line in Path(directory, "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        yield record["asked"], {space.arch([c or 0 for c in choices]): score
+                                for choices, score in record["scores"]}
 
 
 def fixed(config):
@@ -293,16 +307,24 @@ def commit():
 # Tables and figures, from the JSON files alone
 # --------------------------------------------------------------------------------------------------
 
-# Two-sided 95% quantiles of Student's t for 1 ... 9 degrees of freedom.
+# Two-sided 95% quantiles of Student's t for 1 ... 9 degrees of freedom; the last serves for more.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def load(steps):
-    """{(task, variant): {seed: facts}} of all cells with so many steps."""
-    cells = {}
+    """{(task, variant): {seed: facts}} of all cells with so many steps; UserError where they were
+    not all run with the same batch size and the same number of evaluations."""
+    cells, kinds = {}, set()
     for path in sorted(RESULTS.glob(f"paper-*-{steps}-*.json")):
         facts = read_json(path)
-        cells.setdefault((facts["task"], facts["variant"]), {})[facts["seed"]] = facts
+        if path.stem.split("-")[-2] == str(steps):
+            cells.setdefault((facts["task"], facts["variant"]), {})[facts["seed"]] = facts
+            if facts["variant"] in ELASTIC:
+                kinds |= {(facts["settings"]["batch_size"], s.get("asked", 0))
+                          for s in facts["scores"][1:]}
+    if len(kinds) > 1:
+        raise UserError(f"cells of {steps} steps mix (batch size, evaluations): {sorted(kinds)}; "
+                        f"remove from {RESULTS} what does not belong")
     return cells
 
 
@@ -338,7 +360,7 @@ def difference(found, reference):
     x = [found[seed] - reference[seed] for seed in found if seed in reference]
     if len(x) < 2:
         return ""
-    half = T95[len(x) - 2] * np.std(x, ddof=1) / math.sqrt(len(x))
+    half = T95[min(len(x) - 2, 8)] * np.std(x, ddof=1) / math.sqrt(len(x))
     return f"{np.mean(x):+.1f} [{np.mean(x) - half:+.1f}, {np.mean(x) + half:+.1f}]"
 
 
@@ -347,6 +369,8 @@ def compare(cells, variants, columns):
     difference from the first variant."""
     columns = {title: (task, getter) for title, (task, getter) in columns.items()
                if any(values(cells, task, variant, getter) for variant in variants)}
+    if not columns:
+        return
     print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
     for variant in variants:
         fields = []
@@ -356,6 +380,7 @@ def compare(cells, variants, columns):
             fields.append(spread(found) + (f"; {less}" if less and variant != variants[0] else ""))
         if any(fields):
             print(f"| {variant} | " + " | ".join(fields) + " |")
+    print()
 
 
 QUOTED = """| *quoted from the paper's Tab. 2: BERT-base, its own row selected on dev* | | | | | |
@@ -374,8 +399,9 @@ def table(number, steps):
     cells = load(steps)
     print(f"MiniLM (6 x 384; not comparable with BERT-base), {steps} steps of elastic training "
           "from plain fine-tuning.\nDev scores in % (MRPC: mean of accuracy and F1; CoLA: "
-          "Matthews; STS-B: mean of Pearson and Spearman),\nmean ± sample standard deviation "
-          "(seeds); then the paired difference from the first row [95% interval].\n")
+          "Matthews; STS-B: mean of Pearson and Spearman),\nwhere a column does not say hold-out: "
+          "mean ± sample standard deviation (seeds); then, from\nthe second row on, the paired "
+          "difference from the first row [95% interval].\n")
     both = {f"{task} {part}x": (task, dev(part)) for task in TASKS for part in SHARES}
     if number == "1":
         for variant in ("bands", "bands of best"):
@@ -384,6 +410,7 @@ def table(number, steps):
             for band, (low, high) in BANDS.items():
                 print(f"| {band}: {low} to {high} | " + " | ".join(spread(values(
                     cells, task, variant, dev(band))) for task in TASKS) + " |")
+            print()
     elif number == "2":
         parts = {"plain": 1.0, "first layers": 0.5, "even layers": 0.5, "yoco": 0.5, "best": 0.5}
         print("| | " + " | ".join(TASKS) + " |\n" + "|---" * (1 + len(TASKS)) + "|")
@@ -391,13 +418,11 @@ def table(number, steps):
             found = {t: values(cells, t, variant, dev(part)) for t in TASKS}
             print(f"| {variant}, {part}x | " + " | ".join(spread(found[t]) for t in TASKS) + " |")
         print(QUOTED)
-        tasks = [t for t in TASKS if all(values(cells, t, v, dev(p)) for v, p in
-                                         (("plain", 1.0), ("best", 0.5)))]
-        if tasks:
-            full, half = (np.mean([np.mean(list(values(cells, t, v, dev(p)).values()))
-                                   for t in tasks]) for v, p in (("plain", 1.0), ("best", 0.5)))
-            print(f"\nbest at half of the encoder keeps {100 * half / full:.1f}% of plain "
-                  f"fine-tuning's mean over {', '.join(tasks)}")
+        kept = [100 * r for r in kept_by_seed(cells).values()]
+        if kept:
+            tasks = [t for t in TASKS if (t, "best") in cells]
+            print(f"\nbest at half of the encoder keeps {spread(dict(enumerate(kept)))}% of plain "
+                  f"fine-tuning's mean over {', '.join(tasks)}, by seed")
     elif number == "3":
         compare(cells, ["yoco", "HAT", "OFA"] + [f"{v}, tuned {r}" for v in ("HAT", "OFA")
                                                  for r in RATES], both)
@@ -418,8 +443,20 @@ def table(number, steps):
                 {f"{t} {what}, hold-out": (t, getter) for t in TASKS for what, getter in
                  (("found at 0.5x", holdout), ("drawn uniformly", lambda f: f["uniform"]))})
     spent = [f for of_seed in cells.values() for f in of_seed.values()]
-    print(f"\nAll {len(spent)} cells: {sum(f['cpu_seconds'] for f in spent) / 3600:.1f} hours of "
-          f"processor time on {', '.join(sorted({f['hardware'] for f in spent}))}.")
+    hours = sum(part.get("seconds", 0) for f in spent for part in (
+        f, *f.get("scores", ()), *f.get("methods", {}).values())) / 3600
+    print(f"\nAll {len(spent)} cells with {steps} steps: {hours:.1f} hours of one process each, on "
+          f"{', '.join(sorted({f['hardware'] for f in spent}))}.")
+
+
+def kept_by_seed(cells):
+    """{seed: mean dev score of `best` at half of the encoder over that of `plain`}, the mean over
+    the tasks of `best`; only seeds that have all of them."""
+    pairs = [(values(cells, t, "best", dev(0.5)), values(cells, t, "plain", dev(1.0)))
+             for t in TASKS if (t, "best") in cells]
+    seeds = set.intersection(*(set(half) & set(full) for half, full in pairs)) if pairs else ()
+    return {seed: np.mean([half[seed] for half, _ in pairs])
+            / np.mean([full[seed] for _, full in pairs]) for seed in sorted(seeds)}
 
 
 def figure(number, steps):
@@ -471,17 +508,17 @@ def figure_3(plt, cells):
         of_seeds = cells[task, "methods"].values()
         for i, (axis, what) in enumerate(zip(row, ("best so far", "mean of the ten best"))):
             for method in METHODS:
-                curves = np.array([[p[i] if p else np.nan for p in f["methods"][method]["curve"]]
-                                   for f in of_seeds])
-                asked = np.arange(1, curves.shape[1] + 1) * 2        # two a step
-                axis.plot(asked, curves.mean(0), label=method)
+                curves = [{p[0]: p[1 + i] for p in f["methods"][method]["curve"] if p}
+                          for f in of_seeds]
+                asked = sorted(set.intersection(*map(set, curves)))  # all seeds have found some
+                axis.plot(asked, [np.mean([c[x] for c in curves]) for x in asked], label=method)
             axis.set(xlabel="evaluations", ylabel=f"{task} hold-out, {what}")
         row[0].legend(fontsize=7)
 
 
 def main(argv=None):
     """Run one command; the exit status: 0, or 2 after an error told in one line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = yoco.Parser("glue.paper", description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("run", "table", "figure"))
     parser.add_argument("number", nargs="?", help="of the table (1 to 5, ablation, defaults) or "
                                                   "figure (2, 3)")
@@ -495,11 +532,13 @@ def main(argv=None):
     parser.add_argument("--data", default="glue", help="where the tasks' directories are")
     parser.add_argument("--bert", default="all-MiniLM-L6-v2")
     parser.add_argument("--work", default="superbert/paper", help="where models go")
-    options = parser.parse_args(argv)
     known = dict(run=[None], table=[*"12345", "ablation", "defaults"], figure=["2", "3"])
-    if options.number not in known[options.command]:
-        parser.error(f"{options.command} knows {', '.join(map(str, known[options.command]))}")
     try:
+        options = parser.parse_args(argv)
+        if options.number not in known[options.command]:
+            parser.error(f"{options.command} knows {', '.join(map(str, known[options.command]))}")
+        if options.batch_size < 1 or options.steps < 1:
+            parser.error("--batch-size and --steps are at least 1")
         if options.command == "run":
             for task in options.tasks:
                 for variant in options.variants:
@@ -509,7 +548,9 @@ def main(argv=None):
             table(options.number, options.steps)
         else:
             figure(options.number, options.steps)
-    except UserError as error:
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, OSError) as error:
         print(f"glue.paper: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -5,8 +5,8 @@ authors' compute per epoch. MiniLM (6 x 384) on MRPC, trained with a part of the
     python -m glue.schedule table
 
 Every training is one small JSON file under glue/results/: the hold-out score of 40 architectures
-drawn uniformly (the same for all) and of the largest, and the processor's seconds, which a pause
-does not change. What is there is skipped, and what was interrupted resumes.
+drawn uniformly (the same for all) and of the largest, and the processor's seconds of the process
+that finished it. What is there is skipped, and what was interrupted resumes.
 """
 
 import argparse
@@ -55,7 +55,8 @@ def run(options):
 
 def table():
     """Print the table over the seeds found in glue/results/: mean ± sample standard deviation."""
-    print("| part of the epochs | seeds | steps | hold-out: drawn uniformly | largest | CPU seconds |")
+    print("| part of the epochs | seeds | steps | hold-out: drawn uniformly | largest | "
+          "CPU seconds |")
     print("|---|---|---|---|---|---|")
     for scale in sorted({path.name.split("-")[1] for path in RESULTS.glob("compute-*.json")}):
         found = [json.loads(path.read_text()) for path in RESULTS.glob(f"compute-{scale}-*.json")]
