@@ -616,14 +616,17 @@ def test_reorder():
     def loss():
         with torch.no_grad():
             return F.cross_entropy(model(*batch).double(), labels).item()
-    for i, head in ((0, 3), (2, 5), (3, 0)):
-        out = model.layers[i].attention_out.weight.data[:, 4 * head:4 * head + 4]
+    for i, kind, unit in ((0, 0, 3), (2, 0, 5), (3, 0, 0), (0, 1, 7), (3, 1, 47)):
+        if kind == 0:                                   # a head, a neuron: their output weights
+            out = model.layers[i].attention_out.weight.data[:, 4 * unit:4 * unit + 4]
+        else:
+            out = model.layers[i].ffn_out.weight.data[:, unit:unit + 1]
         before, values = out.clone(), []
         for scale in (1.05, 0.95):
             out.copy_(before * scale)
             values.append(loss())
         out.copy_(before)
-        assert np.isclose(importance[i][0][head], abs(values[0] - values[1]) / 0.1, rtol=0.02,
+        assert np.isclose(importance[i][kind][unit], abs(values[0] - values[1]) / 0.1, rtol=0.02,
                           atol=1e-5)
     logits = model(*batch)
     weights = model.layers[1].ffn_in.weight.clone()
@@ -636,7 +639,7 @@ def test_reorder():
 
 
 def test_distillation():
-    """The gradient is that of the mean of both losses; the teacher learns from the labels alone."""
+    """The gradient is that of the mean of both losses, of labels and of the teacher."""
     no_dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model, labels = small_model(**no_dropout).train(), torch.tensor([0, 1, 2, 1, 0])
     small, full, _ = some_archs(model.config, 1)
@@ -652,9 +655,24 @@ def test_distillation():
     for name, w in model.named_parameters():
         assert (w.grad is None) == (expected[name] is None)
         assert w.grad is None or torch.allclose(w.grad, expected[name], atol=1e-6)
-    plain, both = ([w.grad for w in (yoco.weight_gradient(model, batch, [full], off, t), model)[1]
-                    .parameters()] for t in (None, full))
-    assert all(torch.equal(a, b) for a, b in zip(plain, both))
+    model, labels = small_model(1, **no_dropout).train(), torch.tensor([0., 1, 2, 1, 0])
+    wanted = model(ids, types_, mask).detach()          # regression: two squared errors
+    out = model(ids, types_, mask, small)
+    (((out[:, 0] - labels) ** 2).mean() + ((out - wanted) ** 2).mean()).div(2).backward()
+    expected = model.classifier.weight.grad
+    yoco.weight_gradient(model, (ids, types_, mask, labels), [small, small], off, full)
+    assert torch.allclose(model.classifier.weight.grad, expected, atol=1e-6)
+
+
+def test_teacher_learns_from_labels():
+    """The largest, when it is drawn itself, has no teacher."""
+    model = small_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    batch, full = (*small_batch(), torch.tensor([0, 1, 2, 1, 0])), model.config.arch
+    gradients = []
+    for teacher in (None, full):
+        yoco.weight_gradient(model, batch, [full], contextlib.nullcontext, teacher)
+        gradients.append([w.grad for w in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
 # --------------------------------------------------------------------------------------------------
