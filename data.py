@@ -6,6 +6,7 @@ its shape), and so is a user's own file with the columns `sentence`, `label` or 
 UTF-8 lines split at tabs, no quoting. A row that does not fit is an error with its file and line.
 """
 
+import itertools
 import sys
 from collections import namedtuple
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from tokenizers import BertWordPieceTokenizer
 
-from model import BertConfig, UserError, read_json
+from model import BertConfig, UserError, load_bert, read_json
 
 # sentence2: None without a pair; label: an index into Task.labels, or a float for regression
 Example = namedtuple("Example", "sentence1 sentence2 label")
@@ -86,30 +87,7 @@ def load_task(directory):
 
 def read_examples(path, labels=None):
     """Read one TSV file: (its Format, [Example], label names). `labels`: the only ones allowed."""
-    path, rows = Path(path), read_rows(path)
-    columns, first = rows[0], 1
-    kind = next((f for f in FORMATS
-                 if {f.sentence1, f.sentence2, f.label} - {None} <= set(columns)), None)
-    if kind is None and len(columns) == 4 and columns[1] in COLA.labels:
-        kind, first, columns = COLA, 0, COLA_COLUMNS
-    if kind is None:
-        raise UserError(f"{path}: the header {columns[:8]} fits no GLUE format; a file of your own "
-                        "needs sentence, label or sentence1, sentence2, label (or score)")
-    at = [columns.index(c) if c else None for c in (kind.sentence1, kind.sentence2, kind.label)]
-
-    table, short = [], 0
-    for line, row in enumerate(rows[first:], 1 + first):
-        if len(row) == len(columns):
-            table.append((line, *(row[i] if i is not None else None for i in at)))
-        elif kind.name == "QQP" and len(row) < len(columns):    # the official file has a few
-            short += 1
-        else:
-            raise UserError(f"{path}, line {line}: {len(row)} columns, expected {len(columns)}")
-    if short:
-        print(f"{path}: {short} incomplete row(s) left out", file=sys.stderr)
-    if not table:
-        raise UserError(f"{path} has no rows")
-
+    kind, table = read_table(path)
     labels = labels if labels is not None else kind.labels
     if labels is None:
         labels = tuple(sorted({label for *_, label in table}))
@@ -124,6 +102,43 @@ def read_examples(path, labels=None):
                             + (f"one of {', '.join(labels)}" if labels else "a number")) from None
         examples.append(Example(one, two, value))
     return kind, examples, labels
+
+
+def read_test(path):
+    """Read an official test file, which has no labels: [Example], each with its `index` column (or
+    its place in the file) as the label."""
+    kind, table = read_table(path, test=True)
+    return [Example(one, two, index or str(i)) for i, (_, one, two, index) in enumerate(table)]
+
+
+def read_table(path, test=False):
+    """The Format of a TSV file and its rows: (line, sentence1, sentence2 or None, label); of a test
+    file the column `index` (None without one) stands in the label's place."""
+    path, rows = Path(path), read_rows(path)
+    columns, first = rows[0], 1
+    kind = next((f for f in FORMATS if {f.sentence1, f.sentence2, f.label if not test else None}
+                 - {None} <= set(columns)), None)
+    if kind is None and len(columns) == 4 and columns[1] in COLA.labels:
+        kind, first, columns = COLA, 0, COLA_COLUMNS
+    if kind is None:
+        raise UserError(f"{path}: the header {columns[:8]} fits no GLUE format; a file of your own "
+                        "needs sentence, label or sentence1, sentence2, label (or score)")
+    last = kind.label if not test else "index" if "index" in columns else None
+    at = [columns.index(c) if c else None for c in (kind.sentence1, kind.sentence2, last)]
+
+    table, short = [], 0
+    for line, row in enumerate(rows[first:], 1 + first):
+        if len(row) == len(columns):
+            table.append((line, *(row[i] if i is not None else None for i in at)))
+        elif kind.name == "QQP" and len(row) < len(columns):    # the official file has a few
+            short += 1
+        else:
+            raise UserError(f"{path}, line {line}: {len(row)} columns, expected {len(columns)}")
+    if short:
+        print(f"{path}: {short} incomplete row(s) left out", file=sys.stderr)
+    if not table:
+        raise UserError(f"{path} has no rows")
+    return kind, table
 
 
 def read_rows(path):
@@ -193,19 +208,29 @@ def load_tokenizer(directory):
                                   handle_chinese_chars=options["tokenize_chinese_chars"])
 
 
-def encode(examples, directory, max_length):
-    """Examples -> [Encoded] with the tokenizer of the BERT directory `directory`.
+def encoder(directory, max_length):
+    """A function [Example] -> [Encoded] with the tokenizer of the BERT directory `directory`.
 
     [CLS] sentence1 [SEP] or [CLS] sentence1 [SEP] sentence2 [SEP] (token types 0 and 1), cut to
     `max_length` tokens by shortening the longer sentence first.
     """
-    tokenizer = load_tokenizer(directory)
+    tokenizer, types = load_tokenizer(directory), BertConfig.load(directory).type_vocab_size
     tokenizer.enable_truncation(max_length, strategy="longest_first")
-    if BertConfig.load(directory).type_vocab_size < 2 and any(e.sentence2 for e in examples):
-        raise UserError(f"{directory}: the data has sentence pairs, the BERT only one token type")
-    texts = [e.sentence1 if e.sentence2 is None else (e.sentence1, e.sentence2) for e in examples]
-    return [Encoded(t.ids, t.type_ids, e.label)
-            for t, e in zip(tokenizer.encode_batch(texts), examples)]
+
+    def encode_examples(examples):
+        if types < 2 and any(e.sentence2 for e in examples):
+            raise UserError(f"{directory}: the data has sentence pairs, the BERT only one token "
+                            "type")
+        texts = [e.sentence1 if e.sentence2 is None else (e.sentence1, e.sentence2)
+                 for e in examples]
+        return [Encoded(t.ids, t.type_ids, e.label)
+                for t, e in zip(tokenizer.encode_batch(texts), examples)]
+    return encode_examples
+
+
+def encode(examples, directory, max_length):
+    """What `encoder` does, once: [Example] -> [Encoded]."""
+    return encoder(directory, max_length)(examples)
 
 
 def batches(encoded, batch_size, rng):
@@ -241,6 +266,64 @@ def collate(encoded, indices, device="cpu"):
         ids[b, :n], types[b, :n], mask[b, :n] = row.input_ids, row.token_type_ids, True
     labels = torch.tensor([row.label for row in rows])              # int64 or float32
     return tuple(t.to(device) for t in (*map(torch.from_numpy, (ids, types, mask)), labels))
+
+
+# --------------------------------------------------------------------------------------------------
+# Using a model
+# --------------------------------------------------------------------------------------------------
+
+def load(directory):
+    """A model that `train` or `search` wrote, and its encoder: encode(text), encode(text, pair), or
+    both with lists of B texts, gives the three [B, T] tensors that the model takes."""
+    encode_examples = encoder(directory, max_length(directory))
+
+    def encode_texts(texts, pairs=None):
+        if isinstance(texts, str):
+            texts, pairs = [texts], [pairs]
+        examples = [Example(*both, 0) for both in zip(texts, pairs or [None] * len(texts))]
+        return collate(encode_examples(examples), range(len(examples)))[:3]
+    return load_bert(directory), encode_texts
+
+
+def max_length(directory):
+    """Tokens per example that a model was trained with, from its run.json; else its positions."""
+    path, most = Path(directory) / "run.json", BertConfig.load(directory).max_position_embeddings
+    length = read_json(path).get("max_length") if path.exists() else most
+    if type(length) is not int or length < 3:
+        raise UserError(f"{path} was not written by train or search: it has no valid max_length")
+    return min(length, most)
+
+
+def predict(model, directory, examples, autocast, batch_size):
+    """Yield for every Example of an iterable, as it goes on: the label's name and {name:
+    probability}; or, of a regression, the score and {}."""
+    device, names = model.classifier.weight.device, model.config.labels
+    names = names or tuple(map(str, range(model.num_labels)))
+    encode_examples, examples = encoder(directory, max_length(directory)), iter(examples)
+    while batch := list(itertools.islice(examples, batch_size)):
+        encoded = encode_examples([example._replace(label=0) for example in batch])
+        *inputs, _ = collate(encoded, range(len(batch)), device)
+        with torch.inference_mode(), autocast():
+            logits = model(*inputs).float().cpu()                   # [B, num_labels]
+        for row in logits:
+            if model.num_labels == 1:
+                yield row.item(), {}
+            else:
+                yield names[row.argmax()], dict(zip(names, row.softmax(0).tolist()))
+
+
+def read_texts(lines, name):
+    """Yield an Example per line of a file: one text, or two with a tab between them."""
+    for number, line in enumerate(lines, 1):
+        try:
+            one, *two = line.decode().rstrip("\r\n").split("\t")
+        except UnicodeDecodeError:
+            raise UserError(f"{name}, line {number}: not UTF-8") from None
+        if len(two) > 1 or len(line) > LONGEST_LINE:
+            raise UserError(f"{name}, line {number}: " + (
+                f"{len(two)} tabs; a line is one text, or two with a tab between them"
+                if len(two) > 1 else f"more than {LONGEST_LINE:,} bytes"))
+        yield Example(one, *(two or [None]), 0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -477,8 +477,9 @@ def hf_name(name):
     return f"{HF_NAMES[path[0]]}.{kind}"
 
 
-def load_bert(directory, num_labels):
-    """ElasticBert from the config.json and model.safetensors of Hugging Face or `save_bert`.
+def load_bert(directory, num_labels=None):
+    """ElasticBert from the config.json and model.safetensors of Hugging Face or `save_bert`, with
+    so many labels; None: as many as the file's classifier has.
 
     Strict: the names and shapes must be exactly those of the model. Only the pre-training heads
     `cls.*` and the buffer `position_ids` are ignored, `bert.` may be missing, and a classifier that
@@ -500,6 +501,11 @@ def load_bert(directory, num_labels):
             bare = name.startswith(("embeddings.", "encoder.", "pooler."))
             tensors["bert." + name if bare else name] = tensor
 
+    if num_labels is None:
+        classifier = tensors.get("classifier.bias")
+        if classifier is None or classifier.dim() != 1 or not len(classifier):
+            raise UserError(f"{path} has no classifier: it was not fine-tuned")
+        num_labels = len(classifier)
     with torch.device("meta"):                    # no memory before the shapes are checked
         model = ElasticBert(config, num_labels)
     if not any(name.startswith("classifier.") for name in tensors):

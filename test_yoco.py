@@ -1121,6 +1121,89 @@ def test_finetuning_a_sub_bert(tiny):
     assert yoco.read_run("another")["held_out"] == [0.1, 5]
 
 
+def test_predict(tiny, capsys):
+    """A label per line, as often right as `eval` says; probabilities add up; a line at a time from
+    standard input; one line for what is wrong."""
+    assert yoco.main(TRAIN + ["--epochs", "3", "--out", "full"]) == 0
+    rows = [line.split("\t") for line in Path("tiny/dev.tsv").read_text().splitlines()[1:]]
+    Path("texts").write_text("".join(f"{text}\n" for text, _ in rows))
+    capsys.readouterr()
+    assert yoco.main(["predict", "texts", "--model", "full", *CPU]) == 0
+    plain = capsys.readouterr().out.splitlines()
+    right = sum(line.split("\t")[0] == label for line, (_, label) in zip(plain, rows, strict=True))
+    assert yoco.main(["predict", "texts", "--model", "full", "--json", *CPU]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [f["label"] for f in found] == [line.split("\t")[0] for line in plain]
+    assert all(abs(sum(f["probabilities"].values()) - 1) < 1e-6 and max(
+        f["probabilities"], key=f["probabilities"].get) == f["label"] for f in found)
+    assert yoco.evaluate(yoco.EvalSettings(model="full"))["accuracy"] == 100 * right / len(rows)
+    model, encode = data.load("full")
+    logits = model(*encode([text for text, _ in rows]))
+    assert [model.config.labels[i] for i in logits.argmax(1)] == [f["label"] for f in found]
+    assert model(*encode("good")).shape == (1, 2) and encode("good", "bad")[1].sum() == 2
+    with subprocess.Popen([sys.executable, ROOT / "yoco.py", "predict", "--model", "full", *CPU],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for text in ("the film is good", "bad\tnot good"):
+            process.stdin.write(text + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline().split("\t")[0] in "01"   # before the input ends
+    Path("three").write_text("good\na\tb\tc\n")
+    Path("latin").write_bytes(b"caf\xe9\n")
+    refused(capsys, ["predict", "three", "--model", "full"], "three, line 2: 2 tabs")
+    refused(capsys, ["predict", "latin", "--model", "full"], "latin, line 1: not UTF-8")
+    refused(capsys, ["predict", "nowhere", "--model", "full"], "nowhere")
+    refused(capsys, ["predict", "texts"], "--model")
+    refused(capsys, ["predict", "texts", "--model", "tiny"], "does not exist")
+    shutil.copy("full/model.safetensors", "tiny")
+    assert yoco.main(["predict", "texts", "--model", "tiny", *CPU]) == 0    # without a run.json
+
+
+@pytest.mark.parametrize("task, header, column", [
+    ("MRPC", "index\t#1 ID\t#2 ID\t#1 String\t#2 String", 3), ("CoLA", "index\tsentence", 1),
+    ("SST-2", "index\tsentence", 1), ("QQP", "id\tquestion1\tquestion2", 1),
+    ("QNLI", "index\tquestion\tsentence", 1), ("RTE", "index\tsentence1\tsentence2", 1),
+    ("MNLI", "index\tpromptID\tpairID\tgenre\tsentence1_parse\tsentence2_parse\tsentence1\t"
+             "sentence2", 6),
+    ("STS-B", "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2",
+     7)])
+def test_submission(tiny, capsys, task, header, column):
+    """GLUE's files: its names, header, labels; scores from 0 to 5; the index from the test file."""
+    labels = {"RTE": ("entailment", "not_entailment"), "QNLI": ("entailment", "not_entailment"),
+              "MNLI": ("contradiction", "entailment", "neutral"), "STS-B": ()}.get(task, ("0", "1"))
+    torch.manual_seed(0)
+    model = ElasticBert(BertConfig.load("tiny"), len(labels) or 1)
+    model.config.id2label = {str(i): name for i, name in enumerate(labels)} or None
+    ids = torch.randint(5, 12, (99, 14))
+    with torch.no_grad():                               # all labels, and scores beyond 0 and 5
+        for weight in (w for w in model.parameters() if w.dim() == 2):
+            weight.normal_(std=2.0)
+        model.classifier.bias -= model.eval()(ids, 0 * ids, 0 * ids + 1).mean(0)
+    yoco.write_model(model, "tiny", "model")
+    Path("model/run.json").write_text(json.dumps(dict(
+        task=task, data=task, max_length=16, finished="now")))
+    parts = ["_matched", "_mismatched"] if task == "MNLI" else [""]
+    words, rng, n = "good bad not very film".split(), np.random.default_rng(0), 60
+    for part in parts:
+        rows = [["x"] * len(header.split("\t")) for _ in range(n)]
+        for i, row in enumerate(rows):
+            row[0] = str(7 * i)
+            row[column:] = [" ".join(rng.choice(words, 5)) for _ in row[column:]]
+        write(Path(task, f"test{part}.tsv"), header.split("\t"), *rows)
+    assert yoco.main(["predict", "--model", "model", "--glue", task, *CPU]) == 0
+    names = ["MNLI-m.tsv", "MNLI-mm.tsv"] if task == "MNLI" else [f"{task}.tsv"]
+    assert sorted(path.name for path in Path("submission").iterdir()) == names
+    for name in names:
+        lines = [line.split("\t") for line in Path("submission", name).read_text().splitlines()]
+        assert lines[0] == ["index", "prediction"]
+        assert [i for i, _ in lines[1:]] == [str(i if task == "QQP" else 7 * i) for i in range(n)]
+        found = {value for _, value in lines[1:]}
+        if task == "STS-B":
+            assert {"0.000", "5.000"} < found and all(0 <= float(v) <= 5 for v in found)
+        else:
+            assert found <= set(labels) and len(found) > 1
+    refused(capsys, ["predict", "--model", "model", "--glue", task], "exists")
+
+
 @pytest.mark.parametrize("method", ["evolution", "random"])
 def test_search_methods(tiny, monkeypatch, method):
     """Every proposal fits; on a score that counts matches with a target, evolution comes close and

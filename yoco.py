@@ -261,10 +261,11 @@ def make_stages(space, task, steps_per_epoch, scale=1.0):
 # train: Algorithm 1
 # --------------------------------------------------------------------------------------------------
 
-def setting(default, text, low=None, high=2**32, choices=None):
-    """A field of a command's settings: its default, --help text and legal values."""
-    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high,
-                                                            choices=choices))
+def setting(default, text, low=None, high=2**32, choices=None, positional=False):
+    """A field of a command's settings: its default, --help text and legal values; a flag, or a
+    word at its place."""
+    return dataclasses.field(default=default, metadata=dict(
+        help=text, low=low, high=high, choices=choices, positional=positional))
 
 
 @dataclasses.dataclass
@@ -873,6 +874,61 @@ def latency(model, T, device, autocast):
 
 
 # --------------------------------------------------------------------------------------------------
+# predict
+# --------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class PredictSettings(Arithmetic):
+    """Print label and probabilities of texts: one per line, or two with a tab between them."""
+    file: str = setting("-", "the texts; - is standard input", positional=True)
+    model: str = setting("", "directory that train or search wrote")
+    json: bool = setting(False, "a JSON object per line instead of columns")
+    glue: str = setting("", "data directory with test.tsv: write GLUE's submission file instead")
+    out: str = setting("submission", "directory of that file")
+    overwrite: bool = setting(False, "replace that file")
+
+
+def predict(settings):
+    """Print one line per line of the file, at once where that is standard input; or `submit`."""
+    if not settings.model:
+        raise UserError("name the model with --model")
+    device, autocast = arithmetic(settings)
+    model = load_bert(settings.model).to(device)
+    if settings.glue:
+        return submit(settings, model, autocast)
+    interactive = settings.file == "-"
+    with (contextlib.suppress(BrokenPipeError),                      # the reader has had enough
+          sys.stdin.buffer if interactive else open(settings.file, "rb") as lines):
+        texts = data.read_texts(lines, settings.file)
+        for label, probabilities in data.predict(model, settings.model, texts, autocast,
+                                                 1 if interactive else 32):
+            if settings.json:
+                print(json.dumps({"label": label, "probabilities": probabilities}), flush=True)
+            else:
+                shares = [f"{name} {share:.4f}" for name, share in probabilities.items()]
+                label = label if probabilities else f"{label:.4f}"
+                print("\t".join([label, *shares]), flush=True)
+
+
+def submit(settings, model, autocast):
+    """Write the file that gluebenchmark.com takes for a task (MNLI: two), from its test.tsv."""
+    task = read_run(settings.model).get("task")
+    names = {"MNLI": {"test_matched.tsv": "MNLI-m.tsv", "test_mismatched.tsv": "MNLI-mm.tsv"}}
+    for source, name in names.get(task, {"test.tsv": f"{Path(str(task)).name}.tsv"}).items():
+        path = Path(settings.out) / name
+        if path.exists() and not settings.overwrite:
+            raise UserError(f"{path} exists: choose another --out, or replace it with --overwrite")
+        examples = data.read_test(Path(settings.glue) / source)
+        found = data.predict(model, settings.model, examples, autocast, 32)
+        rows = ["index\tprediction"] + [
+            f"{example.label}\t" + (label if shares else f"{min(5, max(0, label)):.3f}")
+            for example, (label, shares) in zip(examples, found)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, ("\n".join(rows) + "\n").encode())
+        print(f"wrote {path}: {len(examples)} predictions")
+
+
+# --------------------------------------------------------------------------------------------------
 # Plumbing: scores, devices, files, progress, the command line
 # --------------------------------------------------------------------------------------------------
 
@@ -1178,7 +1234,7 @@ class Progress:
 
 
 COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
-            "eval": (EvalSettings, evaluate)}
+            "eval": (EvalSettings, evaluate), "predict": (PredictSettings, predict)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1202,7 +1258,10 @@ def parse(argv):
                 type=field.type, default=field.default, choices=choices,
                 metavar=None if choices else field.type.__name__.upper())
             shown = f" (default: {field.default})" if field.default else ""
-            sub.add_argument("--" + field.name.replace("_", "-"), help=text + shown, **form)
+            if field.metadata["positional"]:
+                sub.add_argument(field.name, help=text + shown, nargs="?", default=field.default)
+            else:
+                sub.add_argument("--" + field.name.replace("_", "-"), help=text + shown, **form)
     options, unknown = parser.parse_known_args(argv)
     options = vars(options)
     if unknown:
@@ -1254,7 +1313,7 @@ def main(argv=None):
     SIGNALS.clear()
     try:
         settings, function = parse(argv)
-        with deferred_signals(function is not evaluate):
+        with deferred_signals(function in (train, search)):
             function(settings)
     except Finished as fact:
         print(fact)
