@@ -12,7 +12,9 @@ short names here and Hugging Face's names on disk; one explicit map stands betwe
 Letters: B batch, T tokens, C hidden size, H heads kept, D head size, F FFN neurons kept.
 """
 
+import io
 import json
+import logging
 import os
 from collections import namedtuple
 from contextlib import suppress
@@ -540,6 +542,66 @@ def save_bert(model, directory):
     tensors = {hf_name(n): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
     write_file(Path(directory) / "model.safetensors",
                safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+# --------------------------------------------------------------------------------------------------
+# Export: the model as others load it
+# --------------------------------------------------------------------------------------------------
+
+def export_bert(model, directory, form):
+    """Write `model` into `directory` as others load it, without this file. Returns a function that
+    computes its logits from what was written: three [B, T] tensors -> [B, num_labels].
+
+    form "hf": a Hugging Face directory; "onnx": model.onnx; "torch": model.pt2, of torch.export.
+    The last two take int64 tensors of any B and T. Raises UserError where a package is missing.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if form == "hf":
+        save_bert(widened(model), directory)
+        return load_bert(directory).eval()
+    path = directory / ("model.onnx" if form == "onnx" else "model.pt2")
+    if form == "onnx":
+        try:
+            import onnx, onnxruntime, onnxscript                     # noqa: E401, F401
+        except ImportError:
+            raise UserError("ONNX needs three packages: pip install onnx onnxruntime "
+                            "onnxscript") from None
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)     # it misses torchvision
+        program = torch.onnx.export(traced(model), dynamo=True, verbose=False,
+                                    input_names=INPUTS, output_names=["logits"])
+        write_file(path, program.model_proto.SerializeToString())
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return lambda *inputs: torch.from_numpy(session.run(["logits"], dict(zip(
+            INPUTS, (x.long().numpy() for x in inputs))))[0])
+    torch.export.save(traced(model), buffer := io.BytesIO())
+    write_file(path, buffer.getvalue())
+    loaded = torch.export.load(path).module()
+    return lambda *inputs: loaded(*(x.long() for x in inputs))
+
+
+INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
+
+
+def traced(model):
+    """torch.export's program of the whole model, for any number of sequences and tokens."""
+    sizes = {0: torch.export.Dim("batch", min=1, max=2**15), 1: torch.export.Dim(
+        "tokens", min=1, max=model.config.max_position_embeddings)}
+    inputs = tuple(torch.ones(2, 3, dtype=torch.int64) for _ in INPUTS)  # one tensor three times
+    return torch.export.export(model.eval(), inputs, strict=False,       # would be one input
+                               dynamic_shapes={name: sizes for name in INPUTS})
+
+
+def widened(model):
+    """The same function at full width, as stock BERTs have it: the heads and neurons that a
+    sub-BERT dropped are there as zeros; its dropped layers are not."""
+    config = replace(model.config, layer_heads=None, layer_ffn_sizes=None)
+    full = ElasticBert(config, model.num_labels)
+    state = {name: torch.zeros_like(tensor) for name, tensor in full.state_dict().items()}
+    for name, tensor in model.state_dict().items():                      # into the front corners
+        state[name][tuple(slice(n) for n in tensor.shape)] = tensor
+    full.load_state_dict(state, assign=True)
+    return full.eval()
 
 
 def read_json(path, otherwise="does not exist"):

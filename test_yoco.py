@@ -1204,6 +1204,91 @@ def test_submission(tiny, capsys, task, header, column):
     refused(capsys, ["predict", "--model", "model", "--glue", task], "exists")
 
 
+@pytest.fixture
+def irregular(tiny):
+    """A directory `sub` with a sub-BERT whose layers differ in heads and FFN size."""
+    model = small_model(2, max_position_embeddings=16, vocab_size=12, id2label={"0": "0", "1": "1"})
+    sub = extract(model, Arch((2, 6, 4), (48, 8, 12)))
+    yoco.write_model(sub, "tiny", "sub")
+    Path("sub/run.json").write_text(json.dumps(dict(data="tiny", max_length=16, finished="now")))
+    return sub
+
+
+def shapes():
+    """Inputs of several sizes, int64, with padding."""
+    for B, T in ((1, 1), (1, 16), (5, 1), (3, 7), (40, 16)):
+        ids, mask = torch.randint(5, 12, (B, T)), (torch.rand(B, T) > 0.3).long()
+        mask[:, 0] = 1
+        yield ids, ids % 2, mask
+
+
+def test_export_onnx(irregular):
+    """onnxruntime computes the same logits, for any batch and length."""
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert yoco.main(["export", "--model", "sub", "--format", "onnx"]) == 0
+    session = onnxruntime.InferenceSession("export/sub-onnx/model.onnx")
+    names = [given.name for given in session.get_inputs()]
+    assert names == ["input_ids", "token_type_ids", "attention_mask"]
+    for inputs in shapes():
+        logits, = session.run(None, {n: x.numpy() for n, x in zip(names, inputs)})
+        torch.testing.assert_close(torch.from_numpy(logits), irregular(*inputs).detach(),
+                                   atol=1e-5, rtol=1e-4)
+
+
+def test_export_hf(irregular, capsys):
+    """transformers loads it with its own classes: the same logits and token ids; dropped heads and
+    neurons are zeros, dropped layers are not there, and the output tells what that costs."""
+    transformers = pytest.importorskip("transformers")
+    assert yoco.main(["export", "--model", "sub", "--format", "hf"]) == 0
+    own, wide = (Path(d, "model.safetensors").stat().st_size for d in ("sub", "export/sub-hf"))
+    assert re.search(rf"{wide / 2**20:.1f} MiB .*{own / 2**20:.1f} MiB", capsys.readouterr().out)
+    theirs, report = transformers.BertForSequenceClassification.from_pretrained(
+        "export/sub-hf", output_loading_info=True)
+    assert not any(report.values()) and theirs.config.num_hidden_layers == 3
+    for ids, types_, mask in shapes():
+        logits = theirs.eval()(input_ids=ids, token_type_ids=types_, attention_mask=mask).logits
+        torch.testing.assert_close(logits, irregular(ids, types_, mask), atol=1e-5, rtol=1e-4)
+    text = ("Good films not very", "the Film")
+    given = transformers.BertTokenizer.from_pretrained("export/sub-hf")(*text)
+    ours, = data.encode([data.Example(*text, 0)], "sub", 16)
+    assert given["input_ids"] == ours.input_ids
+
+
+def test_export_torch(irregular):
+    """A process that knows nothing of this project loads it: the same logits."""
+    assert yoco.main(["export", "--model", "sub", "--format", "torch"]) == 0
+    given = list(shapes())
+    save_file({f"{i} {j}": x for i, inputs in enumerate(given)
+               for j, x in enumerate(inputs)}, "inputs")
+    script = """if True:
+        import torch
+        from safetensors.torch import load_file, save_file
+        model, given = torch.export.load("export/sub-torch/model.pt2").module(), load_file("inputs")
+        save_file({str(i): model(*(given[f"{i} {j}"] for j in range(3))).detach()
+                   for i in range(len(given) // 3)}, "logits")"""
+    subprocess.run([sys.executable, "-c", script], check=True)      # our code is not there
+    found = load_file("logits")
+    for i, inputs in enumerate(given):
+        torch.testing.assert_close(found[str(i)], irregular(*inputs).detach())
+
+
+def test_export_refuses(irregular, capsys, monkeypatch):
+    """Super-BERTs, directories that hold something, missing packages, and a wrong result."""
+    assert yoco.main(["export", "--model", "sub", "--format", "hf", "--out", "there"]) == 0
+    refused(capsys, ["export", "--model", "sub", "--format", "hf", "--out", "there"], "holds some")
+    refused(capsys, ["export", "--model", "nowhere"], "nowhere")
+    refused(capsys, ["export"], "--model")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    refused(capsys, ["export", "--model", "sub"], "pip install onnx onnxruntime onnxscript")
+    Path("bad").mkdir()
+    monkeypatch.setattr(yoco, "export_bert", lambda *_: lambda *x: irregular(*x) + 0.01)
+    refused(capsys, ["export", "--model", "sub", "--format", "hf", "--out", "bad"], "do not use it")
+    Path("sub/theta.json").write_text("{}")
+    refused(capsys, ["export", "--model", "sub", "--format", "hf"], "super-BERT")
+
+
 @pytest.mark.parametrize("method", ["evolution", "random"])
 def test_search_methods(tiny, monkeypatch, method):
     """Every proposal fits; on a score that counts matches with a target, evolution comes close and

@@ -48,6 +48,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -61,7 +62,8 @@ from safetensors import SafetensorError
 
 import data
 from model import (BertConfig, ElasticBert, OneArch, SearchSpace, UserError, count_flops,
-                   count_params, extract, load_bert, read_json, reorder, save_bert, write_file)
+                   count_params, export_bert, extract, load_bert, read_json, reorder, save_bert,
+                   write_file)
 
 try:
     import fcntl
@@ -929,6 +931,58 @@ def submit(settings, model, autocast):
 
 
 # --------------------------------------------------------------------------------------------------
+# export
+# --------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class ExportSettings(Arithmetic):
+    """Write a model as others load it, and check that it computes the same."""
+    model: str = setting("", "directory that search wrote, or train with --stages largest")
+    format: str = setting("onnx", "onnx; hf: a Hugging Face directory of full width; torch: a "
+                                  "torch.export file", choices=("onnx", "hf", "torch"))
+    out: str = setting("", "directory to write; without it export/<name of the model>-<format>")
+    overwrite: bool = setting(False, "replace what --out holds")
+
+
+def export(settings):
+    """Write the model and its tokenizer; print its size and the greatest difference of the logits
+    on real text, computed by the other's loader. Returns that difference."""
+    if not settings.model:
+        raise UserError("name the model with --model")
+    here, out = Path(settings.model), Path(settings.out)
+    if (here / "theta.json").exists():
+        raise UserError(f"{here} is a super-BERT: search it, and export what is found")
+    if not settings.out:
+        out = Path("export", f"{here.resolve().name}-{settings.format}")
+    if out.exists() and any(out.iterdir()) and not settings.overwrite:
+        raise UserError(f"{out} holds something: choose another --out, or replace it with "
+                        "--overwrite")
+    model = load_bert(here)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                              # the exporters', about names
+        exported = export_bert(model, out, settings.format)
+    write_tokenizer(here, out)
+    try:
+        examples = data.load_task(read_run(here)["data"]).dev[:64]
+    except UserError:                                                # the data is not here
+        examples = [data.Example("one short sentence", None, 0), data.Example("yes", None, 0)]
+    encoded, difference = data.encode(examples, here, data.max_length(here)), 0.0
+    with torch.inference_mode():
+        for cut in data.token_batches(encoded, 1000):                # of several shapes
+            *inputs, _ = data.collate(encoded, cut)
+            there, own = exported(*inputs), model(*inputs)           # [B, num_labels]
+            difference = max(difference, (there - own).abs().max().item())
+    if not difference < 1e-3:
+        raise UserError(f"{out} does not compute what {here} does: its logits differ by "
+                        f"{difference:.1e}; do not use it")
+    sizes = [sum(path.stat().st_size for path in directory.iterdir() if path.name.endswith(
+        (".safetensors", ".onnx", ".pt2"))) / 2**20 for directory in (out, here)]
+    print(f"wrote {out}: {sizes[0]:.1f} MiB ({here}: {sizes[1]:.1f} MiB); its logits of "
+          f"{len(examples)} texts differ by at most {difference:.1e}")
+    return difference
+
+
+# --------------------------------------------------------------------------------------------------
 # Plumbing: scores, devices, files, progress, the command line
 # --------------------------------------------------------------------------------------------------
 
@@ -1040,6 +1094,11 @@ def load_trained(directory, task):
 def write_model(model, tokenizer, directory):
     """Write a directory that stands alone: the model, and the tokenizer of another directory."""
     save_bert(model, directory)
+    write_tokenizer(tokenizer, directory)
+
+
+def write_tokenizer(tokenizer, directory):
+    """Copy the tokenizer of one directory to another."""
     for name in ("vocab.txt", "tokenizer_config.json"):
         if Path(tokenizer, name).exists():
             write_file(Path(directory, name), Path(tokenizer, name).read_bytes())
@@ -1234,7 +1293,8 @@ class Progress:
 
 
 COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
-            "eval": (EvalSettings, evaluate), "predict": (PredictSettings, predict)}
+            "eval": (EvalSettings, evaluate), "predict": (PredictSettings, predict),
+            "export": (ExportSettings, export)}
 
 
 class Parser(argparse.ArgumentParser):
