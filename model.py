@@ -16,6 +16,9 @@ import io
 import json
 import logging
 import os
+import random
+import statistics
+import time
 from collections import namedtuple
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -542,6 +545,72 @@ def save_bert(model, directory):
     tensors = {hf_name(n): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
     write_file(Path(directory) / "model.safetensors",
                safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+# --------------------------------------------------------------------------------------------------
+# Latency
+# --------------------------------------------------------------------------------------------------
+
+def milliseconds(jobs, autocast):
+    """Median milliseconds of functions that return a tensor: 20 rounds after 3 to warm up, in each
+    of which all take their turn, so that a disturbance meets all of them."""
+    times = [[] for _ in jobs]
+    with torch.inference_mode(), autocast():
+        for _ in range(23):
+            for job, seconds in zip(jobs, times):
+                start = time.perf_counter()
+                job().flatten()[0].item()                                # waits for the device
+                seconds.append(time.perf_counter() - start)
+    return [1000 * statistics.median(seconds[3:]) for seconds in times]
+
+
+def latency(models, B, T, autocast):
+    """Milliseconds that B sequences of T tokens take each of some models."""
+    ids = torch.ones(B, T, dtype=torch.int64, device=models[0].pooler.weight.device)
+    return milliseconds([lambda m=m: m(ids, ids - 1, ids) for m in models], autocast)
+
+
+class LatencyTable:
+    """T(m) in milliseconds for B sequences of T tokens, from few measurements: embeddings and head,
+    and a layer with each operation (heads, FFN size), extracted; the last layer, which computes
+    [CLS] alone, has times of its own. The sum is scaled by what whole architectures take."""
+
+    def __init__(self, model, B, T, autocast):
+        if T > model.config.max_position_embeddings:
+            raise UserError(f"{T} tokens to time; the model has "
+                            f"{model.config.max_position_embeddings} positions: give "
+                            "--latency-length")
+        self.model, self.B, self.T, self.autocast = model.eval(), B, T, autocast
+        self.space = SearchSpace.for_config(model.config)
+        self.operations = [(h, k) for k in self.space.ffn_sizes for h in self.space.heads]
+        device, n = model.pooler.weight.device, len(self.operations)
+        x = torch.randn(B, T, model.config.hidden_size, device=device)   # [B, T, C]
+        mask = torch.ones(B, 1, 1, T, dtype=torch.bool, device=device)
+        ids = torch.ones(B, T, dtype=torch.int64, device=device)
+        single = [extract(model, Arch([h], [k])) for h, k in self.operations]
+        jobs = [lambda s=s, h=h, k=k, last=last: s.layers[0](x, mask, h, k, last)
+                for last in (False, True) for s, (h, k) in zip(single, self.operations)]
+        *ms, whole = milliseconds([*jobs, lambda: single[0](ids, ids - 1, ids)], autocast)
+        self.table = dict(layer=ms[:n], last=ms[n:], rest=[max(0.0, whole - ms[n])], scale=[1.0])
+        predicted, measured = self.check()
+        self.table["scale"][0] = statistics.median(m / p for m, p in zip(measured, predicted))
+
+    def __call__(self, arch):
+        """T(m), predicted."""
+        *layers, last = [self.operations.index(pair) for pair in zip(*arch)]
+        ms = self.table["rest"][0] + self.table["last"][last]
+        return self.table["scale"][0] * (ms + sum(self.table["layer"][i] for i in layers))
+
+    def whole(self, archs):
+        """T(m) of several, each extracted and measured whole."""
+        return latency([extract(self.model, m) for m in archs], self.B, self.T, self.autocast)
+
+    def check(self, count=20):
+        """Predicted and measured T(m) of so many architectures of the space, two lists."""
+        rng = random.Random(0)
+        archs = [self.space.arch([rng.randrange(n) for n in self.space.categories])
+                 for _ in range(count)]
+        return [self(arch) for arch in archs], self.whole(archs)
 
 
 # --------------------------------------------------------------------------------------------------

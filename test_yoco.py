@@ -550,7 +550,7 @@ def test_best_fit():
     ("60000000", 6e7), ("60e6", 6e7), ("60M", 6e7), ("0.5x", 5e7), (".5x", 5e7), ("22G", 22e9),
     ("1.5k", 1500)])
 def test_budgets(text, value):
-    assert yoco.parse_budget(text, "", 100_000_000) == yoco.parse_budget("", text, 10**8) == value
+    assert yoco.parse_budget(text, 10**8) == value
 
 
 def test_stages():
@@ -1311,6 +1311,115 @@ def test_search_methods(tiny, monkeypatch, method):
     archs = [space.arch([c or 0 for c in choices]) for choices in asked]
     assert all(count_params(BertConfig.load("superbert/tiny"), m) < run["budget"] for m in archs)
     assert run["selection_score"] >= 6 if method == "evolution" else run["selection_score"] <= 5
+
+
+def test_many_budgets(tiny, capsys, monkeypatch):
+    """One sub-BERT per budget, each fitting, with one memo: no architecture is scored twice; what
+    was stopped goes on, and ends in the same files."""
+    tiny_bert(tiny / "tiny", num_hidden_layers=4, num_attention_heads=6)
+    assert yoco.main(TRAIN) == 0
+    scored, original = [], yoco.Searching.scorer
+
+    def scorer(run, parts):
+        score = original(run, parts)
+        return lambda arch: scored.append((len(parts[0]), arch)) or score(arch)
+    monkeypatch.setattr(yoco.Searching, "scorer", scorer)
+    words = ["search", "--max-params", "0.9x", "0.6x", "0.7x", "--evaluations", "20", *CPU]
+    capsys.readouterr()
+    assert yoco.main(words) == 0
+    printed = capsys.readouterr().out
+    held = [arch for n, arch in scored if n == 6]       # the others are the three of dev
+    assert len(scored) == len(held) + 3 and len(set(held)) == len(held)
+    assert f"{len(held)} evaluations for 3 budgets" in printed
+    full = count_params(BertConfig.load("tiny"), BertConfig.load("tiny").arch)
+    names = [f"subbert/tiny-{share}x" for share in (0.9, 0.6, 0.7)]
+    for name, share in zip(names, (0.9, 0.6, 0.7)):
+        assert yoco.read_run(name)["params"] < share * full and name in printed
+    again, count = words + ["--out", "again"], itertools.count(1)
+    after = yoco.Searching.after_step
+
+    def stop(self, archs):
+        if next(count) == 15:                           # in the middle of the second
+            os.kill(os.getpid(), signal.SIGTERM)
+        after(self, archs)
+    monkeypatch.setattr(yoco.Searching, "after_step", stop)
+    assert yoco.main(again) == 143
+    assert "--resume" in capsys.readouterr().err
+    assert yoco.main(again + ["--resume"]) == 0
+    others = [f"again/{share}x" for share in (0.9, 0.6, 0.7)]
+    assert result_bytes(*names) == result_bytes(*others)
+    assert [log_of(name) for name in names] == [log_of(name) for name in others]
+
+
+def test_pareto(tiny, capsys):
+    """The front is what nothing else beats, by comparing every pair; budgets span the space."""
+    tiny_bert(tiny / "tiny", num_hidden_layers=4, num_attention_heads=6)
+    assert yoco.main(TRAIN + ["--epochs", "2"]) == 0
+    for kind, count in (("params", count_params), ("flops", count_flops)):
+        assert yoco.main(["search", "--pareto", "3", "--pareto-of", kind, "--evaluations", "20",
+                          "--out", kind, *CPU]) == 0
+        config = BertConfig.load("superbert/tiny")
+        space, known = SearchSpace.for_config(config), {}
+        directories = [path.parent for path in Path(kind).glob("*/run.json")]
+        assert len(directories) == 3
+        for directory in directories:
+            for line in (directory / "log.jsonl").read_text().splitlines():
+                for choices, score in json.loads(line)["scores"]:
+                    known[space.arch([c or 0 for c in choices])] = score
+        points = {m: (count(config, m), -score) for m, score in known.items()}
+        expected = {p for p in points.values() if not any(
+            q != p and q[0] <= p[0] and q[1] <= p[1] for q in points.values())}
+        front = json.loads(Path(kind, "front.json").read_text())["front"]
+        assert {(p["cost"], -p["score"]) for p in front} == expected
+        budgets = sorted(yoco.read_run(directory)["budget"] for directory in directories)
+        least, full = (count(config, m) for m in (space.smallest(), space.largest()))
+        assert least < budgets[0] and budgets[-1] > full
+        assert "#" in capsys.readouterr().out
+    refused(capsys, ["search", "--pareto", "3", "--max-params", "0.5x"], "one kind of budget")
+
+
+def test_latency(tiny, monkeypatch, capsys):
+    """With a clock that every layer moves by a known amount, the table predicts all architectures
+    exactly; where deep ones take longer than the sum of their layers, what is found still keeps the
+    budget, measured whole."""
+    clock, extra = [0.0], [0.0]
+    layer, whole = model_module.Layer.forward, ElasticBert.forward
+
+    def slow_layer(self, x, mask, H, F_, last=False):
+        clock[0] += (H + F_ / 7) / 1e3 / (1 + last)
+        return layer(self, x, mask, H, F_, last)
+
+    def slow_whole(self, *inputs):
+        clock[0] += 0.004 + extra[0] * (len(self.layers) > 3)
+        return whole(self, *inputs)
+    monkeypatch.setattr(model_module.Layer, "forward", slow_layer)
+    monkeypatch.setattr(ElasticBert, "forward", slow_whole)
+    monkeypatch.setattr(model_module, "time", types.SimpleNamespace(
+        perf_counter=lambda: clock[0]))
+    model = small_model()
+    table = model_module.LatencyTable(model, 2, 5, contextlib.nullcontext)
+
+    def truth(arch):
+        *ms, last = [h + k / 7 for h, k in zip(*arch)]
+        return 4 + sum(ms) + last / 2
+    for arch in some_archs(model.config, 20):
+        assert np.isclose(table(arch), truth(arch))
+    predicted, measured = table.check()
+    assert np.allclose(predicted, measured) and len(measured) == 20
+    tiny_bert(tiny / "tiny", num_hidden_layers=4, num_attention_heads=6)
+    assert yoco.main(TRAIN) == 0
+    extra[0] = 0.02
+    words = ["search", "--max-latency", "30", "--evaluations", "30", "--latency-length", "8", *CPU]
+    monkeypatch.setattr(yoco.Searching, "scorer",       # the slower, the better
+                        lambda run, parts: lambda arch: {"score": truth(arch)})
+    assert yoco.main(words) == 0
+    run = yoco.read_run("subbert/tiny-30-latency")
+    arch = Arch(**run["arch"])
+    real = truth(arch) + 20 * (arch.depth > 3)
+    assert np.isclose(run["latency"]["measured"], real) and real < 30
+    assert run["evaluations_asked"] > 30 and "predicted" in capsys.readouterr().out
+    refused(capsys, ["search", "--max-latency", "3", "--latency-length", "8"], "the smallest has")
+    refused(capsys, [*words, "--out", "x", "--latency-length", "17"], "16 positions")
 
 
 def test_generations():

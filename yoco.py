@@ -61,9 +61,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 import data
-from model import (BertConfig, ElasticBert, OneArch, SearchSpace, UserError, count_flops,
-                   count_params, export_bert, extract, load_bert, read_json, reorder, save_bert,
-                   write_file)
+from model import (BertConfig, ElasticBert, LatencyTable, OneArch, SearchSpace, UserError,
+                   count_flops, count_params, export_bert, extract, latency, load_bert, read_json,
+                   reorder, save_bert, write_file)
 
 try:
     import fcntl
@@ -263,11 +263,11 @@ def make_stages(space, task, steps_per_epoch, scale=1.0):
 # train: Algorithm 1
 # --------------------------------------------------------------------------------------------------
 
-def setting(default, text, low=None, high=2**32, choices=None, positional=False):
+def setting(default, text, low=None, high=2**32, choices=None, positional=False, many=False):
     """A field of a command's settings: its default, --help text and legal values; a flag, or a
-    word at its place."""
+    word at its place; one value, or many, which are kept as one string."""
     return dataclasses.field(default=default, metadata=dict(
-        help=text, low=low, high=high, choices=choices, positional=positional))
+        help=text, low=low, high=high, choices=choices, positional=positional, many=many))
 
 
 @dataclasses.dataclass
@@ -587,8 +587,17 @@ class SearchSettings(Arithmetic):
     overwrite: bool = setting(False, "replace what --out holds")
     resume: bool = setting(False, "continue an interrupted search")
     max_params: str = setting("", "budget: parameters of embeddings, encoder and pooler, written "
-                                  "as 60000000, 60e6, 60M or 0.5x (of the full model)")
-    max_flops: str = setting("", "budget: FLOPs of encoder and pooler at 128 tokens, likewise")
+                                  "as 60000000, 60e6, 60M or 0.5x (of the full model); of several, "
+                                  "each is searched, with one memo of scores", many=True)
+    max_flops: str = setting("", "budget: FLOPs of encoder and pooler at 128 tokens, likewise",
+                             many=True)
+    max_latency: str = setting("", "budget: milliseconds on this machine, likewise", many=True)
+    latency_batch: int = setting(1, "sequences that are timed together", low=1)
+    latency_length: int = setting(128, "their tokens", low=1)
+    pareto: int = setting(0, "so many budgets, spread over the space, and the front of all that "
+                             "was scored", high=1000)
+    pareto_of: str = setting("params", "what those budgets bound", choices=("params", "flops",
+                                                                            "latency"))
     evaluations: int = setting(1000, "architectures to ask for", low=1)
     archs_per_step: int = setting(2, "lambda: architectures sampled per step", low=1)
     delta: float = setting(1.0, "length of a step of theta in the Fisher norm", low=0)
@@ -603,12 +612,15 @@ class SearchSettings(Arithmetic):
 
 def search(settings, memo=None):
     """Move P_theta toward the highest reward with W fixed, and write the best sub-BERT that fits.
-    Returns what its run.json says. memo: scores in % of architectures, known from other searches of
-    the same super-BERT on the same data; those found are added."""
-    run = Searching(settings, {} if memo is None else memo)
-    space, P, memo = run.space, run.P, run.memo                      # memo: arch -> ACC(m) in %
-    while run.asked < settings.evaluations:
-        n = min(settings.archs_per_step, settings.evaluations - run.asked)
+    Returns what its run.json says; of several budgets, a list. memo: scores in % of architectures,
+    known from other searches of the same super-BERT on the same data; those found are added."""
+    memo = {} if memo is None else memo
+    if len(parts := single_budgets(settings)) > 1:
+        return search_all(settings, parts, memo)
+    run = Searching(parts[0], memo)
+    space, P = run.space, run.P                                      # memo: arch -> ACC(m) in %
+    while not run.done():
+        n = min(settings.archs_per_step, run.until - run.asked)
         archs = [run.propose() for _ in range(n)]
         for arch in archs:
             if arch not in memo:
@@ -631,11 +643,7 @@ class Searching:
     """What `search` works on: the super-BERT, P, T(m), the data that selects, and its files."""
 
     def __init__(self, settings, memo):
-        self.settings = settings
-        settings.model = settings.model or latest_superbert()
-        self.directory = Path(settings.model)
-        wish = settings.max_params or settings.max_flops + "-flops"
-        settings.out = settings.out or f"subbert/{self.directory.resolve().name}-{wish}"
+        self.settings, self.directory = settings, Path(settings.model)
         self.output = Output(settings, settings.model)
         self.device, self.autocast = arithmetic(settings)
         self.trained = read_run(self.directory)
@@ -647,14 +655,10 @@ class Searching:
             raise UserError(f"{self.trained['data']}/train.tsv has changed since the training of "
                             f"{self.directory}: its hold-out is lost, so train again")
 
-        kind, count = ("FLOPs", count_flops) if settings.max_flops else ("parameters", count_params)
-        self.cost = lambda arch: count(config, arch)                 # T(m)
-        self.full_cost, least = self.cost(self.space.largest()), self.cost(self.space.smallest())
-        self.budget = parse_budget(settings.max_params, settings.max_flops, self.full_cost)
-        if least >= self.budget:
-            raise UserError(f"no sub-BERT has fewer than {self.budget:,.0f} {kind}: the smallest "
-                            f"has {least:,} ({least / self.full_cost:.3f}x)")
         self.model = load_trained(self.directory, task).to(self.device)
+        self.until, kind, self.wish = settings.evaluations, *wishes(settings)
+        self.cost = measure(kind, settings, self.model, self.autocast)                   # T(m)
+        self.set_budget()
         _, held = data.split_holdout(task.train, *self.trained.get("held_out", [0, 0]))
         if settings.select_on == "holdout" and not held:
             raise UserError("the super-BERT was trained without a hold-out: use --select-on dev")
@@ -662,8 +666,16 @@ class Searching:
         self.rng, self.memo, self.asked = np.random.default_rng(settings.seed), memo, 0
         self.output.begin(self.restore, train_sha256=sha256, trained=self.trained["finished"])
         self.progress = Progress(self.asked, settings.evaluations)
-        print(f"searching {self.directory} for T(m) < {self.budget:,.0f} {kind} "
+        print(f"searching {self.directory} for T(m) < {self.budget:,.12g} {UNITS[kind]} "
               f"({self.budget / self.full_cost:.3f}x), selecting on {settings.select_on}")
+
+    def set_budget(self):
+        """Omega and T(M); UserError where not even the smallest fits."""
+        self.full_cost, least = self.cost(self.space.largest()), self.cost(self.space.smallest())
+        self.budget = parse_budget(self.wish, self.full_cost)
+        if least >= self.budget:
+            raise UserError(f"no sub-BERT has T(m) < {self.budget:,.12g}: the smallest has "
+                            f"{least:,.12g} ({least / self.full_cost:.3f}x)")
 
     def scorer(self, parts):
         """`scorer` over lists of examples."""
@@ -707,18 +719,39 @@ class Searching:
         self.output.log(asked=self.asked, run=len(self.memo), best=self.memo.get(best),
                         scores=[[self.space.choices(m), self.memo[m]] for m in archs])
         if SIGNALS or self.asked % (self.settings.checkpoint_every * len(archs)) == 0:
-            self.output.save({}, asked=self.asked, rng=self.rng.bit_generator.state,
+            self.output.save({}, asked=self.asked, until=self.until,
+                             table=getattr(self.cost, "table", None),
+                             rng=self.rng.bit_generator.state,
                              theta=[theta.tolist() for theta in self.P.theta],
                              memo=[[self.space.choices(m), s] for m, s in self.memo.items()])
         self.progress.show(self.asked, f"asked, {len(self.memo)} run  best fitting score "
                                        f"{self.memo.get(best, math.nan):.2f}")
 
+    def done(self):
+        """Whether all evaluations were asked for and the best keeps a latency measured whole. If
+        it does not, the table is scaled by what was missed, and the search goes on for a while."""
+        best = best_fit(self.memo, self.cost, self.budget)
+        if self.asked < self.until or best is None or not isinstance(self.cost, LatencyTable):
+            return self.asked >= self.until
+        predicted, measured = self.cost(best), *self.cost.whole([best])
+        print(f"{best}: {predicted:.2f} ms predicted, {measured:.2f} ms measured")
+        if measured >= self.budget:
+            self.cost.table["scale"][0] *= measured / predicted
+            self.until += max(self.settings.archs_per_step, self.settings.evaluations // 10)
+        return measured < self.budget
+
     def restore(self, _, state):
         """The inverse of the save above; ValueError where the state is none of this run."""
-        if not (type(state["asked"]) is int and 0 <= state["asked"] <= self.settings.evaluations
+        if not (type(state["asked"]) is type(state["until"]) is int
+                and 0 <= state["asked"] <= state["until"]
                 and all(type(score) is float for _, score in state["memo"])):
             raise ValueError
-        self.asked, self.rng.bit_generator.state = state["asked"], state["rng"]
+        self.asked, self.until, self.rng.bit_generator.state = (
+            state["asked"], state["until"], state["rng"])
+        if isinstance(self.cost, LatencyTable):
+            self.cost.table = {name: [float(ms) for ms in state["table"][name]]
+                               for name in self.cost.table}
+            self.set_budget()
         self.P.theta = checked(state["theta"], self.space)
         self.memo.update((self.space.arch(choices), score) for choices, score in state["memo"])
 
@@ -729,7 +762,13 @@ class Searching:
             print("no architecture under the budget was sampled; this is the smallest of the space")
             arch = self.space.smallest()
             self.memo[arch] = self.score(arch)["score"]
-        dev = self.scorer(self.task.devs)(arch)
+        dev, facts = self.scorer(self.task.devs)(arch), {}
+        if isinstance(self.cost, LatencyTable):
+            ms, = self.cost.whole([arch])
+            print(f"latency: {ms:.2f} ms, measured whole")
+            facts = dict(latency=dict(
+                batch=self.cost.B, length=self.cost.T, predicted=self.cost(arch), measured=ms,
+                operations=self.cost.operations, table=self.cost.table, **self.cost.checked))
         print(f"found: {arch}\n  {costs_in_words(config, arch, self.space.largest())}\n"
               f"  score {self.memo[arch]:.2f} on {where}, which selects\n  dev: {in_words(dev)}"
               + ("  (optimistic: dev selected it)" if where == "dev" else "")
@@ -742,14 +781,133 @@ class Searching:
             budget=self.budget, arch=arch._asdict(), params=count_params(config, arch),
             flops=count_flops(config, arch), selected_on=where, dev=dev,
             selection_score=self.memo[arch], evaluations_asked=self.asked,
-            evaluations_run=len(self.memo))
+            evaluations_run=len(self.memo), **facts)
 
 
-def parse_budget(max_params, max_flops, full):
+UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
+
+
+def wishes(settings):
+    """(kind, budgets in one string) of the one kind of budget that is given."""
+    given = [(kind, getattr(settings, f"max_{kind}")) for kind in UNITS
+             if getattr(settings, f"max_{kind}")]
+    if len(given) + bool(settings.pareto) != 1:
+        raise UserError("name one kind of budget: --max-params, --max-flops, --max-latency or "
+                        "--pareto")
+    return given[0] if given else (settings.pareto_of, "")
+
+
+def single_budgets(settings):
+    """The settings of one search per budget, each with a directory of its own."""
+    kind, texts = wishes(settings)
+    settings.model = settings.model or latest_superbert()
+    name, ending = f"subbert/{Path(settings.model).resolve().name}", f"-{kind}" * (kind != "params")
+    if settings.pareto:
+        settings.out = settings.out or f"{name}-pareto{ending}"
+        texts = pareto_budgets(kind, settings)
+    elif len(texts.split()) == 1:
+        settings.out = settings.out or f"{name}-{texts}{ending}"
+        return [settings]
+    else:
+        texts = texts.split()
+    place = f"{settings.out}/" if settings.out else f"{name}-"
+    return [dataclasses.replace(settings, pareto=0, out=f"{place}{text}{ending}",
+                                **{f"max_{kind}": text}) for text in texts]
+
+
+def pareto_budgets(kind, settings):
+    """`--pareto N`: N budgets, evenly from a little above the smallest T(m) to above T(M). They are
+    written down, since a latency is another one when a run is resumed."""
+    path = Path(settings.out) / "budgets.json"
+    if settings.resume and path.exists():
+        return [str(text) for text in read_json(path)["budgets"]]
+    device, autocast = arithmetic(settings)
+    model = load_bert(settings.model).to(device)
+    cost, space = measure(kind, settings, model, autocast), SearchSpace.for_config(model.config)
+    least = cost(space.smallest()) / cost(space.largest())
+    shares = [least + (1 - least) * (i + 1) / settings.pareto for i in range(settings.pareto)]
+    texts = [f"{share + 1e-4:.4f}x" for share in shares]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, budgets=texts)
+    return texts
+
+
+def search_all(settings, parts, memo):
+    """One search after the other, from the same theta, with one memo. Prints a table, and with
+    --pareto writes and draws the front. Returns the list of what their run.json say."""
+    runs, space = [], SearchSpace.for_config(BertConfig.load(settings.model))
+    for part in parts:
+        try:
+            runs.append(search(part, memo))
+        except Finished as fact:                                     # with --resume
+            print(fact)
+            runs.append(read_run(part.out))
+            memo |= {m: score for _, scores in scores_of(part.out, space)
+                     for m, score in scores.items()}
+    print(f"\n{len(memo)} evaluations for {len(parts)} budgets\n"
+          f"{'T(m) <':>14}{'parameters':>14}{'FLOPs':>18}{'selection':>11}{'dev':>8}  directory")
+    for run, part in zip(runs, parts):
+        print(f"{run['budget']:>14,.6g}{run['params']:>14,}{run['flops']:>18,}"
+              f"{run['selection_score']:>11.2f}{run['dev']['score']:>8.2f}  {part.out}")
+    if settings.pareto:
+        write_front(settings, memo, space, runs)
+    return runs
+
+
+def write_front(settings, memo, space, runs):
+    """Write and draw what no other architecture beats in both T(m) and score: front.json, on the
+    terminal, and, where matplotlib is installed, front.svg."""
+    out, kind = Path(settings.out), settings.pareto_of
+    config = BertConfig.load(settings.model)
+    device, autocast = arithmetic(settings)                          # a latency is measured anew
+    cost = measure(kind, settings, load_bert(settings.model).to(device), autocast)
+    front, best = [], -math.inf
+    for arch in sorted(memo, key=lambda m: (cost(m), -memo[m])):
+        if memo[arch] > best:
+            best = memo[arch]
+            front.append(dict(cost=cost(arch), score=best, params=count_params(config, arch),
+                              flops=count_flops(config, arch), **arch._asdict()))
+    write_json(out / "front.json", of=UNITS[kind], front=front, evaluations=len(memo), runs=[
+        {name: run[name] for name in ("budget", "params", "flops", "selection_score", "dev")}
+        for run in runs])
+    print(text_plot([(cost(m), score) for m, score in memo.items()],
+                    [(point["cost"], point["score"]) for point in front], UNITS[kind]))
+    print(f"wrote {out}/front.json: {len(front)} of {len(memo)} architectures")
+    with contextlib.suppress(ImportError):
+        import matplotlib.figure
+        axis = (figure := matplotlib.figure.Figure()).add_subplot()
+        axis.plot([cost(m) for m in memo], list(memo.values()), ".", alpha=0.4)
+        axis.step([p["cost"] for p in front], [p["score"] for p in front], "o-", where="post")
+        axis.set(xlabel=UNITS[kind], ylabel="selection score in %")
+        figure.savefig(out / "front.svg")
+
+
+def text_plot(points, front, unit, width=70, height=16):
+    """Points (x, y) as dots, those of the front as #, on a grid of characters."""
+    xs, ys = zip(*points)
+    grid = [[" "] * width for _ in range(height)]
+    for marked, sign in ((points, "."), (front, "#")):
+        for x, y in marked:
+            column = (x - min(xs)) / (max(xs) - min(xs) or 1) * (width - 1)
+            row = (max(ys) - y) / (max(ys) - min(ys) or 1) * (height - 1)
+            grid[round(row)][round(column)] = sign
+    ends = (f"{max(ys):7.2f} ", *[" " * 8] * (height - 2), f"{min(ys):7.2f} ")
+    return "\n".join([end + "|" + "".join(row) for end, row in zip(ends, grid)]
+                     + [" " * 8 + "+" + "-" * width,
+                        f"{'':9}{min(xs):<{width // 2},.6g}{max(xs):>{width - width // 2},.6g}"
+                        f"  {unit}"])
+
+
+def scores_of(directory, space):
+    """Per step of a search: (evaluations asked so far, {arch: score}), from its log."""
+    for line in Path(directory, "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        yield record["asked"], {space.arch([c or 0 for c in choices]): score
+                                for choices, score in record["scores"]}
+
+
+def parse_budget(text, full):
     """'60000000', '60e6', '60M' or '0.5x' -> Omega, in the unit of `full` = T(M)."""
-    if bool(max_params) == bool(max_flops):
-        raise UserError("name one budget: --max-params or --max-flops")
-    text = max_params or max_flops
     match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?)([kmgbx]?)", text.strip().lower())
     unit = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "x": full}
     budget = float(match[1]) * unit[match[2]] if match else 0
@@ -856,7 +1014,7 @@ def evaluate(settings):
     results, T = [], min(128, config.max_position_embeddings)
     for name, arch in archs.items():
         results.append(score(arch))
-        ms = latency(extract(model, arch), T, device, autocast)
+        ms, = latency([extract(model, arch)], 1, T, autocast)
         full = config.arch if name else None                         # a sub-BERT knows no full one
         print(f"{name}{arch}\n  {costs_in_words(config, arch, full)}\n"
               f"  latency {ms:.2f} ms: one sequence of {T} tokens, {hardware(device)}\n"
@@ -864,15 +1022,21 @@ def evaluate(settings):
     return results[0]
 
 
-def latency(model, T, device, autocast):
-    """Milliseconds that one sequence of T tokens takes, the median of 20 after 5 to warm up."""
-    ids, seconds = torch.ones(1, T, dtype=torch.int64, device=device), []
-    with torch.inference_mode(), autocast():
-        for _ in range(25):
-            start = time.perf_counter()
-            model(ids, ids - 1, ids).cpu()                           # waits for the device
-            seconds.append(time.perf_counter() - start)
-    return 1000 * float(np.median(seconds[5:]))
+def measure(kind, settings, model, autocast):
+    """T: a function arch -> parameters, FLOPs, or milliseconds on this machine."""
+    if kind == "latency":
+        B, T = settings.latency_batch, settings.latency_length
+        table = LatencyTable(model, B, T, autocast)
+        predicted, measured = table.check()
+        table.checked = dict(
+            spearman=data.spearman(measured, predicted),
+            worst_error=max(abs(p / m - 1) for p, m in zip(predicted, measured)))
+        print(f"latency of {B} x {T} tokens, predicted against measured whole, {len(measured)} "
+              f"architectures: rank correlation {table.checked['spearman']:.3f}, worst error "
+              f"{100 * table.checked['worst_error']:.0f}%")
+        return table
+    count = dict(params=count_params, flops=count_flops)[kind]
+    return lambda arch: count(model.config, arch)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1316,7 +1480,8 @@ def parse(argv):
             text, choices = field.metadata["help"], field.metadata["choices"]
             form = dict(action="store_true") if field.type is bool else dict(
                 type=field.type, default=field.default, choices=choices,
-                metavar=None if choices else field.type.__name__.upper())
+                metavar=None if choices else field.type.__name__.upper(),
+                nargs="+" if field.metadata["many"] else None)
             shown = f" (default: {field.default})" if field.default else ""
             if field.metadata["positional"]:
                 sub.add_argument(field.name, help=text + shown, nargs="?", default=field.default)
@@ -1329,7 +1494,8 @@ def parse(argv):
                          dataclasses.fields(COMMANDS[options["command"]][0]))
         parser.error(f"unknown: {' '.join(unknown)}; {options['command']} knows {known}")
     kind, function = COMMANDS[options.pop("command")]
-    return kind(**options), function
+    return kind(**{name: " ".join(value) if isinstance(value, list) else value
+                   for name, value in options.items()}), function
 
 
 SIGNALS = []    # those that ask train and search to stop after the step at hand
@@ -1361,7 +1527,7 @@ def way_on(argv, settings):
     words = [word for word in argv if word not in ("--resume", "--overwrite")]
     given = {word.split("=")[0] for word in words}
     for name in ("model", "out"):
-        if hasattr(settings, name) and f"--{name}" not in given:
+        if getattr(settings, name, "") and f"--{name}" not in given:
             words += [f"--{name}", getattr(settings, name)]
     return shlex.join(["python", "yoco.py", *words, "--resume"])
 
@@ -1379,7 +1545,8 @@ def main(argv=None):
         print(fact)
     except KeyboardInterrupt:
         out = getattr(settings, "out", "")
-        saved = out and Path(out, "checkpoint.safetensors").exists()
+        several = SIGNALS and function is search and len(wishes(settings)[1].split()) != 1
+        saved = several or out and Path(out, "checkpoint.safetensors").exists()
         tell("\nstopped" + (f"; go on with: {way_on(argv, settings)}" if saved else ""))
         return 128 + (SIGNALS or [signal.SIGINT])[0]
     except (UserError, OSError, RuntimeError, MemoryError) as error:

@@ -236,7 +236,7 @@ class Cell:
             out = self.out(f"-{method}")
             run = self.search(out, model, "--method", method, "--max-params", str(limit))
             known, curve = {}, []                        # [asked, best so far, mean of ten best]
-            for asked, scores in scores_of(out, space):
+            for asked, scores in yoco.scores_of(out, space):
                 known |= {m: s for m, s in scores.items() if count_params(config, m) < limit}
                 best = sorted(known.values())[-10:]
                 curve.append([asked, best[-1], float(np.mean(best))] if best else [])
@@ -254,7 +254,7 @@ class Cell:
                     model=model, out=out, max_params=str(budget(config, high)), seed=self.seed,
                     evaluations=self.options.evaluations, resume=True), memo)
             seconds += read_json(Path(out) / "run.json")["seconds"]
-            for _, found in scores_of(out, SearchSpace.for_config(config)):
+            for _, found in yoco.scores_of(out, SearchSpace.for_config(config)):
                 memo |= found
         dev = self.score(model)
         for band, (low, high) in BANDS.items():
@@ -266,14 +266,6 @@ class Cell:
                                    flops=count_flops(config, best), holdout={"score": memo[best]}))
         return self.facts(read_json(Path(model) / "run.json"), scores=scores, evaluated=len(memo)
                           ) | dict(seconds=seconds)
-
-
-def scores_of(directory, space):
-    """Per step of a search: (evaluations asked so far, {arch: score}), from its log."""
-    for line in Path(directory, "log.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        yield record["asked"], {space.arch([c or 0 for c in choices]): score
-                                for choices, score in record["scores"]}
 
 
 def fixed(config):
