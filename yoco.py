@@ -1,11 +1,11 @@
 """YOCO-BERT: compress BERT once, deploy it everywhere (Zhang et al., NeurIPS 2021).
 
 One elastic BERT, the super-BERT, is trained per task; every smaller BERT inside it, a sub-BERT,
-then works as it is, and a search finds the best one under a budget of parameters or FLOPs.
+then works as it is, and a search finds the best one under a budget: parameters, FLOPs, latency.
 
     python yoco.py train  --data glue/MRPC             -> superbert/MRPC      (no --data: glue/TOY)
     python yoco.py search --max-params 60000000        -> subbert/MRPC-60000000
-    python yoco.py eval   --model subbert/MRPC-60000000
+    python yoco.py eval|predict|export --model subbert/MRPC-60000000
 
 Algorithm 1 (EE-SNG), whose line numbers stand on the right in `train`:
 
