@@ -1862,6 +1862,9 @@ def mutate(rng, name, content):
     return mutate_bytes(rng, content)
 
 
+ENDS_WELL = ("finished", "many", "pareto", "predict", "submit")      # also on some damaged files
+
+
 class Accepted(Exception):
     """The files were read, and the work would begin."""
 
@@ -1872,7 +1875,9 @@ class Accepted(Exception):
     ("bert/model.safetensors", "train"), ("part/checkpoint.safetensors", "resume"),
     ("superbert/tiny/theta.json", "search"), ("superbert/tiny/run.json", "search"),
     ("superbert/tiny/config.json", "search"), ("superbert/tiny/model.safetensors", "search"),
-    ("sub/checkpoint.safetensors", "resume search"), ("part/run.json", "finished")])
+    ("sub/checkpoint.safetensors", "resume search"), ("part/run.json", "finished"),
+    ("many/0.9x/log.jsonl", "many"), ("many/budgets.json", "pareto"), ("texts", "predict"),
+    ("tiny/test.tsv", "submit"), ("superbert/tiny/run.json", "submit")])
 def test_fuzz(tiny, capsys, monkeypatch, name, command):
     """Damaged files are accepted, or refused in one line: no traceback, no hang, no huge memory."""
     save_bert(ElasticBert(BertConfig.load(tiny_bert(tiny / "bert")), 2), "bert")
@@ -1891,12 +1896,23 @@ def test_fuzz(tiny, capsys, monkeypatch, name, command):
     words = {"train": train + ["--out", "new"], "search": search,
              "finished": short + ["--out", "part", "--resume"],
              "resume": short + ["--out", "part", "--checkpoint-every", "1", "--resume"],
-             "resume search": search + ["--checkpoint-every", "1", "--resume"]}[command]
+             "resume search": search + ["--checkpoint-every", "1", "--resume"]}.get(command)
     if command == "search":
         shutil.rmtree("sub")
     if command == "finished":
         shutil.rmtree("part")
         assert yoco.main(short + ["--out", "part"]) == 0
+
+    many = ["search", "--max-params", "0.9x", "0.8x", "--model", "superbert/tiny", "--evaluations",
+            "4", "--out", "many", "--resume", *CPU]
+    assert yoco.main(many) == 0
+    pareto = ["search", "--pareto", "2", *many[4:]]
+    yoco.write_json("many/budgets.json", budgets=["0.9000x", "0.8000x"])
+    write(Path("texts"), ["the film is good"], ["good", "very bad"], [""])
+    write(Path("tiny/test.tsv"), ["index", "sentence"], ["3", "good"], ["4", "the film"])
+    predict = ["predict", "--model", "superbert/tiny"]
+    words = words or {"many": many, "pareto": pareto, "predict": [*predict, "texts"],
+                      "submit": [*predict, "--glue", "tiny", "--overwrite"]}[command]
 
     def accept(*_):
         raise Accepted
@@ -1923,8 +1939,8 @@ def test_fuzz(tiny, capsys, monkeypatch, name, command):
             lines = capsys.readouterr().err.strip().splitlines()
             lines = [line for line in lines if "incomplete row" not in line]
             assert status == 2 and len(lines) == 1 and len(lines[0]) < 1100 or (
-                command == "finished" and status == 0 and not lines), (n, status, lines)
-            results["refused"] += 1
+                command in ENDS_WELL and status == 0 and not lines), (n, status, lines)
+            results["refused" if status else "accepted"] += 1
         signal.alarm(0)
         for changed, before in keep.items():
             if command != "train" and changed.name == "log.jsonl":
@@ -1933,7 +1949,7 @@ def test_fuzz(tiny, capsys, monkeypatch, name, command):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     path.write_bytes(content)
     assert all(p.read_bytes() == before for p, before in keep.items() if p.name != "log.jsonl")
-    assert results["refused"] > FUZZ / 10
+    assert results["refused"] > FUZZ / 10 or command == "finished"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20       # KiB
     with capsys.disabled():
         if FUZZ > 1000:

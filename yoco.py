@@ -820,7 +820,11 @@ def pareto_budgets(kind, settings):
     written down, since a latency is another one when a run is resumed."""
     path = Path(settings.out) / "budgets.json"
     if settings.resume and path.exists():
-        return [str(text) for text in read_json(path)["budgets"]]
+        texts = read_json(path).get("budgets")
+        if not isinstance(texts, list) or len(texts) != settings.pareto or not all(
+                isinstance(t, str) and re.fullmatch(r"[01]\.\d{4}x", t) for t in texts):
+            raise UserError(f"{path} is damaged: begin anew with --overwrite")
+        return texts
     device, autocast = arithmetic(settings)
     model = load_bert(settings.model).to(device)
     cost, space = measure(kind, settings, model, autocast), SearchSpace.for_config(model.config)
@@ -900,10 +904,13 @@ def text_plot(points, front, unit, width=70, height=16):
 
 def scores_of(directory, space):
     """Per step of a search: (evaluations asked so far, {arch: score}), from its log."""
-    for line in Path(directory, "log.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        yield record["asked"], {space.arch([c or 0 for c in choices]): score
-                                for choices, score in record["scores"]}
+    path = Path(directory) / "log.jsonl"
+    try:
+        for record in map(json.loads, path.read_bytes().splitlines()):
+            yield record["asked"], {space.arch([c or 0 for c in choices]): float(score)
+                                    for choices, score in record["scores"]}
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged: search again with --overwrite") from None
 
 
 def parse_budget(text, full):
