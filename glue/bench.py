@@ -2,6 +2,7 @@
 
     python -m glue.bench [--models MiniLM BERT-base] [--repeats 3] [--batches 3]
     python -m glue.bench --search DIR --evaluations 1000      what shared prefixes save in a search
+    python -m glue.bench --ways DIR DIR --repeats 20          models in PyTorch, ONNX, torch.export
 
 Shapes with random weights, which change no time, on the lengths of MRPC. *The authors' way* runs on
 our own model: fp32, everything padded to 128 tokens, batches of 8, one architecture and one forward
@@ -30,8 +31,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import model as model_module
 import yoco
-from model import BertConfig, ElasticBert, SearchSpace, count_flops
+from model import BertConfig, ElasticBert, SearchSpace, count_flops, load_bert
 
 try:
     import transformers
@@ -309,6 +311,64 @@ def search(options):
           f"{seconds[alone]:.0f} s without: ratio {seconds[alone] / seconds[shared]:.2f}")
 
 
+def ways(directories, repeats):
+    """Print how fast each way runs each model, at batch 1 and 32, its size on disk, and its score
+    on dev. Threads are PyTorch's everywhere."""
+    cpu, jobs, rows = torch.device("cpu"), {}, []
+    for directory in directories:
+        model, run = load_bert(directory), yoco.read_run(directory)
+        task = data.load_task(run["data"])
+        encoded = data.encode(task.dev, directory, run["max_length"])
+        batches = [data.collate(encoded, cut) for cut in data.token_batches(encoded, 2**11)]
+        labels = torch.cat([labels for *_, labels in batches]).numpy()
+        full = [torch.ones(B, min(128, model.config.max_position_embeddings), dtype=torch.int64)
+                for B in (1, 32)]
+        with tempfile.TemporaryDirectory() as out:
+            for way, (function, size) in forms(model, directory, out).items():
+                with torch.inference_mode():
+                    logits = torch.cat([function(*inputs).float() for *inputs, _ in batches])
+                score = data.scores(task.metric, labels, logits.numpy())["score"]
+                rows.append((directory, way, size / 2**20, score))
+                for ids in full:
+                    jobs[directory, way, len(ids)] = (lambda x, f=function: f(x, 0 * x, x)), [ids]
+    with torch.inference_mode():
+        seconds = take_turns(jobs, repeats, cpu)
+    print(f"\n{yoco.hardware(cpu)}, 128 tokens (or as many as a model has positions)\n")
+    print("| model | way | ms at batch 1 | at batch 32 | MiB on disk | dev |")
+    print("|---|---|---|---|---|---|")
+    for directory, way, size, score in rows:
+        ms = [1000 * seconds[directory, way, B] for B in (1, 32)]
+        print(f"| {Path(directory).name} | {way} | {ms[0]:.1f} | {ms[1]:.0f} | {size:.1f} | "
+              f"{score:.2f} |")
+
+
+def forms(model, directory, out):
+    """{way: (function of three [B, T] tensors -> logits, bytes on disk)} of one model."""
+    import onnxruntime
+    import onnxruntime.quantization
+
+    def session(path):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        run = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"]).run
+        return lambda *inputs: torch.from_numpy(run(None, dict(zip(
+            model_module.INPUTS, (x.long().numpy() for x in inputs))))[0])
+
+    def bf16(*inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(*inputs)
+    own = (Path(directory) / "model.safetensors").stat().st_size
+    model_module.export_bert(model, out, "onnx")
+    exported = model_module.export_bert(model, out, "torch")
+    onnxruntime.quantization.quantize_dynamic(f"{out}/model.onnx", f"{out}/int8.onnx")
+    size = {name: (Path(out) / name).stat().st_size for name in ("model.onnx", "int8.onnx",
+                                                                 "model.pt2")}
+    return {"PyTorch fp32": (model, own), "PyTorch bf16": (bf16, own),
+            "torch.export fp32": (exported, size["model.pt2"]),
+            "ONNX fp32": (session(f"{out}/model.onnx"), size["model.onnx"]),
+            "ONNX dynamic int8": (session(f"{out}/int8.onnx"), size["int8.onnx"])}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["MiniLM", "BERT-base"])
@@ -318,6 +378,7 @@ if __name__ == "__main__":
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--memory", choices=("ours", "HF"), help=argparse.SUPPRESS)
     parser.add_argument("--search", help="a super-BERT: run a search with and without sharing")
+    parser.add_argument("--ways", nargs="+", help="directories of models: ways to run them")
     parser.add_argument("--max-params", default="0.7x", help="its budget")
     parser.add_argument("--evaluations", type=int, default=1000, help="its length")
     options = parser.parse_args()
@@ -327,6 +388,8 @@ if __name__ == "__main__":
     where = yoco.arithmetic(yoco.Arithmetic(options.device, options.precision))
     if options.search:
         search(options)
+    elif options.ways:
+        ways(options.ways, options.repeats)
     elif options.memory:
         memory(options.models[0], options.memory, *where)
     else:

@@ -46,6 +46,8 @@ PLAIN_EPOCHS = {"SST-2": 1}                         # else 3
 COMMON = ["--lr", "1e-4", "--batch-size", "32"]     # MiniLM wants more than the paper's 2e-5
 SMALL_DELTA = 69 ** -0.5                            # theta of MiniLM has 3 + 6 x 11 dimensions
 
+BEST = "--reorder --distill --depth-keeps even --stages all"
+
 # variant: flags of train | flags of search
 ELASTIC = {
     "yoco": ("", ""),
@@ -60,7 +62,10 @@ ELASTIC = {
     "all stages at once": ("--stages all", ""),
     "reorder + distill": ("--reorder --distill", ""),
     "reorder + distill + even": ("--reorder --distill --depth-keeps even", ""),
-    "best": ("--reorder --distill --depth-keeps even --stages all", ""),
+    "best": (BEST, ""),
+    "best, exploit only": (f"{BEST} --strategy exploit", ""),
+    "best, explore only": (f"{BEST} --strategy explore", ""),
+    "best, permuted losses": (f"{BEST} --shuffle", ""),
     "small delta": (f"--delta {SMALL_DELTA:.4f}", ""),
     "lambda 4": ("--archs-per-step 4", ""),                              # and half of the steps
     "lambda 4, small delta": (f"--archs-per-step 4 --delta {SMALL_DELTA:.4f}", ""),
@@ -419,7 +424,9 @@ def table(number, steps):
         compare(cells, ["yoco", "HAT", "OFA"] + [f"{v}, tuned {r}" for v in ("HAT", "OFA")
                                                  for r in RATES], both)
     elif number == "4":
-        compare(cells, ["yoco", "exploit only", "explore only", "permuted losses"], both)
+        for start in ("", "best, "):
+            compare(cells, [start.strip(", ") or "yoco"] + [start + what for what in (
+                "exploit only", "explore only", "permuted losses")], both)
     elif number == "5":
         for variant in ("yoco", "best"):
             compare(cells, [variant] + [f"{variant}, tuned {rate}" for rate in RATES],
