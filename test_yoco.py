@@ -550,7 +550,9 @@ def test_best_fit():
     ("60000000", 6e7), ("60e6", 6e7), ("60M", 6e7), ("0.5x", 5e7), (".5x", 5e7), ("22G", 22e9),
     ("1.5k", 1500)])
 def test_budgets(text, value):
-    assert yoco.parse_budget(text, 10**8) == value
+    space = SearchSpace([1, 2], [1], [1])
+    assert yoco.parse_budget(text, {space.smallest(): 10, space.largest(): 10**8}.get,
+                             space) == value
 
 
 def test_stages():
@@ -1070,9 +1072,9 @@ def test_bad_commands_are_refused(tiny, capsys):
     refused(capsys, ["search", "--max-params", str(least)], f"{least:,}")
     for budget in ("0", "-5", "many", "0x", "nan", "inf", "1e999", ""):
         refused(capsys, ["search", "--max-params", budget], "budget")
-    refused(capsys, ["search"], "--max-params or --max-flops")
+    refused(capsys, ["search"], "--max-params, --max-flops")
     refused(capsys, ["search", "--max-params", "1M", "--max-flops", "1M"],
-            "--max-params or --max-flops")
+            "--max-params, --max-flops")
     refused(capsys, ["search", "--max-param", "1M"], "unknown", "--max-params")
     refused(capsys, ["train", "--epoch", "1"], "unknown", "--epochs")
     refused(capsys, ["train", "--batch-size", "0"], "--batch-size", "at least 1")
@@ -1376,6 +1378,9 @@ def test_pareto(tiny, capsys):
         assert least < budgets[0] and budgets[-1] > full
         assert "#" in capsys.readouterr().out
     refused(capsys, ["search", "--pareto", "3", "--max-params", "0.5x"], "one kind of budget")
+    refused(capsys, ["search", "--pareto", "3", "--out", "flops"], "holds a finished front")
+    refused(capsys, ["search", "--max-params", "0.9x", "9"], "the smallest has")
+    assert not Path("subbert").exists()                 # refused before the first was searched
 
 
 def test_latency(tiny, monkeypatch, capsys):

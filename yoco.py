@@ -671,11 +671,8 @@ class Searching:
 
     def set_budget(self):
         """Omega and T(M); UserError where not even the smallest fits."""
-        self.full_cost, least = self.cost(self.space.largest()), self.cost(self.space.smallest())
-        self.budget = parse_budget(self.wish, self.full_cost)
-        if least >= self.budget:
-            raise UserError(f"no sub-BERT has T(m) < {self.budget:,.12g}: the smallest has "
-                            f"{least:,.12g} ({least / self.full_cost:.3f}x)")
+        self.full_cost = self.cost(self.space.largest())
+        self.budget = parse_budget(self.wish, self.cost, self.space)
 
     def scorer(self, parts):
         """`scorer` over lists of examples."""
@@ -804,6 +801,10 @@ def single_budgets(settings):
     name, ending = f"subbert/{Path(settings.model).resolve().name}", f"-{kind}" * (kind != "params")
     if settings.pareto:
         settings.out = settings.out or f"{name}-pareto{ending}"
+        if Path(settings.out, "front.json").exists() and not (settings.overwrite
+                                                              or settings.resume):
+            raise UserError(f"{settings.out} holds a finished front: choose another --out, or "
+                            "replace it with --overwrite")
         texts = pareto_budgets(kind, settings)
     elif len(texts.split()) == 1:
         settings.out = settings.out or f"{name}-{texts}{ending}"
@@ -839,7 +840,12 @@ def pareto_budgets(kind, settings):
 def search_all(settings, parts, memo):
     """One search after the other, from the same theta, with one memo. Prints a table, and with
     --pareto writes and draws the front. Returns the list of what their run.json say."""
-    runs, space = [], SearchSpace.for_config(BertConfig.load(settings.model))
+    runs, config = [], BertConfig.load(settings.model)
+    space, counts = SearchSpace.for_config(config), dict(params=count_params, flops=count_flops)
+    for part in parts:                                               # refuse all before the first
+        kind, text = wishes(part)
+        if kind in counts:
+            parse_budget(text, lambda arch: counts[kind](config, arch), space)
     for part in parts:
         try:
             runs.append(search(part, memo))
@@ -913,13 +919,18 @@ def scores_of(directory, space):
         raise UserError(f"{path} is damaged: search again with --overwrite") from None
 
 
-def parse_budget(text, full):
-    """'60000000', '60e6', '60M' or '0.5x' -> Omega, in the unit of `full` = T(M)."""
+def parse_budget(text, cost, space):
+    """'60000000', '60e6', '60M' or '0.5x' (of T(M)) -> Omega, in the unit of `cost` = T; UserError
+    where not even the smallest architecture of the space fits."""
+    least, full = cost(space.smallest()), cost(space.largest())
     match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?)([kmgbx]?)", text.strip().lower())
     unit = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "x": full}
     budget = float(match[1]) * unit[match[2]] if match else 0
     if budget <= 0:
         raise UserError(f"{text!r} is not a positive budget such as 60000000, 60e6, 60M or 0.5x")
+    if least >= budget:
+        raise UserError(f"no sub-BERT has T(m) < {budget:,.12g}: the smallest has {least:,.12g} "
+                        f"({least / full:.3f}x)")
     return budget
 
 
