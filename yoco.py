@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import errno
 import hashlib
 import json
@@ -57,6 +58,7 @@ import numpy as np
 import safetensors.torch
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
@@ -310,7 +312,7 @@ class TrainSettings(Arithmetic):
     epochs: float = setting(1.0, "scale of the table of epochs per stage", low=1e-6)
     lr: float = setting(0.0, "learning rate at the start of each stage; 0: the paper's", low=0)
     # CHOICE: 32; the paper prints none.  AUTHORS: 8
-    batch_size: int = setting(32, "examples per step", low=1)
+    batch_size: int = setting(32, "examples per step, of all ranks together", low=1)
     max_length: int = setting(128, "tokens per example; the rest is cut off", low=8)
     archs_per_step: int = setting(2, "lambda: architectures sampled per step", low=1)
     delta: float = setting(1.0, "length of a step of theta in the Fisher norm", low=0)
@@ -339,6 +341,7 @@ def train(settings):
         source = P if rng.random() < run.K else P.uniform()                              # 7
         archs = [space.arch(source.sample(rng)) for _ in range(settings.archs_per_step)]   # 8
         losses = weight_gradient(model, batch, archs, run.autocast, run.teacher)         # 9
+        losses = average(run, losses)                                # over ranks, where several
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         *losses, norm = torch.stack([*losses, norm]).tolist()        # waits for the device, once
         if not np.isfinite([*losses, norm]).all():                   # before it can spoil W
@@ -417,6 +420,8 @@ class Training:
         self.task = data.load_task(settings.data)
         torch.manual_seed(settings.seed)                             # the classifier, dropout
         self.model = self.initial_model().to(self.device).train()
+        if rank() > 0:                                               # a dropout of its own
+            torch.manual_seed(int(np.random.default_rng([settings.seed, rank()]).integers(2**63)))
         self.config = self.model.config
         self.space = (OneArch(self.config.arch) if settings.stages == "largest"
                       else SearchSpace.for_config(self.config))
@@ -463,13 +468,18 @@ class Training:
         return model
 
     def batch(self, stage, step):
-        """The batch of a stage's step. The order of an epoch follows from seed, stage and epoch, so
-        that the position in the data needs no state."""
+        """This rank's part of the batch of a stage's step, which is `share` of it. The order of an
+        epoch follows from seed, stage and epoch, so that the position in the data needs no state.
+        """
         epoch, i = divmod(step, self.per_epoch)
         if self.order is None or i == 0:
             rng = np.random.default_rng([self.settings.seed, stage.first, epoch])
             self.order = data.batches(self.encoded, self.settings.batch_size, rng)
-        return data.collate(self.encoded, self.order[i], self.device)
+        indices = self.order[i]
+        mine = indices[rank()::world_size()]                         # of all lengths
+        self.share = len(mine) / len(indices)
+        # Where a small batch leaves none, any example: its gradient counts 0, but is there.
+        return data.collate(self.encoded, mine or indices[:1], self.device)
 
     def importance(self):
         """The importance of every head and neuron, for `reorder`: |sum of w dL/dw| over its output
@@ -479,8 +489,8 @@ class Training:
         totals, self.order = [0] * len(outs), None
         self.model.eval()                                            # no dropout
         for i in range(min(self.per_epoch, IMPORTANCE_BATCHES)):
-            weight_gradient(self.model, self.batch(self.stages[0], i), [self.space.largest()],
-                            self.autocast)
+            batch = self.batch(self.stages[0], i)
+            average(self, weight_gradient(self.model, batch, [self.space.largest()], self.autocast))
             for j, linear in enumerate(outs):
                 part = (linear.weight * linear.weight.grad).sum(0)   # per input column
                 size = self.config.head_size if j % 2 == 0 else 1
@@ -508,9 +518,11 @@ class Training:
         tensors = {f"model.{name}": w for name, w in self.model.state_dict().items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": moment for name, moment in moments.items()}
-        tensors["rng"] = torch.get_rng_state()
+        own = {"rng": torch.get_rng_state()}
         if self.device.type == "cuda":
-            tensors["cuda_rng"] = torch.cuda.get_rng_state()
+            own["cuda_rng"] = torch.cuda.get_rng_state()
+        for i, states in enumerate(exchange(own)):                   # rng, rng1, rng2, ...
+            tensors |= {f"{name}{i or ''}": value for name, value in states.items()}
         self.output.save(tensors, t=done, K=self.K, rng=self.rng.bit_generator.state,
                          theta=[theta.tolist() for theta in self.P.theta])
 
@@ -521,9 +533,10 @@ class Training:
             raise ValueError
         self.t, self.K, self.rng.bit_generator.state = state["t"], state["K"], state["rng"]
         self.P.theta = checked(state["theta"], self.space)
-        torch.set_rng_state(tensors.pop("rng"))
-        if "cuda_rng" in tensors:
-            torch.cuda.set_rng_state(tensors.pop("cuda_rng"))
+        states = {name: tensors.pop(name) for name in list(tensors) if "rng" in name}
+        torch.set_rng_state(states[f"rng{rank() or ''}"])
+        if "cuda_rng" in states:
+            torch.cuda.set_rng_state(states[f"cuda_rng{rank() or ''}"])
         weights, moments = {}, {}
         for name, tensor in tensors.items():
             kind, name = name.split(".", 1)
@@ -536,7 +549,9 @@ class Training:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def finish(self):
-        """Score three sub-BERTs on the hold-out, and write the super-BERT."""
+        """Score three sub-BERTs on the hold-out, and write the super-BERT: rank 0 does."""
+        if rank() > 0:
+            return None
         holdout, archs = {}, {"largest": self.space.largest()}
         if self.space.size() > 1:
             archs |= {"most likely": self.space.arch(self.P.most_likely()),
@@ -622,9 +637,7 @@ def search(settings, memo=None):
     while not run.done():
         n = min(settings.archs_per_step, run.until - run.asked)
         archs = [run.propose() for _ in range(n)]
-        for arch in archs:
-            if arch not in memo:
-                memo[arch] = run.score(arch)["score"]                # inherited weights
+        memo.update(run.scores([m for m in dict.fromkeys(archs) if m not in memo]))
         rewards = [reward(memo[m], run.cost(m), run.budget, run.full_cost) for m in archs]
         if settings.method == "sng":
             P.step([space.choices(m) for m in archs], [-r for r in rewards], settings.delta)
@@ -678,6 +691,12 @@ class Searching:
         """`scorer` over lists of examples."""
         parts = [data.encode(part, self.directory, self.trained["max_length"]) for part in parts]
         return scorer(self.model, parts, self.task.metric, self.device, self.autocast)
+
+    def scores(self, archs):
+        """[(arch, ACC(m) in %)], with inherited weights. Ranks take turns, so that of them no more
+        than --archs-per-step, 2 by default, have work."""
+        found = exchange([self.score(arch)["score"] for arch in archs[rank()::world_size()]])
+        return [(arch, found[i % len(found)][i // len(found)]) for i, arch in enumerate(archs)]
 
     def propose(self):
         """One architecture to evaluate, by --method."""
@@ -753,7 +772,10 @@ class Searching:
         self.memo.update((self.space.arch(choices), score) for choices, score in state["memo"])
 
     def finish(self, arch):
-        """Read dev once, for the architecture found, and write that as a model of its own."""
+        """Read dev once, for the architecture found, and write that as a model of its own: rank 0
+        does."""
+        if rank() > 0:
+            return None
         config, where = self.model.config, self.settings.select_on
         if arch is None:
             print("no architecture under the budget was sampled; this is the smallest of the space")
@@ -1165,7 +1187,7 @@ def export(settings):
 
 
 # --------------------------------------------------------------------------------------------------
-# Plumbing: scores, devices, files, progress, the command line
+# Plumbing: scores, devices, files, progress
 # --------------------------------------------------------------------------------------------------
 
 PREFIX_MEMORY = 2**30    # bytes of hidden states that a scorer keeps for architectures to come
@@ -1218,7 +1240,8 @@ def scorer(model, parts, metric, device, autocast):
 def arithmetic(settings):
     """(device, maker of autocast contexts) from the settings `device` and `precision`."""
     keep_memory()
-    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    mps = torch.backends.mps.is_available() and world_size() == 1    # gloo does not know it
+    here = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
     name = next(n for n in here if here[n]) if settings.device == "auto" else settings.device
     if not here[name]:
         raise UserError(f"--device {name}: this machine has none")
@@ -1332,7 +1355,7 @@ class Output:
         for source in map(Path, inputs):
             if source.resolve() == self.directory.resolve():
                 raise UserError(f"--out {self.directory} is what the command reads: choose another")
-        self.refuse()
+        first(self.refuse)
 
     def refuse(self):
         """Raise UserError (or Finished) where the directory holds what must not be replaced."""
@@ -1359,6 +1382,28 @@ class Output:
     def begin(self, restore, **inputs):
         """Open the directory; hand (tensors, state) of a checkpoint to resume from to `restore`.
         `inputs` tell what the run works on; like the settings, they must not have changed."""
+        self.inputs = inputs | ({"world_size": world_size()} if world_size() > 1 else {})
+        now = self.kept_settings() | self.inputs
+        if not all(theirs == now for theirs in exchange(now)):       # which also waits until all
+            raise UserError("the ranks' settings or data differ")    # are ready
+        if not first(self.open):
+            return
+        try:
+            tensors, state = first(self.read)
+            self.compare({"world_size": 1} | state["run"], {"world_size": 1} | now)
+            restore(tensors, state)
+            if rank() == 0:
+                end = self.log_file.seek(0, os.SEEK_END)
+                self.log_file.truncate(min(state["log_bytes"], end))
+            self.started -= state["seconds"]
+        except UserError:
+            raise
+        except (SafetensorError, ArithmeticError, AttributeError, LookupError, RuntimeError,
+                TypeError, ValueError):
+            raise UserError(f"{self.checkpoint} is damaged: begin anew with --overwrite") from None
+
+    def open(self):
+        """Open, lock and clear the directory. Returns whether there is something to resume."""
         self.directory.mkdir(parents=True, exist_ok=True)
         # Unbuffered, so that a full disk is noticed here, not when Python exits.
         self.log_file = open(self.directory / "log.jsonl", "ab", buffering=0)
@@ -1374,7 +1419,6 @@ class Output:
         for name in ("checkpoint.safetensors", "model.safetensors", "config.json", "vocab.txt",
                      "tokenizer_config.json", "theta.json", "run.json"):
             (self.directory / f".{name}.tmp").unlink(missing_ok=True)    # of a run that was killed
-        self.inputs = inputs
         resumed = self.settings.resume and self.checkpoint.exists()
         if not resumed:
             if self.settings.resume:
@@ -1382,23 +1426,16 @@ class Output:
             for name in ("run.json", "theta.json", "checkpoint.safetensors"):
                 (self.directory / name).unlink(missing_ok=True)
             self.log_file.truncate(0)
-            return
-        try:
-            with safetensors.safe_open(self.checkpoint, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                text, sealed = file.metadata()["state"], file.metadata()["crc32"]
-            if sealed != checksum(tensors, text):
-                raise ValueError
-            state = json.loads(text)
-            self.compare(state["run"], self.kept_settings() | inputs)
-            restore(tensors, state)
-            self.log_file.truncate(min(state["log_bytes"], self.log_file.seek(0, os.SEEK_END)))
-            self.started -= state["seconds"]
-        except UserError:
-            raise
-        except (SafetensorError, ArithmeticError, AttributeError, LookupError, RuntimeError,
-                TypeError, ValueError):
-            raise UserError(f"{self.checkpoint} is damaged: begin anew with --overwrite") from None
+        return resumed
+
+    def read(self):
+        """(tensors, state) of the checkpoint; ValueError where the disk has damaged it."""
+        with safetensors.safe_open(self.checkpoint, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            text, sealed = file.metadata()["state"], file.metadata()["crc32"]
+        if sealed != checksum(tensors, text):
+            raise ValueError
+        return tensors, json.loads(text)
 
     def compare(self, before, now):
         """Raise UserError that names the first setting or input that is not as it was."""
@@ -1414,6 +1451,8 @@ class Output:
 
     def log(self, **record):
         """Append one line to log.jsonl, written at once."""
+        if rank() > 0:
+            return
         line = json.dumps(record).encode() + b"\n"
         if self.log_file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
@@ -1421,14 +1460,15 @@ class Output:
     def save(self, tensors, **state):
         """Replace the checkpoint, all of it at once. The log that it belongs to is on the disk
         before it. If a signal asked the run to stop, this is where it does."""
-        os.fsync(self.log_file.fileno())
-        state |= dict(run=self.kept_settings() | self.inputs,
-                      log_bytes=os.fstat(self.log_file.fileno()).st_size,
-                      seconds=time.perf_counter() - self.started)
-        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-        text = json.dumps(state)
-        write_file(self.checkpoint, safetensors.torch.save(
-            tensors, {"state": text, "crc32": checksum(tensors, text)}))
+        if rank() == 0:
+            os.fsync(self.log_file.fileno())
+            state |= dict(run=self.kept_settings() | self.inputs,
+                          log_bytes=os.fstat(self.log_file.fileno()).st_size,
+                          seconds=time.perf_counter() - self.started)
+            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+            text = json.dumps(state)
+            write_file(self.checkpoint, safetensors.torch.save(
+                tensors, {"state": text, "crc32": checksum(tensors, text)}))
         if SIGNALS:
             raise KeyboardInterrupt
 
@@ -1474,6 +1514,114 @@ class Progress:
                  end="" if terminal and done < self.total else "\n")
 
 
+# --------------------------------------------------------------------------------------------------
+# Ranks: the processes that `torchrun --nproc_per_node=N yoco.py train` starts; else one, rank 0
+# --------------------------------------------------------------------------------------------------
+
+# Every rank holds all of the state (W, Adam's moments, theta, numpy's generator) and decides alike;
+# shared out are only the examples of a batch and the evaluations of a search. Rank 0 alone writes,
+# prints and knows what is in --out.
+PATIENCE = datetime.timedelta(minutes=30)    # of ranks for each other: a long evaluation takes less
+SIGNALS = []    # those that ask train and search to stop after the step at hand: of all ranks
+HEARD = []      # those that reached this rank, and at the next exchange become every rank's SIGNALS
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+def rank():
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def joined():
+    """Meet the other ranks, where the environment is torchrun's. Rank 0 alone is heard; of ranks
+    that fail, the first one, since the others mostly do so because of it."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    cuda, stderr = torch.cuda.is_available(), sys.stderr
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    store, number, size = reach(lambda: next(dist.rendezvous("env://", timeout=PATIENCE)))
+    reach(dist.init_process_group, "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
+          rank=number, world_size=size, timeout=PATIENCE)
+    if number > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    try:
+        yield
+        dist.destroy_process_group()
+    except Exception:
+        # Without torchrun the store ends with rank 0: then each rank that fails is heard.
+        lasts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        alone = not lasts or store.add("failed", 1) == 1
+        sys.stderr = stderr if alone else open(os.devnull, "w")
+        raise
+
+
+def reach(collective, *args, **kwargs):
+    """Call what needs the other ranks; UserError where one of them is gone."""
+    try:
+        return collective(*args, **kwargs)
+    except (RuntimeError, ValueError) as error:                      # as gloo and torchrun raise
+        text = re.sub(r"^\[\S*\] |\. .*", "", " ".join(str(error).split()))
+        raise UserError("another rank has ended or cannot be reached; what was saved goes on with "
+                        f"--resume ({text})") from None
+
+
+def average(run, losses):
+    """Replace every .grad by its mean over the global batch, of which each rank had `run.share`;
+    return the losses' means. One all_reduce for everything, signals included."""
+    # CHOICE: all ranks train the same architectures. Theta needs losses of all of them on one batch;
+    # and a layer that no architecture has is without gradient everywhere, so that no rank waits for
+    # a part that another does not send.
+    if world_size() == 1:
+        return losses
+    parts = [w.grad for w in run.model.parameters() if w.grad is not None] + [torch.stack(losses)]
+    heard = parts[0].new_tensor([number in HEARD for number in STOPS])
+    flat = torch.cat([*(run.share * part.flatten() for part in parts), heard])
+    reach(dist.all_reduce, flat)                                     # the sum over ranks
+    *means, heard = flat.split([part.numel() for part in parts] + [len(STOPS)])
+    for part, mean in zip(parts, means):
+        part.copy_(mean.view_as(part))
+    SIGNALS[:] = [number for number, count in zip(STOPS, heard.tolist()) if count]
+    return list(parts[-1])
+
+
+def exchange(value):
+    """[rank 0's value, rank 1's, ...], on every rank."""
+    if world_size() == 1:
+        return [value]
+    found = [None] * world_size()
+    reach(dist.all_gather_object, found, (value, HEARD))
+    SIGNALS[:] = [number for _, heard in found for number in heard]
+    return [value for value, _ in found]
+
+
+def first(function):
+    """What `function` returns or raises on rank 0, where alone it is called, on every rank."""
+    if world_size() == 1:
+        return function()
+    box = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = function()
+        except Exception as error:
+            box[1] = error
+    reach(dist.broadcast_object_list, box)
+    if box[1]:
+        raise box[1]
+    return box[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
+
 COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
             "eval": (EvalSettings, evaluate), "predict": (PredictSettings, predict),
             "export": (ExportSettings, export)}
@@ -1516,21 +1664,20 @@ def parse(argv):
                    for name, value in options.items()}), function
 
 
-SIGNALS = []    # those that ask train and search to stop after the step at hand
-
-
 @contextlib.contextmanager
 def deferred_signals(defer):
     """Note the first Ctrl-C or SIGTERM in SIGNALS instead of stopping at once; the second, or
     without `defer` the first, is a KeyboardInterrupt."""
     def note(number, _):
-        SIGNALS.append(number)
-        if not defer or len(SIGNALS) > 1:
+        HEARD.append(number)
+        if world_size() == 1:
+            SIGNALS.append(number)
+        if not defer or len(HEARD) > 1:
             raise KeyboardInterrupt
         tell("\nstopping after this step; once more stops at once")
     before = {}
     with contextlib.suppress(ValueError):                            # not in the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:           # as of a job in the background
                 before[number] = signal.signal(number, note)
     try:
@@ -1547,18 +1694,23 @@ def way_on(argv, settings):
     for name in ("model", "out"):
         if getattr(settings, name, "") and f"--{name}" not in given:
             words += [f"--{name}", getattr(settings, name)]
-    return shlex.join(["python", "yoco.py", *words, "--resume"])
+    n = world_size()
+    start = ["torchrun", f"--nproc_per_node={n}"] if n > 1 else ["python"]
+    return shlex.join([*start, "yoco.py", *words, "--resume"])
 
 
 def main(argv=None):
     """Run one command; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C and
     143 after SIGTERM."""
     argv, settings = sys.argv[1:] if argv is None else argv, None
-    SIGNALS.clear()
+    SIGNALS[:] = HEARD[:] = []
     try:
-        settings, function = parse(argv)
-        with deferred_signals(function in (train, search)):
-            function(settings)
+        with joined():
+            settings, function = parse(argv)
+            if world_size() > 1 and function not in (train, search):
+                raise UserError("only train and search share their work: start without torchrun")
+            with deferred_signals(function in (train, search)):
+                function(settings)
     except Finished as fact:
         print(fact)
     except KeyboardInterrupt:
@@ -1566,7 +1718,7 @@ def main(argv=None):
         several = SIGNALS and function is search and len(wishes(settings)[1].split()) != 1
         saved = several or out and Path(out, "checkpoint.safetensors").exists()
         tell("\nstopped" + (f"; go on with: {way_on(argv, settings)}" if saved else ""))
-        return 128 + (SIGNALS or [signal.SIGINT])[0]
+        return 128 + (SIGNALS or HEARD or [signal.SIGINT])[0]
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         text = str(error)
         if isinstance(error, OSError):
@@ -1578,7 +1730,7 @@ def main(argv=None):
         tell(f"yoco.py: error: {' '.join(text.split())[:1000]}")
         return 2
     finally:
-        SIGNALS.clear()
+        SIGNALS[:] = HEARD[:] = []
     return 0
 
 
