@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -41,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
+from torch.distributed import TCPStore
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -1467,13 +1469,18 @@ def test_variants(tiny, capsys, extra, mass):
         assert "optimistic" in capsys.readouterr().out
 
 
-def test_regression(tiny):
-    """STS-B's format from train to search: one logit, no labels, correlations."""
+def make_regression(directory, train=40):
+    """A data set in STS-B's format."""
     rng = np.random.default_rng(0)
-    for name, count in (("train", 40), ("dev", 12)):
+    for name, count in (("train", train), ("dev", 12)):
         rows = [["good film", rng.choice(["good", "bad", "not"]), f"{rng.uniform(0, 5):.3f}"]
                 for _ in range(count)]
-        write(tiny / "tiny" / f"{name}.tsv", ["sentence1", "sentence2", "score"], *rows)
+        write(directory / f"{name}.tsv", ["sentence1", "sentence2", "score"], *rows)
+
+
+def test_regression(tiny):
+    """STS-B's format from train to search: one logit, no labels, correlations."""
+    make_regression(tiny / "tiny")
     assert yoco.main(TRAIN) == 0 and yoco.main(SEARCH) == 0
     result = json.loads(Path("subbert/tiny-0.9x/run.json").read_text())
     assert set(result["dev"]) == {"score", "pearson", "spearman"}
@@ -1643,8 +1650,8 @@ def test_kill_while_saving(tiny):
 
 def limited(words, step, spoil):
     """Run a command whose `after_step` number `step` first does `spoil()`."""
-    kind, count = yoco.Training, itertools.count(1)
-    original = kind.after_step
+    kind = yoco.Training if words[0] == "train" else yoco.Searching
+    count, original = itertools.count(1), kind.after_step
 
     def after_step(self, *args):
         if next(count) == step:
@@ -1799,6 +1806,175 @@ def test_memory_does_not_grow(tiny):
         patch.setattr(yoco, "EPOCHS", {"default": ((45, 45), (45, 45, 45), (45, 45, 45))})
         assert yoco.main(["train", "--data", "tiny", "--batch-size", "8", *CPU]) == 0
     assert max(sizes) >= 2000 and sizes[2000] - sizes[500] < 20, (sizes[500], sizes[2000])
+
+
+# --------------------------------------------------------------------------------------------------
+# Ranks: several processes
+# --------------------------------------------------------------------------------------------------
+
+def on_ranks(function):
+    """Run function(rank), or a command's words, in two forked processes with the environment that
+    torchrun gives. [(exit status, or minus the signal, and what it printed)] of both; neither can
+    outlive two minutes."""
+    words = function
+    if isinstance(words, list):
+        def function(rank):
+            return yoco.main(words)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)     # torchrun's part
+    environment = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+                       TORCHELASTIC_USE_AGENT_STORE="True")
+    children = []
+    for rank in range(2):
+        file = tempfile.TemporaryFile("w+")
+        child, status = os.fork(), 99
+        if child == 0:
+            try:
+                signal.alarm(120)
+                os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+                sys.stdout = sys.stderr = file
+                status = function(rank)
+            except BaseException:
+                traceback.print_exc(file=file)
+            finally:
+                file.flush()
+                os._exit(status or 0)
+        children.append((child, file))
+    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child, _ in children]
+    return [(status, file.seek(0) or file.read()) for status, (_, file) in zip(ended, children)]
+
+
+@pytest.mark.parametrize("regression, extra", [
+    (False, []), (False, ["--distill", "--reorder", "--archs-per-step", "3"]),
+    (True, ["--distill", "--stages", "all"])])
+def test_ranks_equal_one_process(tiny, regression, extra):
+    """Two ranks train what one process trains on the same batches: weights and losses to 1e-5,
+    theta to the bit. Without dropout, whose random numbers differ, and from weights so large that
+    no two losses differ by rounding alone. The batches of 7 are uneven, and the last of an epoch, a
+    single example, leaves rank 1 none. (Keys' biases cancel in a softmax: their gradients are
+    rounding errors, which Adam blows up to full steps.)"""
+    tiny_bert(tiny / "tiny", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+              initializer_range=0.3)
+    write(tiny / "tiny" / "train.tsv", *sentences(np.random.default_rng(0), 57))
+    if regression:
+        make_regression(tiny / "tiny", 57)
+    words = TRAIN + ["--holdout", "0", "--lr", "3e-4", "--batch-size", "7"] + extra
+    assert yoco.main(words + ["--out", "one"]) == 0
+    assert on_ranks(words + ["--out", "two"])[0][0] == 0
+    one, two = (load_file(f"{out}/model.safetensors") for out in ("one", "two"))
+    for name in [name for name in one if not name.endswith("key.bias")]:
+        assert (two[name] - one[name]).abs().max() < 1e-5, name
+    assert Path("one/theta.json").read_bytes() == Path("two/theta.json").read_bytes()
+    for alone, shared in zip(log_of("one"), log_of("two"), strict=True):
+        assert abs(alone.pop("loss") - shared.pop("loss")) < 1e-5 and alone == shared
+    assert yoco.read_json("two/run.json")["world_size"] == 2
+
+
+@pytest.mark.parametrize("extra", [[], ["--method", "evolution", "--archs-per-step", "3"]])
+def test_ranks_search(tiny, extra):
+    """Two ranks find what one process finds, after the same scores, asked in the same order; both
+    of them evaluate."""
+    assert yoco.main(TRAIN) == 0
+    words = SEARCH + ["--model", "superbert/tiny", *extra]
+    assert yoco.main(words + ["--out", "one"]) == 0
+
+    def counted(rank):
+        evaluated, scorer = [], yoco.scorer
+
+        def counting(*args):
+            score = scorer(*args)
+            return lambda arch: evaluated.append(arch) or score(arch)
+        yoco.scorer = counting
+        status = yoco.main(words + ["--out", "two"])
+        Path(f"{rank}.txt").write_text(str(len(evaluated)))
+        return status
+    assert [status for status, _ in on_ranks(counted)] == [0, 0]
+    assert result_bytes("one") == result_bytes("two") and log_of("one") == log_of("two")
+    run = yoco.read_json("two/run.json")["evaluations_run"]
+    evaluated = [int(Path(f"{rank}.txt").read_text()) for rank in range(2)]
+    assert sum(evaluated) == run + 1 and min(evaluated) >= run // 3       # and dev, by rank 0
+
+
+@pytest.mark.parametrize("command", ["train", "search"])
+def test_ranks_stop_together_and_resume(tiny, command):
+    """A signal that reaches one rank alone stops both after the same step; with as many ranks, not
+    with another number, --resume gives the bytes and the log of the run that nobody stopped."""
+    assert yoco.main(TRAIN) == 0
+    words = {"train": TRAIN, "search": SEARCH + ["--model", "superbert/tiny"]}[command]
+    assert on_ranks(words + ["--out", "whole"])[0][0] == 0
+    part = words + ["--out", "part"]
+    for number, step, hears in ((signal.SIGTERM, 2, 1), (signal.SIGINT, 1, 0)):
+        def signalled(rank):
+            return limited(part + ["--resume"], step if rank == hears else 0,
+                           lambda: os.kill(os.getpid(), number))
+        (status, told), (other, silent) = on_ranks(signalled)
+        assert status == other == 128 + number and not silent, (told, silent)
+        assert "go on with: torchrun --nproc_per_node=2 yoco.py" in told.splitlines()[-1]
+    assert "was started with world_size = 2, not 1" in in_child(
+        lambda: yoco.main(part + ["--resume"]))[1]
+    assert on_ranks(part + ["--resume"])[0][0] == 0
+    assert result_bytes("part") == result_bytes("whole") and log_of("part") == log_of("whole")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("command", ["train", "search"])
+def test_lost_rank(tiny, command, lost):
+    """Of two ranks one is killed: the other ends with status 2 and one line, and soon."""
+    assert yoco.main(TRAIN) == 0
+    words = {"train": TRAIN, "search": SEARCH + ["--model", "superbert/tiny"]}[command]
+    words, start = words + ["--out", "part", "--checkpoint-every", "1"], time.perf_counter()
+    ended = on_ranks(lambda rank: limited(words, 4 if rank == lost else 0,
+                                          lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert time.perf_counter() - start < 60
+    assert [status for status, _ in ended] == [-9 if rank == lost else 2 for rank in range(2)]
+    error, = [line for line in ended[1 - lost][1].splitlines() if "error" in line]
+    assert error.startswith("yoco.py: error: another rank has ended") and "--resume" in error
+    assert "Traceback" not in ended[1 - lost][1]
+    assert on_ranks(words + ["--resume"])[0][0] == 0
+
+
+def test_ranks_refuse(tiny):
+    """What one rank refuses, all do, and one of them says why; so do commands that share nothing.
+    A finished run is no error."""
+    def refused(words, part, status=2):
+        (first, told), (second, also) = on_ranks(words)
+        lines = (told + also).splitlines()
+        assert first == second == status and len(lines) == 1 and part in lines[0], lines
+    assert on_ranks(TRAIN)[0][0] == 0
+    refused(TRAIN, "holds a finished result")
+    refused(TRAIN + ["--resume"], "is finished", status=0)
+    refused(TRAIN + ["--sead", "1"], "unknown: --sead 1")
+    refused(["eval", "--model", "superbert/tiny"], "only train and search share their work")
+    new, before = TRAIN + ["--overwrite"], result_bytes("superbert/tiny")
+    shutil.copytree("tiny", "here/tiny")
+    Path("here/tiny/train.tsv").write_text("sentence\tlabel\n")
+    refused(lambda rank: os.chdir("here" if rank else ".") or yoco.main(new), "train.tsv")
+    shutil.copy("tiny/dev.tsv", "here/tiny/train.tsv")
+    refused(lambda rank: os.chdir("here" if rank else ".") or yoco.main(new), "or data differ")
+    assert result_bytes("superbert/tiny") == before     # nothing was touched before all were ready
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yoco.Training, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        on_ranks(TRAIN + ["--out", "part", "--checkpoint-every", "1"])
+    path = Path("part/checkpoint.safetensors")
+    for broken in (b"", path.read_bytes()[:-1], path.read_bytes().replace(b"theta", b"thetb")):
+        path.write_bytes(broken)
+        refused(TRAIN + ["--out", "part", "--checkpoint-every", "1", "--resume"], "is damaged")
+
+
+def test_torchrun(tiny):
+    """The real torchrun: SIGTERM to it stops the ranks after a step, with a checkpoint."""
+    words = ["--nproc_per_node=2", ROOT / "yoco.py", *TRAIN, "--epochs", "99", "--out", "part"]
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                            *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True)
+    log, deadline = Path("part/log.jsonl"), time.monotonic() + 90
+    while run.poll() is None and time.monotonic() < deadline and not (
+            log.exists() and log.stat().st_size):
+        time.sleep(0.05)
+    run.terminate()                                     # it ends its ranks, after 30 s by force
+    printed, told = run.communicate(timeout=60)
+    assert printed.count("examples to train on") == 1 == told.count("stopping after this step")
+    assert "go on with: torchrun --nproc_per_node=2 yoco.py train" in told
+    assert Path("part/checkpoint.safetensors").exists()
 
 
 WEIRD = [None, True, -1, 0, 1.5, 1e308, float("nan"), 10**30, 2**63, "", "x", "\0", "\n", "9" * 500,
