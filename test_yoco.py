@@ -1869,7 +1869,8 @@ def test_ranks_equal_one_process(tiny, regression, extra):
     assert yoco.read_json("two/run.json")["world_size"] == 2
 
 
-@pytest.mark.parametrize("extra", [[], ["--method", "evolution", "--archs-per-step", "3"]])
+@pytest.mark.parametrize("extra", [[], ["--method", "evolution", "--archs-per-step", "4",
+                                        "--evaluations", "60"]])
 def test_ranks_search(tiny, extra):
     """Two ranks find what one process finds, after the same scores, asked in the same order; both
     of them evaluate."""

@@ -1576,7 +1576,7 @@ def reach(collective, *args, **kwargs):
 def average(run, losses):
     """Replace every .grad by its mean over the global batch, of which each rank had `run.share`;
     return the losses' means. One all_reduce for everything, signals included."""
-    # CHOICE: all ranks train the same architectures. Theta needs losses of all of them on one batch;
+    # CHOICE: all ranks train the same architectures. Theta needs the losses of all on one batch;
     # and a layer that no architecture has is without gradient everywhere, so that no rank waits for
     # a part that another does not send.
     if world_size() == 1:
