@@ -573,9 +573,10 @@ def latency(models, B, T, autocast):
 class LatencyTable:
     """T(m) in milliseconds for B sequences of T tokens, from few measurements: embeddings and head,
     and a layer with each operation (heads, FFN size), extracted; the last layer, which computes
-    [CLS] alone, has times of its own. The sum is scaled by what whole architectures take."""
+    [CLS] alone, has times of its own. The sum is scaled by what whole architectures take. table:
+    of an earlier object; without it, it is measured."""
 
-    def __init__(self, model, B, T, autocast):
+    def __init__(self, model, B, T, autocast, table=None):
         if T > model.config.max_position_embeddings:
             raise UserError(f"{T} tokens to time; the model has "
                             f"{model.config.max_position_embeddings} positions: give "
@@ -583,6 +584,11 @@ class LatencyTable:
         self.model, self.B, self.T, self.autocast = model.eval(), B, T, autocast
         self.space = SearchSpace.for_config(model.config)
         self.operations = [(h, k) for k in self.space.ffn_sizes for h in self.space.heads]
+        self.table = table or self.measured()
+
+    def measured(self):
+        """{layer: ms of each operation, last: of each as the last layer, rest, scale: one each}."""
+        model, B, T = self.model, self.B, self.T
         device, n = model.pooler.weight.device, len(self.operations)
         x = torch.randn(B, T, model.config.hidden_size, device=device)   # [B, T, C]
         mask = torch.ones(B, 1, 1, T, dtype=torch.bool, device=device)
@@ -590,10 +596,11 @@ class LatencyTable:
         single = [extract(model, Arch([h], [k])) for h, k in self.operations]
         jobs = [lambda s=s, h=h, k=k, last=last: s.layers[0](x, mask, h, k, last)
                 for last in (False, True) for s, (h, k) in zip(single, self.operations)]
-        *ms, whole = milliseconds([*jobs, lambda: single[0](ids, ids - 1, ids)], autocast)
+        *ms, whole = milliseconds([*jobs, lambda: single[0](ids, ids - 1, ids)], self.autocast)
         self.table = dict(layer=ms[:n], last=ms[n:], rest=[max(0.0, whole - ms[n])], scale=[1.0])
         predicted, measured = self.check()
-        self.table["scale"][0] = statistics.median(m / p for m, p in zip(measured, predicted))
+        scale = statistics.median(m / p for m, p in zip(measured, predicted))
+        return self.table | dict(scale=[scale])
 
     def __call__(self, arch):
         """T(m), predicted."""

@@ -749,7 +749,7 @@ class Searching:
         best = best_fit(self.memo, self.cost, self.budget)
         if self.asked < self.until or best is None or not isinstance(self.cost, LatencyTable):
             return self.asked >= self.until
-        predicted, measured = self.cost(best), *self.cost.whole([best])
+        predicted, measured = self.cost(best), *first(lambda: self.cost.whole([best]))
         print(f"{best}: {predicted:.2f} ms predicted, {measured:.2f} ms measured")
         if measured >= self.budget:
             self.cost.table["scale"][0] *= measured / predicted
@@ -823,10 +823,6 @@ def single_budgets(settings):
     name, ending = f"subbert/{Path(settings.model).resolve().name}", f"-{kind}" * (kind != "params")
     if settings.pareto:
         settings.out = settings.out or f"{name}-pareto{ending}"
-        if Path(settings.out, "front.json").exists() and not (settings.overwrite
-                                                              or settings.resume):
-            raise UserError(f"{settings.out} holds a finished front: choose another --out, or "
-                            "replace it with --overwrite")
         texts = pareto_budgets(kind, settings)
     elif len(texts.split()) == 1:
         settings.out = settings.out or f"{name}-{texts}{ending}"
@@ -842,11 +838,18 @@ def pareto_budgets(kind, settings):
     """`--pareto N`: N budgets, evenly from a little above the smallest T(m) to above T(M). They are
     written down, since a latency is another one when a run is resumed."""
     path = Path(settings.out) / "budgets.json"
-    if settings.resume and path.exists():
-        texts = read_json(path).get("budgets")
-        if not isinstance(texts, list) or len(texts) != settings.pareto or not all(
-                isinstance(t, str) and re.fullmatch(r"[01]\.\d{4}x", t) for t in texts):
+
+    def there():
+        if path.with_name("front.json").exists() and not (settings.overwrite or settings.resume):
+            raise UserError(f"{settings.out} holds a finished front: choose another --out, or "
+                            "replace it with --overwrite")
+        texts = read_json(path).get("budgets") if settings.resume and path.exists() else None
+        if texts is not None and not (
+                isinstance(texts, list) and len(texts) == settings.pareto and all(
+                    isinstance(t, str) and re.fullmatch(r"[01]\.\d{4}x", t) for t in texts)):
             raise UserError(f"{path} is damaged: begin anew with --overwrite")
+        return texts
+    if texts := first(there):
         return texts
     device, autocast = arithmetic(settings)
     model = load_bert(settings.model).to(device)
@@ -854,8 +857,9 @@ def pareto_budgets(kind, settings):
     least = cost(space.smallest()) / cost(space.largest())
     shares = [least + (1 - least) * (i + 1) / settings.pareto for i in range(settings.pareto)]
     texts = [f"{share + 1e-4:.4f}x" for share in shares]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, budgets=texts)
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, budgets=texts)
     return texts
 
 
@@ -873,26 +877,30 @@ def search_all(settings, parts, memo):
             runs.append(search(part, memo))
         except Finished as fact:                                     # with --resume
             print(fact)
-            runs.append(read_run(part.out))
-            memo |= {m: score for _, scores in scores_of(part.out, space)
-                     for m, score in scores.items()}
+            run, known = first(lambda out=part.out: (read_run(out), {
+                m: score for _, scores in scores_of(out, space) for m, score in scores.items()}))
+            runs.append(run)
+            memo |= known
+    if settings.pareto:
+        device, autocast = arithmetic(settings)                      # a latency is measured anew
+        cost = measure(kind, settings, load_bert(settings.model).to(device), autocast)
+    if rank() > 0:
+        return None
     print(f"\n{len(memo)} evaluations for {len(parts)} budgets\n"
           f"{'T(m) <':>14}{'parameters':>14}{'FLOPs':>18}{'selection':>11}{'dev':>8}  directory")
     for run, part in zip(runs, parts):
         print(f"{run['budget']:>14,.6g}{run['params']:>14,}{run['flops']:>18,}"
               f"{run['selection_score']:>11.2f}{run['dev']['score']:>8.2f}  {part.out}")
     if settings.pareto:
-        write_front(settings, memo, space, runs)
+        write_front(settings, memo, cost, runs)
     return runs
 
 
-def write_front(settings, memo, space, runs):
+def write_front(settings, memo, cost, runs):
     """Write and draw what no other architecture beats in both T(m) and score: front.json, on the
     terminal, and, where matplotlib is installed, front.svg."""
     out, kind = Path(settings.out), settings.pareto_of
     config = BertConfig.load(settings.model)
-    device, autocast = arithmetic(settings)                          # a latency is measured anew
-    cost = measure(kind, settings, load_bert(settings.model).to(device), autocast)
     front, best = [], -math.inf
     for arch in sorted(memo, key=lambda m: (cost(m), -memo[m])):
         if memo[arch] > best:
@@ -1065,16 +1073,19 @@ def evaluate(settings):
 def measure(kind, settings, model, autocast):
     """T: a function arch -> parameters, FLOPs, or milliseconds on this machine."""
     if kind == "latency":
-        B, T = settings.latency_batch, settings.latency_length
-        table = LatencyTable(model, B, T, autocast)
-        predicted, measured = table.check()
-        table.checked = dict(
-            spearman=data.spearman(measured, predicted),
-            worst_error=max(abs(p / m - 1) for p, m in zip(predicted, measured)))
-        print(f"latency of {B} x {T} tokens, predicted against measured whole, {len(measured)} "
-              f"architectures: rank correlation {table.checked['spearman']:.3f}, worst error "
-              f"{100 * table.checked['worst_error']:.0f}%")
-        return table
+        options = model, settings.latency_batch, settings.latency_length, autocast
+
+        def measured():                                              # on one rank, for all
+            table = LatencyTable(*options)
+            return table.table, *table.check()
+        table, predicted, true = first(measured)
+        cost = LatencyTable(*options, table)
+        cost.checked = dict(spearman=data.spearman(true, predicted), worst_error=max(
+            abs(p / t - 1) for p, t in zip(predicted, true)))
+        print(f"latency of {cost.B} x {cost.T} tokens, predicted against measured whole, "
+              f"{len(true)} architectures: rank correlation {cost.checked['spearman']:.3f}, worst "
+              f"error {100 * cost.checked['worst_error']:.0f}%")
+        return cost
     count = dict(params=count_params, flops=count_flops)[kind]
     return lambda arch: count(model.config, arch)
 
