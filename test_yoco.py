@@ -1895,6 +1895,21 @@ def test_ranks_search(tiny, extra):
     assert sum(evaluated) == run + 1 and min(evaluated) >= run // 3       # and dev, by rank 0
 
 
+def test_ranks_many_budgets(tiny):
+    """Several budgets on two ranks as on one; a front of latencies, which rank 0 measures."""
+    assert yoco.main(TRAIN) == 0
+    words = ["search", "--model", "superbert/tiny", "--evaluations", "8", *CPU]
+    several = [*words, "--max-params", "0.9x", "0.8x"]
+    assert yoco.main(several + ["--out", "one"]) == 0
+    assert [s for s, _ in on_ranks(lambda _: yoco.main(several + ["--out", "two"]))] == [0, 0]
+    for share in ("0.9x", "0.8x"):
+        assert result_bytes(f"one/{share}") == result_bytes(f"two/{share}")
+        assert log_of(f"one/{share}") == log_of(f"two/{share}")
+    front = [*words, "--pareto", "2", "--pareto-of", "latency", "--latency-length", "8"]
+    assert [s for s, _ in on_ranks(lambda _: yoco.main(front + ["--out", "front"]))] == [0, 0]
+    assert len(list(Path("front").glob("*/run.json"))) == 2 and Path("front/front.json").exists()
+
+
 @pytest.mark.parametrize("command", ["train", "search"])
 def test_ranks_stop_together_and_resume(tiny, command):
     """A signal that reaches one rank alone stops both after the same step; with as many ranks, not

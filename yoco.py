@@ -886,8 +886,10 @@ def search_all(settings, parts, memo):
         cost = measure(kind, settings, load_bert(settings.model).to(device), autocast)
     if rank() > 0:
         return None
-    print(f"\n{len(memo)} evaluations for {len(parts)} budgets\n"
-          f"{'T(m) <':>14}{'parameters':>14}{'FLOPs':>18}{'selection':>11}{'dev':>8}  directory")
+    alone = sum(len({m for _, scores in scores_of(part.out, space) for m in scores})
+                for part in parts)
+    print(f"\n{len(memo)} evaluations for {len(parts)} budgets ({alone} if each were searched "
+          f"alone)\n{'T(m) <':>14}{'parameters':>14}{'FLOPs':>18}{'selection':>11}{'dev':>8}  directory")
     for run, part in zip(runs, parts):
         print(f"{run['budget']:>14,.6g}{run['params']:>14,}{run['flops']:>18,}"
               f"{run['selection_score']:>11.2f}{run['dev']['score']:>8.2f}  {part.out}")
