@@ -130,7 +130,7 @@ def read_table(path, test=False):
     for line, row in enumerate(rows[first:], 1 + first):
         if len(row) == len(columns):
             table.append((line, *(row[i] if i is not None else None for i in at)))
-        elif kind.name == "QQP" and len(row) < len(columns):    # the official file has a few
+        elif kind.name == "QQP" and len(row) < len(columns) and not test:    # a few in train
             short += 1
         else:
             raise UserError(f"{path}, line {line}: {len(row)} columns, expected {len(columns)}")
@@ -299,6 +299,8 @@ def predict(model, directory, examples, autocast, batch_size):
     probability}; or, of a regression, the score and {}."""
     device, names = model.classifier.weight.device, model.config.labels
     names = names or tuple(map(str, range(model.num_labels)))
+    if len(names) != model.num_labels:
+        raise UserError(f"{directory} names {len(names)} labels, but has {model.num_labels} logits")
     encode_examples, examples = encoder(directory, max_length(directory)), iter(examples)
     while batch := list(itertools.islice(examples, batch_size)):
         encoded = encode_examples([example._replace(label=0) for example in batch])
@@ -312,9 +314,9 @@ def predict(model, directory, examples, autocast, batch_size):
                 yield names[row.argmax()], dict(zip(names, row.softmax(0).tolist()))
 
 
-def read_texts(lines, name):
-    """Yield an Example per line of a file: one text, or two with a tab between them."""
-    for number, line in enumerate(lines, 1):
+def read_texts(file, name):
+    """Yield an Example per line of a binary file: one text, or two with a tab between them."""
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 2), b""), 1):
         try:
             one, *two = line.decode().rstrip("\r\n").split("\t")
         except UnicodeDecodeError:

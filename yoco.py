@@ -610,7 +610,7 @@ class SearchSettings(Arithmetic):
     latency_batch: int = setting(1, "sequences that are timed together", low=1)
     latency_length: int = setting(128, "their tokens", low=1)
     pareto: int = setting(0, "so many budgets, spread over the space, and the front of all that "
-                             "was scored", high=1000)
+                             "was scored", low=0, high=1000)
     pareto_of: str = setting("params", "what those budgets bound", choices=("params", "flops",
                                                                             "latency"))
     evaluations: int = setting(1000, "architectures to ask for", low=1)
@@ -625,14 +625,17 @@ class SearchSettings(Arithmetic):
     seed: int = setting(0, "seed of the sampling", low=0)
 
 
-def search(settings, memo=None):
+def search(settings, memo=None, cost=None):
     """Move P_theta toward the highest reward with W fixed, and write the best sub-BERT that fits.
     Returns what its run.json says; of several budgets, a list. memo: scores in % of architectures,
-    known from other searches of the same super-BERT on the same data; those found are added."""
-    memo = {} if memo is None else memo
-    if len(parts := single_budgets(settings)) > 1:
-        return search_all(settings, parts, memo)
-    run = Searching(parts[0], memo)
+    known from other searches of the same super-BERT on the same data; those found are added. cost:
+    T, where it is measured already."""
+    memo, (kind, texts) = {} if memo is None else memo, wishes(settings)
+    settings.model = settings.model or latest_superbert()
+    if len(texts) != 1:
+        return search_all(settings, kind, texts, memo)
+    settings.out = settings.out or place(settings) + "-" + name_of(kind, *texts)
+    run = Searching(settings, memo, cost)
     space, P = run.space, run.P                                      # memo: arch -> ACC(m) in %
     while not run.done():
         n = min(settings.archs_per_step, run.until - run.asked)
@@ -655,7 +658,7 @@ def best_fit(memo, cost, budget):
 class Searching:
     """What `search` works on: the super-BERT, P, T(m), the data that selects, and its files."""
 
-    def __init__(self, settings, memo):
+    def __init__(self, settings, memo, cost):
         self.settings, self.directory = settings, Path(settings.model)
         self.output = Output(settings, settings.model)
         self.device, self.autocast = arithmetic(settings)
@@ -669,23 +672,20 @@ class Searching:
                             f"{self.directory}: its hold-out is lost, so train again")
 
         self.model = load_trained(self.directory, task).to(self.device)
-        self.until, kind, self.wish = settings.evaluations, *wishes(settings)
-        self.cost = measure(kind, settings, self.model, self.autocast)                   # T(m)
-        self.set_budget()
+        kind, (wish,) = wishes(settings)
+        self.cost = cost or measure(kind, settings, self.model, self.autocast)           # T(m)
+        self.full_cost = self.cost(self.space.largest())
+        self.budget = parse_budget(wish, self.cost, self.space)
         _, held = data.split_holdout(task.train, *self.trained.get("held_out", [0, 0]))
         if settings.select_on == "holdout" and not held:
             raise UserError("the super-BERT was trained without a hold-out: use --select-on dev")
         self.score = self.scorer([held] if settings.select_on == "holdout" else task.devs)
         self.rng, self.memo, self.asked = np.random.default_rng(settings.seed), memo, 0
+        self.known, self.until, self.measured = len(memo), settings.evaluations, None
         self.output.begin(self.restore, train_sha256=sha256, trained=self.trained["finished"])
         self.progress = Progress(self.asked, settings.evaluations)
         print(f"searching {self.directory} for T(m) < {self.budget:,.12g} {UNITS[kind]} "
               f"({self.budget / self.full_cost:.3f}x), selecting on {settings.select_on}")
-
-    def set_budget(self):
-        """Omega and T(M); UserError where not even the smallest fits."""
-        self.full_cost = self.cost(self.space.largest())
-        self.budget = parse_budget(self.wish, self.cost, self.space)
 
     def scorer(self, parts):
         """`scorer` over lists of examples."""
@@ -723,8 +723,9 @@ class Searching:
         # generation counts distinct architectures.
         size = min(1, self.settings.evaluations / 1000)
         first, later, best = (max(1, round(n * size)) for n in (125, 100, 25))
-        born = first + (len(self.memo) - first) // later * later
-        past = list(self.memo)[:born] if born >= first else []
+        asked = list(self.memo)[self.known:]
+        born = first + (len(asked) - first) // later * later
+        past = asked[:born] if born >= first else []
         past = [m for m in past if self.cost(m) < self.budget]
         return [self.space.choices(m) for m in sorted(past, key=lambda m: -self.memo[m])[:best]]
 
@@ -732,15 +733,18 @@ class Searching:
         """Log, show, and save a checkpoint at its interval."""
         self.asked += len(archs)
         best = best_fit(self.memo, self.cost, self.budget)
-        self.output.log(asked=self.asked, run=len(self.memo), best=self.memo.get(best),
+        self.output.log(asked=self.asked, run=len(self.memo) - self.known,
+                        best=self.memo.get(best),
                         scores=[[self.space.choices(m), self.memo[m]] for m in archs])
         if SIGNALS or self.asked % (self.settings.checkpoint_every * len(archs)) == 0:
-            self.output.save({}, asked=self.asked, until=self.until,
-                             table=getattr(self.cost, "table", None),
-                             rng=self.rng.bit_generator.state,
+            latency = isinstance(self.cost, LatencyTable) and dict(
+                table=self.cost.table, checked=self.cost.checked, budget=self.budget,
+                full_cost=self.full_cost)
+            self.output.save({}, asked=self.asked, until=self.until, known=self.known,
+                             latency=latency, rng=self.rng.bit_generator.state,
                              theta=[theta.tolist() for theta in self.P.theta],
                              memo=[[self.space.choices(m), s] for m, s in self.memo.items()])
-        self.progress.show(self.asked, f"asked, {len(self.memo)} run  best fitting score "
+        self.progress.show(self.asked, f"asked, {len(self.memo) - self.known} run  best score "
                                        f"{self.memo.get(best, math.nan):.2f}")
 
     def done(self):
@@ -749,49 +753,57 @@ class Searching:
         best = best_fit(self.memo, self.cost, self.budget)
         if self.asked < self.until or best is None or not isinstance(self.cost, LatencyTable):
             return self.asked >= self.until
-        predicted, measured = self.cost(best), *first(lambda: self.cost.whole([best]))
-        print(f"{best}: {predicted:.2f} ms predicted, {measured:.2f} ms measured")
-        if measured >= self.budget:
-            self.cost.table["scale"][0] *= measured / predicted
+        predicted, self.measured = self.cost(best), *first(lambda: self.cost.whole([best]))
+        print(f"{best}: {predicted:.2f} ms predicted, {self.measured:.2f} ms measured")
+        if self.measured >= self.budget:
+            self.cost.table["scale"][0] *= self.measured / predicted
             self.until += max(self.settings.archs_per_step, self.settings.evaluations // 10)
-        return measured < self.budget
+        return self.measured < self.budget
 
     def restore(self, _, state):
         """The inverse of the save above; ValueError where the state is none of this run."""
-        if not (type(state["asked"]) is type(state["until"]) is int
-                and 0 <= state["asked"] <= state["until"]
+        if not (type(state["asked"]) is type(state["until"]) is type(state["known"]) is int
+                and 0 <= state["asked"] <= state["until"] and 0 <= state["known"]
                 and all(type(score) is float for _, score in state["memo"])):
             raise ValueError
-        self.asked, self.until, self.rng.bit_generator.state = (
-            state["asked"], state["until"], state["rng"])
-        if isinstance(self.cost, LatencyTable):
-            self.cost.table = {name: [float(ms) for ms in state["table"][name]]
+        self.asked, self.until, self.known, self.rng.bit_generator.state = (
+            state["asked"], state["until"], state["known"], state["rng"])
+        if isinstance(self.cost, LatencyTable):                      # not measured anew
+            latency = state["latency"]
+            self.cost.table = {name: [float(ms) for ms in latency["table"][name]]
                                for name in self.cost.table}
-            self.set_budget()
+            self.cost.checked = latency["checked"]
+            self.budget, self.full_cost = float(latency["budget"]), float(latency["full_cost"])
         self.P.theta = checked(state["theta"], self.space)
         self.memo.update((self.space.arch(choices), score) for choices, score in state["memo"])
 
     def finish(self, arch):
         """Read dev once, for the architecture found, and write that as a model of its own: rank 0
         does."""
-        if rank() > 0:
-            return None
-        config, where = self.model.config, self.settings.select_on
         if arch is None:
             print("no architecture under the budget was sampled; this is the smallest of the space")
             arch = self.space.smallest()
-            self.memo[arch] = self.score(arch)["score"]
+            if isinstance(self.cost, LatencyTable):
+                self.measured, = first(lambda: self.cost.whole([arch]))
+                if self.measured >= self.budget:
+                    raise UserError(f"no sub-BERT keeps {self.budget:.4g} ms: the smallest takes "
+                                    f"{self.measured:.2f} ms")
+            self.memo.update(self.scores([m for m in [arch] if m not in self.memo]))
+            self.output.log(asked=self.asked, run=len(self.memo) - self.known, best=None,
+                            scores=[[self.space.choices(arch), self.memo[arch]]])
+        if rank() > 0:
+            return None
+        config, where = self.model.config, self.settings.select_on
         dev, facts = self.scorer(self.task.devs)(arch), {}
         if isinstance(self.cost, LatencyTable):
-            ms, = self.cost.whole([arch])
-            print(f"latency: {ms:.2f} ms, measured whole")
             facts = dict(latency=dict(
-                batch=self.cost.B, length=self.cost.T, predicted=self.cost(arch), measured=ms,
+                batch=self.cost.B, length=self.cost.T, predicted=self.cost(arch),
+                measured=self.measured,
                 operations=self.cost.operations, table=self.cost.table, **self.cost.checked))
         print(f"found: {arch}\n  {costs_in_words(config, arch, self.space.largest())}\n"
               f"  score {self.memo[arch]:.2f} on {where}, which selects\n  dev: {in_words(dev)}"
               + ("  (optimistic: dev selected it)" if where == "dev" else "")
-              + f"\n  evaluations: {self.asked} asked, {len(self.memo)} run")
+              + f"\n  evaluations: {self.asked} asked, {len(self.memo) - self.known} run")
         write_model(extract(self.model, arch), self.directory, self.output.directory)
         return self.output.finish(
             self.device, task=self.task.name, metric=self.task.metric, data=self.trained["data"],
@@ -800,102 +812,98 @@ class Searching:
             budget=self.budget, arch=arch._asdict(), params=count_params(config, arch),
             flops=count_flops(config, arch), selected_on=where, dev=dev,
             selection_score=self.memo[arch], evaluations_asked=self.asked,
-            evaluations_run=len(self.memo), **facts)
+            evaluations_run=len(self.memo) - self.known, **facts)
 
 
 UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
 
 
 def wishes(settings):
-    """(kind, budgets in one string) of the one kind of budget that is given."""
-    given = [(kind, getattr(settings, f"max_{kind}")) for kind in UNITS
-             if getattr(settings, f"max_{kind}")]
+    """(kind, [budget, ...]) of the one kind of budget that is given; of --pareto no budgets yet."""
+    given = [(kind, list(dict.fromkeys(getattr(settings, f"max_{kind}").split())))
+             for kind in UNITS if getattr(settings, f"max_{kind}").strip()]
     if len(given) + bool(settings.pareto) != 1:
         raise UserError("name one kind of budget: --max-params, --max-flops, --max-latency or "
                         "--pareto")
-    return given[0] if given else (settings.pareto_of, "")
+    return given[0] if given else (settings.pareto_of, [])
 
 
-def single_budgets(settings):
-    """The settings of one search per budget, each with a directory of its own."""
-    kind, texts = wishes(settings)
-    settings.model = settings.model or latest_superbert()
-    name, ending = f"subbert/{Path(settings.model).resolve().name}", f"-{kind}" * (kind != "params")
-    if settings.pareto:
-        settings.out = settings.out or f"{name}-pareto{ending}"
-        texts = pareto_budgets(kind, settings)
-    elif len(texts.split()) == 1:
-        settings.out = settings.out or f"{name}-{texts}{ending}"
-        return [settings]
-    else:
-        texts = texts.split()
-    place = f"{settings.out}/" if settings.out else f"{name}-"
-    return [dataclasses.replace(settings, pareto=0, out=f"{place}{text}{ending}",
-                                **{f"max_{kind}": text}) for text in texts]
+def place(settings):
+    """Where sub-BERTs go; to this a budget is added."""
+    return f"subbert/{Path(settings.model).resolve().name}"
 
 
-def pareto_budgets(kind, settings):
-    """`--pareto N`: N budgets, evenly from a little above the smallest T(m) to above T(M). They are
-    written down, since a latency is another one when a run is resumed."""
-    path = Path(settings.out) / "budgets.json"
-
-    def there():
-        if path.with_name("front.json").exists() and not (settings.overwrite or settings.resume):
-            raise UserError(f"{settings.out} holds a finished front: choose another --out, or "
-                            "replace it with --overwrite")
-        texts = read_json(path).get("budgets") if settings.resume and path.exists() else None
-        if texts is not None and not (
-                isinstance(texts, list) and len(texts) == settings.pareto and all(
-                    isinstance(t, str) and re.fullmatch(r"[01]\.\d{4}x", t) for t in texts)):
-            raise UserError(f"{path} is damaged: begin anew with --overwrite")
-        return texts
-    if texts := first(there):
-        return texts
-    device, autocast = arithmetic(settings)
-    model = load_bert(settings.model).to(device)
-    cost, space = measure(kind, settings, model, autocast), SearchSpace.for_config(model.config)
-    least = cost(space.smallest()) / cost(space.largest())
-    shares = [least + (1 - least) * (i + 1) / settings.pareto for i in range(settings.pareto)]
-    texts = [f"{share + 1e-4:.4f}x" for share in shares]
-    if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, budgets=texts)
-    return texts
+def name_of(kind, text):
+    """The part of a directory's name that tells the budget."""
+    return text + f"-{kind}" * (kind != "params")
 
 
-def search_all(settings, parts, memo):
-    """One search after the other, from the same theta, with one memo. Prints a table, and with
+def search_all(settings, kind, texts, memo):
+    """One search per budget, from the same theta, with one memo and one T. Prints a table, and with
     --pareto writes and draws the front. Returns the list of what their run.json say."""
-    runs, config = [], BertConfig.load(settings.model)
-    space, counts = SearchSpace.for_config(config), dict(params=count_params, flops=count_flops)
-    for part in parts:                                               # refuse all before the first
-        kind, text = wishes(part)
-        if kind in counts:
-            parse_budget(text, lambda arch: counts[kind](config, arch), space)
+    device, autocast = arithmetic(settings)
+    trained, model = read_run(settings.model), load_bert(settings.model).to(device)
+    space, runs = SearchSpace.for_config(model.config), []
+    cost = measure(kind, settings, model, autocast)
+    if settings.pareto:
+        settings.out = settings.out or f"{place(settings)}-{name_of(kind, 'pareto')}"
+        texts = pareto_budgets(settings, cost, space)
+    for text in texts:                                               # refuse all before the first
+        parse_budget(text, cost, space)
+    start = f"{settings.out}/" if settings.out else f"{place(settings)}-"
+    parts = [dataclasses.replace(settings, pareto=0, out=start + name_of(kind, text),
+                                 **{f"max_{kind}": text}) for text in texts]
     for part in parts:
         try:
-            runs.append(search(part, memo))
+            runs.append(search(part, memo, cost))
         except Finished as fact:                                     # with --resume
             print(fact)
             run, known = first(lambda out=part.out: (read_run(out), {
                 m: score for _, scores in scores_of(out, space) for m, score in scores.items()}))
+            if run.get("trained") != trained["finished"]:
+                raise UserError(f"{part.out} was found in an earlier {settings.model}: begin anew "
+                                "with --overwrite") from None
             runs.append(run)
             memo |= known
-    if settings.pareto:
-        device, autocast = arithmetic(settings)                      # a latency is measured anew
-        cost = measure(kind, settings, load_bert(settings.model).to(device), autocast)
     if rank() > 0:
         return None
     alone = sum(len({m for _, scores in scores_of(part.out, space) for m in scores})
                 for part in parts)
     print(f"\n{len(memo)} evaluations for {len(parts)} budgets ({alone} if each were searched "
-          f"alone)\n{'T(m) <':>14}{'parameters':>14}{'FLOPs':>18}{'selection':>11}{'dev':>8}  directory")
+          f"alone)\n{'T(m) <':>14}{'parameters':>14}{'FLOPs':>18}{'selection':>11}{'dev':>8}"
+          "  directory")
     for run, part in zip(runs, parts):
         print(f"{run['budget']:>14,.6g}{run['params']:>14,}{run['flops']:>18,}"
               f"{run['selection_score']:>11.2f}{run['dev']['score']:>8.2f}  {part.out}")
     if settings.pareto:
         write_front(settings, memo, cost, runs)
     return runs
+
+
+def pareto_budgets(settings, cost, space):
+    """`--pareto N`: N budgets, evenly from a little above the smallest T(m) to above T(M). They are
+    written down, since a latency is another one when a run is resumed."""
+    path = Path(settings.out) / "budgets.json"
+
+    def there():
+        if path.exists() and not (settings.overwrite or settings.resume):
+            raise UserError(f"{settings.out} holds a front: go on with --resume, replace it with "
+                            "--overwrite, or choose another --out")
+        texts = read_json(path).get("budgets") if settings.resume and path.exists() else None
+        if texts is not None and not (
+                isinstance(texts, list) and 0 < len(texts) <= settings.pareto and all(
+                    isinstance(t, str) and re.fullmatch(r"[01]\.\d{4}x", t) for t in texts)):
+            raise UserError(f"{path} is damaged: begin anew with --overwrite")
+        return texts
+    if texts := first(there):
+        return texts
+    least = cost(space.smallest()) / cost(space.largest())
+    shares = [least + (1 - least) * (i + 1) / settings.pareto for i in range(settings.pareto)]
+    texts = list(dict.fromkeys(f"{share + 1e-4:.4f}x" for share in shares))
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, budgets=texts)
+    return texts
 
 
 def write_front(settings, memo, cost, runs):
@@ -1079,7 +1087,7 @@ def measure(kind, settings, model, autocast):
 
         def measured():                                              # on one rank, for all
             table = LatencyTable(*options)
-            return table.table, *table.check()
+            return table.table, *table.check(seed=1)
         table, predicted, true = first(measured)
         cost = LatencyTable(*options, table)
         cost.checked = dict(spearman=data.spearman(true, predicted), worst_error=max(
@@ -1113,6 +1121,8 @@ def predict(settings):
         raise UserError("name the model with --model")
     device, autocast = arithmetic(settings)
     model = load_bert(settings.model).to(device)
+    if settings.glue and settings.file != "-":
+        raise UserError(f"--glue reads {settings.glue}/test.tsv, not {settings.file}: name one")
     if settings.glue:
         return submit(settings, model, autocast)
     interactive = settings.file == "-"
@@ -1132,12 +1142,14 @@ def predict(settings):
 def submit(settings, model, autocast):
     """Write the file that gluebenchmark.com takes for a task (MNLI: two), from its test.tsv."""
     task = read_run(settings.model).get("task")
+    if not isinstance(task, str) or not re.fullmatch(r"[\w.-]+", task):
+        raise UserError(f"{settings.model}/run.json names no task")
     names = {"MNLI": {"test_matched.tsv": "MNLI-m.tsv", "test_mismatched.tsv": "MNLI-mm.tsv"}}
-    for source, name in names.get(task, {"test.tsv": f"{Path(str(task)).name}.tsv"}).items():
-        path = Path(settings.out) / name
-        if path.exists() and not settings.overwrite:
-            raise UserError(f"{path} exists: choose another --out, or replace it with --overwrite")
-        examples = data.read_test(Path(settings.glue) / source)
+    files = {Path(settings.out) / name: data.read_test(Path(settings.glue) / source)
+             for source, name in names.get(task, {"test.tsv": f"{task}.tsv"}).items()}
+    if there := [path for path in files if path.exists() and not settings.overwrite]:
+        raise UserError(f"{there[0]} exists: choose another --out, or replace it with --overwrite")
+    for path, examples in files.items():
         found = data.predict(model, settings.model, examples, autocast, 32)
         rows = ["index\tprediction"] + [
             f"{example.label}\t" + (label if shares else f"{min(5, max(0, label)):.3f}")
@@ -1152,7 +1164,7 @@ def submit(settings, model, autocast):
 # --------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
-class ExportSettings(Arithmetic):
+class ExportSettings:
     """Write a model as others load it, and check that it computes the same."""
     model: str = setting("", "directory that search wrote, or train with --stages largest")
     format: str = setting("onnx", "onnx; hf: a Hugging Face directory of full width; torch: a "
@@ -1171,6 +1183,8 @@ def export(settings):
         raise UserError(f"{here} is a super-BERT: search it, and export what is found")
     if not settings.out:
         out = Path("export", f"{here.resolve().name}-{settings.format}")
+    if out.resolve() == here.resolve():
+        raise UserError(f"--out {out} is what the command reads: choose another")
     if out.exists() and any(out.iterdir()) and not settings.overwrite:
         raise UserError(f"{out} holds something: choose another --out, or replace it with "
                         "--overwrite")
@@ -1190,8 +1204,10 @@ def export(settings):
             there, own = exported(*inputs), model(*inputs)           # [B, num_labels]
             difference = max(difference, (there - own).abs().max().item())
     if not difference < 1e-3:
-        raise UserError(f"{out} does not compute what {here} does: its logits differ by "
-                        f"{difference:.1e}; do not use it")
+        for path in out.glob("model.*"):
+            path.unlink()
+        raise UserError(f"the export does not compute what {here} does: its logits differ by "
+                        f"{difference:.1e}; it is not kept")
     sizes = [sum(path.stat().st_size for path in directory.iterdir() if path.name.endswith(
         (".safetensors", ".onnx", ".pt2"))) / 2**20 for directory in (out, here)]
     print(f"wrote {out}: {sizes[0]:.1f} MiB ({here}: {sizes[1]:.1f} MiB); its logits of "
@@ -1483,6 +1499,7 @@ class Output:
             write_file(self.checkpoint, safetensors.torch.save(
                 tensors, {"state": text, "crc32": checksum(tensors, text)}))
         if SIGNALS:
+            first(lambda: None)                                      # rank 0 has written it
             raise KeyboardInterrupt
 
     def finish(self, device, **facts):
@@ -1682,13 +1699,16 @@ def deferred_signals(defer):
     """Note the first Ctrl-C or SIGTERM in SIGNALS instead of stopping at once; the second, or
     without `defer` the first, is a KeyboardInterrupt."""
     def note(number, _):
+        if HEARD and world_size() > 1 and time.monotonic() < repeats[0]:
+            return                                                   # torchrun passes it on, too
+        repeats[0] = time.monotonic() + 5
         HEARD.append(number)
         if world_size() == 1:
             SIGNALS.append(number)
         if not defer or len(HEARD) > 1:
             raise KeyboardInterrupt
         tell("\nstopping after this step; once more stops at once")
-    before = {}
+    before, repeats = {}, [0.0]
     with contextlib.suppress(ValueError):                            # not in the main thread
         for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:           # as of a job in the background
@@ -1728,7 +1748,7 @@ def main(argv=None):
         print(fact)
     except KeyboardInterrupt:
         out = getattr(settings, "out", "")
-        several = SIGNALS and function is search and len(wishes(settings)[1].split()) != 1
+        several = SIGNALS and function is search and len(wishes(settings)[1]) != 1
         saved = several or out and Path(out, "checkpoint.safetensors").exists()
         tell("\nstopped" + (f"; go on with: {way_on(argv, settings)}" if saved else ""))
         return 128 + (SIGNALS or HEARD or [signal.SIGINT])[0]

@@ -350,6 +350,7 @@ def forms(model, directory, out):
     def session(path):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")     # when idle
         run = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"]).run
         return lambda *inputs: torch.from_numpy(run(None, dict(zip(
             model_module.INPUTS, (x.long().numpy() for x in inputs))))[0])
