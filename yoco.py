@@ -886,6 +886,7 @@ def pareto_budgets(settings, cost, space):
     path = Path(settings.out) / "budgets.json"
 
     def there():
+        """The budgets of a run to resume, if there is one."""
         if path.exists() and not (settings.overwrite or settings.resume):
             raise UserError(f"{settings.out} holds a front: go on with --resume, replace it with "
                             "--overwrite, or choose another --out")
@@ -1699,6 +1700,7 @@ def deferred_signals(defer):
     """Note the first Ctrl-C or SIGTERM in SIGNALS instead of stopping at once; the second, or
     without `defer` the first, is a KeyboardInterrupt."""
     def note(number, _):
+        """Remember the signal; the second one stops at once."""
         if HEARD and world_size() > 1 and time.monotonic() < repeats[0]:
             return                                                   # torchrun passes it on, too
         repeats[0] = time.monotonic() + 5

@@ -348,6 +348,7 @@ def forms(model, directory, out):
     import onnxruntime.quantization
 
     def session(path):
+        """A function of an ONNX file, with as many threads as PyTorch has."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")     # when idle

@@ -8,8 +8,8 @@ A cell is one task, variant and seed. `run` writes each as one small JSON file u
 what is there is skipped, and what was interrupted resumes. The same command may run several times
 at once, since a cell that another process works on is skipped too. `table` and `figure` (which
 needs matplotlib) read those files alone. In a cell, `commit` is that of the process that finished
-it, `seconds` are those of its training and of each search, pauses left out, and `passes` are
-examples times architectures drawn, without the teacher's forward.
+it, `seconds` are those of its training and of each search, without the time between a stop and
+`--resume`, and `passes` are examples times architectures drawn, without the teacher's forward.
 
 What a cell does: the full MiniLM is fine-tuned (`plain`), the start of every variant with its seed;
 from it `--steps` steps train a super-BERT; a search on the hold-out finds one sub-BERT with less
