@@ -2108,7 +2108,8 @@ class Accepted(Exception):
     ("superbert/tiny/config.json", "search"), ("superbert/tiny/model.safetensors", "search"),
     ("sub/checkpoint.safetensors", "resume search"), ("part/run.json", "finished"),
     ("many/0.9x/log.jsonl", "many"), ("many/budgets.json", "pareto"), ("texts", "predict"),
-    ("tiny/test.tsv", "submit"), ("superbert/tiny/run.json", "submit")])
+    ("tiny/test.tsv", "submit"), ("superbert/tiny/run.json", "submit"),
+    ("superbert/tiny/config.json", "predict"), ("superbert/tiny/model.safetensors", "predict")])
 def test_fuzz(tiny, capsys, monkeypatch, name, command):
     """Damaged files are accepted, or refused in one line: no traceback, no hang, no huge memory."""
     save_bert(ElasticBert(BertConfig.load(tiny_bert(tiny / "bert")), 2), "bert")
