@@ -218,6 +218,7 @@ def encoder(directory, max_length):
     tokenizer.enable_truncation(max_length, strategy="longest_first")
 
     def encode_examples(examples):
+        """[Example] -> [Encoded]; UserError for pairs where the BERT has one token type."""
         if types < 2 and any(e.sentence2 for e in examples):
             raise UserError(f"{directory}: the data has sentence pairs, the BERT only one token "
                             "type")

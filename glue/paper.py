@@ -418,8 +418,8 @@ def table(number, steps):
         kept = [100 * r for r in kept_by_seed(cells).values()]
         if kept:
             tasks = [t for t in TASKS if (t, "best") in cells]
-            print(f"\nbest at half of the encoder keeps {spread(dict(enumerate(kept)))}% of plain "
-                  f"fine-tuning's mean over {', '.join(tasks)}, by seed")
+            print(f"\nbest at half of the encoder keeps, in % of plain fine-tuning's mean over "
+                  f"{', '.join(tasks)}, by seed: {spread(dict(enumerate(kept)))}")
     elif number == "3":
         compare(cells, ["yoco", "HAT", "OFA"] + [f"{v}, tuned {r}" for v in ("HAT", "OFA")
                                                  for r in RATES], both)
