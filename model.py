@@ -3,8 +3,8 @@
 After Devlin et al. 2019 (the model) and YOCO-BERT, Sec. 3.2 (the elasticity). A *super-BERT* is an
 `ElasticBert` called with its largest architecture; a *sub-BERT* is `d` layers of it, the first or
 evenly spaced ones (`kept_layers`), in each of them the first `h` heads and the first `k` FFN
-neurons. The architecture is an argument of `forward`: nothing is selected beforehand, what is sliced off is not computed, and hidden states are
-kept only where the caller passes a dict for them.
+neurons. The architecture is an argument of `forward`: nothing is selected beforehand, what is
+sliced off is not computed, and hidden states are kept only where the caller passes a dict for them.
 Hidden size, embeddings, pooler and classifier are shared by every architecture. `extract` copies a
 slice into a stand-alone model of the same class. Unlike the usual implementations the tensors have
 short names here and Hugging Face's names on disk; one explicit map stands between them.

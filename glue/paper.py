@@ -20,7 +20,6 @@ not comparable with BERT-base's.
 """
 
 import contextlib
-import json
 import math
 import subprocess
 import sys
