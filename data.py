@@ -1,4 +1,4 @@
-"""GLUE TSV files -> examples -> WordPiece ids -> padded batches, and the metrics.
+"""GLUE TSV files -> examples -> WordPiece ids -> padded batches -> predictions and metrics.
 
 Every official GLUE format is recognised by its header's column names (CoLA, which has no header, by
 its shape), and so is a user's own file with the columns `sentence`, `label` or `sentence1`,
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tokenizers import BertWordPieceTokenizer
 
-from model import BertConfig, UserError, load_bert, read_json
+from model import BertConfig, UserError, load_bert, read_json, write_file
 
 # sentence2: None without a pair; label: an index into Task.labels, or a float for regression
 Example = namedtuple("Example", "sentence1 sentence2 label")
@@ -286,6 +286,53 @@ def load(directory):
     return load_bert(directory), encode_texts
 
 
+PREFIX_MEMORY = 2**30    # bytes of hidden states that a scorer keeps for architectures to come
+
+
+def batch_tokens(device):
+    """Tokens of a batch in evaluation: a CPU's caches like small ones."""
+    return 2**11 if device.type == "cpu" else 2**15
+
+
+def scorer(model, parts, metric, device, autocast):
+    """A function arch -> {metric: %} over lists of encoded examples. Of several parts (MNLI's dev
+    has two) "score" is the mean.
+
+    The batches are made once and stay on the device. Architectures whose first layers are the same
+    compute them once: `kept` holds, per batch, the hidden states before each layer, as many as
+    PREFIX_MEMORY allows; those used longest ago go first. The result is the same to the bit.
+    """
+    made = [[collate(part, indices, device)
+             for indices in token_batches(part, batch_tokens(device))] for part in parts]
+    tokens = sum(inputs[0].numel() for batches in made for inputs in batches)
+    most = PREFIX_MEMORY // (4 * tokens * model.config.hidden_size)
+    kept = [[{} for _ in batches] for batches in made]
+
+    def logits(inputs, arch, kept):
+        """Logits of one batch, as float32; keeps its hidden states and forgets the oldest."""
+        result = model(*inputs, arch, kept).float()
+        layers = model.config.layers(arch)
+        for prefix in [layers[:i] for i in range(arch.depth) if layers[:i] in kept]:
+            kept[prefix] = kept.pop(prefix)                          # the last in a dict's order
+        for prefix in list(kept)[:max(0, len(kept) - most)]:
+            del kept[prefix]
+        return result
+
+    def score(arch):
+        """{metric: %} of one architecture."""
+        results = []
+        model.eval()
+        with torch.inference_mode(), autocast():
+            for batches, keep in zip(made, kept):
+                found = [logits(inputs, arch, k) for (*inputs, _), k in zip(batches, keep)]
+                labels = torch.cat([labels for *_, labels in batches])
+                results.append(scores(metric, labels.cpu().numpy(),
+                                      torch.cat(found).cpu().numpy()))
+        named = {k + "_mismatched" * i: v for i, r in enumerate(results) for k, v in r.items()}
+        return named | {"score": float(np.mean([r["score"] for r in results]))}
+    return score
+
+
 def max_length(directory):
     """Tokens per example that a model was trained with, from its run.json; else its positions."""
     path, most = Path(directory) / "run.json", BertConfig.load(directory).max_position_embeddings
@@ -327,6 +374,24 @@ def read_texts(file, name):
                 f"{len(two)} tabs; a line is one text, or two with a tab between them"
                 if len(two) > 1 else f"more than {LONGEST_LINE:,} bytes"))
         yield Example(one, *(two or [None]), 0)
+
+
+def submit(model, directory, task, source, out, overwrite, autocast):
+    """Write the files that gluebenchmark.com takes for a task (MNLI: two) into `out`, from the
+    test.tsv in `source`; `model` is that of `directory`."""
+    names = {"MNLI": {"test_matched.tsv": "MNLI-m.tsv", "test_mismatched.tsv": "MNLI-mm.tsv"}}
+    files = {Path(out) / name: read_test(Path(source) / test)
+             for test, name in names.get(task, {"test.tsv": f"{task}.tsv"}).items()}
+    if there := [path for path in files if path.exists() and not overwrite]:
+        raise UserError(f"{there[0]} exists: choose another --out, or replace it with --overwrite")
+    for path, examples in files.items():
+        found = predict(model, directory, examples, autocast, 32)
+        rows = ["index\tprediction"] + [
+            f"{example.label}\t" + (label if shares else f"{min(5, max(0, label)):.3f}")
+            for example, (label, shares) in zip(examples, found)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, ("\n".join(rows) + "\n").encode())
+        print(f"wrote {path}: {len(examples)} predictions")
 
 
 # --------------------------------------------------------------------------------------------------

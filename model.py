@@ -12,12 +12,16 @@ short names here and Hugging Face's names on disk; one explicit map stands betwe
 Letters: B batch, T tokens, C hidden size, H heads kept, D head size, F FFN neurons kept.
 """
 
+import ctypes
 import io
 import json
 import logging
 import os
+import platform
 import random
+import re
 import statistics
+import sys
 import time
 from collections import namedtuple
 from contextlib import suppress
@@ -26,6 +30,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
@@ -535,8 +540,9 @@ def load_bert(directory, num_labels=None):
     return model.eval()
 
 
-def save_bert(model, directory):
-    """Write config.json and model.safetensors; `load_bert` reads them back bit for bit."""
+def save_bert(model, directory, tokenizer=None):
+    """Write config.json and model.safetensors, which `load_bert` reads back bit for bit; and, so
+    that the directory stands alone, the tokenizer of another BERT directory."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     fields = {"architectures": ["BertForSequenceClassification"], "model_type": "bert",
               **{k: v for k, v in asdict(model.config).items() if v is not None}}
@@ -548,6 +554,73 @@ def save_bert(model, directory):
     tensors = {hf_name(n): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
     write_file(Path(directory) / "model.safetensors",
                safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, directory)
+
+
+def copy_tokenizer(source, directory):
+    """Copy the tokenizer of one BERT directory to another."""
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        if Path(source, name).exists():
+            write_file(Path(directory, name), Path(source, name).read_bytes())
+        else:                                     # of a result that is being replaced
+            Path(directory, name).unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Where it computes
+# --------------------------------------------------------------------------------------------------
+
+def arithmetic(device="auto", precision="auto"):
+    """(torch.device, maker of autocast contexts); "auto": the fastest device there is, and bf16
+    where its hardware has units for it, else fp32. UserError where the device is missing."""
+    keep_memory()
+    mps = torch.backends.mps.is_available() and not dist.is_initialized()    # gloo has none
+    here = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
+    name = next(n for n in here if here[n]) if device == "auto" else device
+    if not here[name]:
+        raise UserError(f"--device {name}: this machine has none")
+    if name == "cuda":
+        hardware_bf16 = torch.cuda.get_device_capability() >= (8, 0)         # from Ampere on
+    else:
+        hardware_bf16 = name == "cpu" and any(torch.cpu.get_capabilities().get(unit)
+                                              for unit in ("amx_bf16", "avx512_bf16"))
+    bf16 = hardware_bf16 if precision == "auto" else precision == "bf16"
+    return torch.device(name), lambda: torch.autocast(name, torch.bfloat16, enabled=bf16)
+
+
+def keep_memory():
+    """Let malloc keep what is freed. glibc's gives the memory of every large tensor back to the
+    kernel, which maps and zeroes it anew for the next."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):                      # another C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)                                      # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)                              # M_TRIM_THRESHOLD
+
+
+def hardware(device):
+    """The GPU's name, or the processor's and the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device):
+    """The most memory used so far, in MiB: the GPU's, or this process's (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():                                              # Linux
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
+    try:
+        import resource
+    except ImportError:                                              # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -630,15 +703,32 @@ class LatencyTable:
 # Export: the model as others load it
 # --------------------------------------------------------------------------------------------------
 
-def export_bert(model, directory, form):
-    """Write `model` into `directory` as others load it, without this file. Returns a function that
-    computes its logits from what was written: three [B, T] tensors -> [B, num_labels].
+def export_bert(model, directory, form, tokenizer, batches):
+    """Write `model` into `directory` as others load it, without this file, and the tokenizer of the
+    BERT directory `tokenizer`. Returns the greatest difference between its logits and those that
+    the other's loader computes, over `batches` of three [B, T] tensors each.
 
     form "hf": a Hugging Face directory; "onnx": model.onnx; "torch": model.pt2, of torch.export.
-    The last two take int64 tensors of any B and T. Raises UserError where a package is missing.
+    The last two take int64 tensors of any B and T. Raises UserError where a package is missing, or
+    where the logits differ by 1e-3: then the model is not kept.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    exported = write_export(model, directory, form)
+    copy_tokenizer(tokenizer, directory)
+    with torch.inference_mode():
+        difference = torch.stack([(exported(*inputs) - model(*inputs)).abs().max()
+                                  for inputs in batches]).max().item()   # not a number stays so
+    if not difference < 1e-3:
+        for path in directory.glob("model.*"):
+            path.unlink()
+        raise UserError(f"the export does not compute what the model does: its logits differ by "
+                        f"{difference:.1e}; it is not kept")
+    return difference
+
+
+def write_export(model, directory, form):
+    """Write the model; a function that computes its logits from what was written."""
     if form == "hf":
         save_bert(widened(model), directory)
         return load_bert(directory).eval()
@@ -716,3 +806,9 @@ def write_file(path, data):
                 os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, **fields):
+    """Write a JSON object, one field per line."""
+    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+    write_file(path, f"{{\n{rows}\n}}\n".encode())

@@ -51,7 +51,7 @@ import model as model_module
 import yoco
 from glue import bench, download, paper, toy
 from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, attention, count_flops,
-                   count_params, dropout, extract, load_bert, reorder, save_bert)
+                   count_params, dropout, extract, load_bert, reorder, save_bert, write_json)
 from yoco import Categorical
 
 ROOT = Path(__file__).parent
@@ -283,7 +283,7 @@ def test_kept_prefixes():
             logits = model(*batch, arch, kept)
             assert len(calls) == layers
             assert torch.equal(logits, model(*batch, arch))
-    score = yoco.scorer(model, [[data.Encoded([2, 3, 4], [0, 0, 0], 1)] * 40], "accuracy",
+    score = data.scorer(model, [[data.Encoded([2, 3, 4], [0, 0, 0], 1)] * 40], "accuracy",
                         torch.device("cpu"), contextlib.nullcontext)
     assert score(a) == score(b) == score(a)
 
@@ -1183,7 +1183,7 @@ def test_submission(tiny, capsys, task, header, column):
         for weight in (w for w in model.parameters() if w.dim() == 2):
             weight.normal_(std=2.0)
         model.classifier.bias -= model.eval()(ids, 0 * ids, 0 * ids + 1).mean(0)
-    yoco.write_model(model, "tiny", "model")
+    save_bert(model, "model", "tiny")
     Path("model/run.json").write_text(json.dumps(dict(
         task=task, data=task, max_length=16, finished="now")))
     parts = ["_matched", "_mismatched"] if task == "MNLI" else [""]
@@ -1214,7 +1214,7 @@ def irregular(tiny):
     """A directory `sub` with a sub-BERT whose layers differ in heads and FFN size."""
     model = small_model(2, max_position_embeddings=16, vocab_size=12, id2label={"0": "0", "1": "1"})
     sub = extract(model, Arch((2, 6, 4), (48, 8, 12)))
-    yoco.write_model(sub, "tiny", "sub")
+    save_bert(sub, "sub", "tiny")
     Path("sub/run.json").write_text(json.dumps(dict(data="tiny", max_length=16, finished="now")))
     return sub
 
@@ -1293,7 +1293,7 @@ def test_export_refuses(irregular, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     refused(capsys, ["export", "--model", "sub"], "pip install onnx onnxruntime onnxscript")
     Path("bad").mkdir()
-    monkeypatch.setattr(yoco, "export_bert", lambda *_: lambda *x: irregular(*x) + 0.01)
+    monkeypatch.setattr(model_module, "write_export", lambda *_: lambda *x: irregular(*x) + 0.01)
     refused(capsys, ["export", "--model", "sub", "--format", "hf", "--out", "bad"], "is not kept")
     assert not list(Path("bad").glob("model.*"))
     refused(capsys, ["export", "--model", "sub", "--format", "hf", "--out", "sub", "--overwrite"],
@@ -1632,7 +1632,7 @@ def test_killed_while_it_finishes(tiny, capsys):
     search = SEARCH + ["--model", "superbert/tiny"]
     assert yoco.main(search + ["--out", "whole"]) == 0
     for place, flags in (("write_json", []), ("write_json", ["--overwrite"]),
-                         ("write_model", ["--overwrite"])):
+                         ("save_bert", ["--overwrite"])):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(yoco, place, die)
             assert yoco.main(search + ["--out", "part"] + flags) == 130
@@ -1906,12 +1906,12 @@ def test_ranks_search(tiny, extra):
     assert yoco.main(words + ["--out", "one"]) == 0
 
     def counted(rank):
-        evaluated, scorer = [], yoco.scorer
+        evaluated, scorer = [], data.scorer
 
         def counting(*args):
             score = scorer(*args)
             return lambda arch: evaluated.append(arch) or score(arch)
-        yoco.scorer = counting
+        data.scorer = counting
         status = yoco.main(words + ["--out", "two"])
         Path(f"{rank}.txt").write_text(str(len(evaluated)))
         return status
@@ -2139,7 +2139,7 @@ def test_fuzz(tiny, capsys, monkeypatch, name, command):
             "4", "--out", "many", "--resume", *CPU]
     assert yoco.main(many) == 0
     pareto = ["search", "--pareto", "2", *many[4:]]
-    yoco.write_json("many/budgets.json", budgets=["0.9000x", "0.8000x"])
+    write_json("many/budgets.json", budgets=["0.9000x", "0.8000x"])
     write(Path("texts"), ["the film is good"], ["good", "very bad"], [""])
     write(Path("tiny/test.tsv"), ["index", "sentence"], ["3", "good"], ["4", "the film"])
     predict = ["predict", "--model", "superbert/tiny"]

@@ -33,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import model as model_module
 import yoco
-from model import BertConfig, ElasticBert, SearchSpace, count_flops, load_bert
+from model import (BertConfig, ElasticBert, SearchSpace, arithmetic, count_flops, hardware,
+                   load_bert, peak_memory)
 
 try:
     import transformers
@@ -163,7 +164,7 @@ def memory(name, who, device, autocast):
                 step(model, optimizer, batch, [config.arch], autocast)
             else:
                 hf_step(model, optimizer, batch, autocast)
-    print(round(yoco.peak_memory(device) - before))
+    print(round(peak_memory(device) - before))
 
 
 def draw(config, count):
@@ -215,7 +216,7 @@ def evaluation(config, options, dev, device, autocast):
     drawn, half = draw(config, 3)
     model = ElasticBert(config, 2).to(device).eval()
     ours = [data.collate(dev, cut, device)[:3]
-            for cut in data.token_batches(dev, yoco.batch_tokens(device))]
+            for cut in data.token_batches(dev, data.batch_tokens(device))]
     theirs = [data.collate(dev, range(i, min(i + 32, len(dev))), device)[:3]
               for i in range(0, len(dev), 32)]
     wide = spread(dev, 8, 5, device, pad=128)                        # all alike: five stand for 51
@@ -261,7 +262,7 @@ def bench(name, options, device, autocast):
     peak = matmul_peak(device, autocast)
     with autocast():
         precision = F.linear(torch.ones(1, 1, device=device), torch.ones(1, 1, device=device)).dtype
-    print(f"\n**{name}**, {source}, {precision}, {yoco.hardware(device)}, "
+    print(f"\n**{name}**, {source}, {precision}, {hardware(device)}, "
           f"torch {torch.__version__}"
           + (f", transformers {transformers.__version__}" if transformers else ""))
     print("\n| what | ratio | ours | the other |\n|---|---|---|---|")
@@ -297,8 +298,8 @@ def bench(name, options, device, autocast):
 def search(options):
     """Run a search with and without shared prefixes, on the same architectures; print the ratio."""
     seconds, found = {}, {}
-    for memory in (yoco.PREFIX_MEMORY, 0):
-        yoco.PREFIX_MEMORY = memory
+    for memory in (data.PREFIX_MEMORY, 0):
+        data.PREFIX_MEMORY = memory
         with tempfile.TemporaryDirectory() as out:
             found[memory] = yoco.search(yoco.SearchSettings(
                 model=options.search, out=f"{out}/sub", max_params=options.max_params,
@@ -333,7 +334,7 @@ def ways(directories, repeats):
                     jobs[directory, way, len(ids)] = (lambda x, f=function: f(x, 0 * x, x)), [ids]
     with torch.inference_mode():
         seconds = take_turns(jobs, repeats, cpu)
-    print(f"\n{yoco.hardware(cpu)}, 128 tokens (or as many as a model has positions)\n")
+    print(f"\n{hardware(cpu)}, 128 tokens (or as many as a model has positions)\n")
     print("| model | way | ms at batch 1 | at batch 32 | MiB on disk | dev |")
     print("|---|---|---|---|---|---|")
     for directory, way, size, score in rows:
@@ -386,8 +387,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.memory == "HF":
-        yoco.keep_memory = lambda: None                              # as its users have it
-    where = yoco.arithmetic(yoco.Arithmetic(options.device, options.precision))
+        model_module.keep_memory = lambda: None                      # as its users have it
+    where = arithmetic(options.device, options.precision)
     if options.search:
         search(options)
     elif options.ways:

@@ -30,8 +30,8 @@ import torch
 
 import data
 import yoco
-from model import (Arch, BertConfig, SearchSpace, UserError, count_flops, count_params, extract,
-                   load_bert, read_json)
+from model import (Arch, BertConfig, SearchSpace, UserError, arithmetic, count_flops, count_params,
+                   extract, load_bert, read_json, save_bert, write_json)
 
 try:
     import fcntl
@@ -122,7 +122,7 @@ class Cell:
                 return
             print(f"--- {self.name}", flush=True)
             self.commit = commit()
-            yoco.write_json(self.path, **self.fill())
+            write_json(self.path, **self.fill())
 
     def fill(self):
         """Do the work; the facts of the cell."""
@@ -161,15 +161,6 @@ class Cell:
                     seconds=run["seconds"], hardware=run["hardware"], versions=run["versions"],
                     settings=kept, **more)
 
-    def score(self, directory, on="dev"):
-        """A function arch -> {metric: %} of a model that `train` or `search` wrote."""
-        run, task = read_json(Path(directory) / "run.json"), data.load_task(self.data)
-        model = yoco.load_trained(directory, task)
-        device, autocast = yoco.arithmetic(yoco.Arithmetic())
-        parts = task.devs if on == "dev" else [data.split_holdout(task.train, *run["held_out"])[1]]
-        return yoco.scorer(model.to(device), [data.encode(part, directory, run["max_length"])
-                                              for part in parts], task.metric, device, autocast)
-
     def plain(self):
         """Fine-tuning without elasticity, of MiniLM or of some of its layers."""
         bert, epochs = self.options.bert, PLAIN_EPOCHS.get(self.task, 3)
@@ -179,7 +170,7 @@ class Cell:
             full.config.depth_keeps = self.variant.split()[0]
             n, heads = full.config.num_hidden_layers // 2, full.config.num_attention_heads
             cut = extract(full, Arch([heads] * n, [full.config.intermediate_size] * n))
-            yoco.write_model(cut, bert, self.out("-cut"))
+            save_bert(cut, self.out("-cut"), bert)
             bert = self.out("-cut")
         scale = epochs / yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])[2][-1]
         run = self.train(self.out(), bert, "--stages", "largest", "--epochs", f"{scale:.6f}")
@@ -187,7 +178,7 @@ class Cell:
         return self.facts(run, scores=[dict(
             budget=1.0 if self.variant == "plain" else 0.5, arch=config.arch._asdict(),
             params=count_params(config, config.arch), flops=count_flops(config, config.arch),
-            holdout=run["holdout"]["largest"], dev=self.score(self.out())(config.arch))])
+            holdout=run["holdout"]["largest"], dev=scorer(self.out())(config.arch))])
 
     def elastic(self):
         """Train a super-BERT, search it under both budgets."""
@@ -201,17 +192,14 @@ class Cell:
         run = self.train(self.out(), start, "--epochs", f"{scale:.6f}", "--batch-size",
                          str(self.options.batch_size), *train.split())
         config = BertConfig.load(self.out())
-        space, rng = SearchSpace.for_config(config), np.random.default_rng(0)
-        pi, score = yoco.Categorical(space.categories), self.score(self.out(), "holdout")
-        uniform = [score(space.arch(pi.sample(rng)))["score"] for _ in range(20)]
-        scores = [dict(budget=1.0, arch=space.largest()._asdict(),
-                       holdout=run["holdout"]["largest"],
-                       dev=self.score(self.out())(space.largest()))]
+        largest = SearchSpace.for_config(config).largest()
+        scores = [dict(budget=1.0, arch=largest._asdict(), holdout=run["holdout"]["largest"],
+                       dev=scorer(self.out())(largest))]
         for wanted in SHARES:
             found = self.search(self.out(f"-{wanted}"), self.out(), "--max-params",
                                 str(budget(config, wanted)), *search.split())
             scores.append(dict(budget=wanted, **self.found(found, config)))
-        return self.facts(run, uniform=float(np.mean(uniform)), scores=scores,
+        return self.facts(run, uniform=uniform(self.out(), 20), scores=scores,
                           most_likely=run["holdout"]["most likely"])
 
     def found(self, run, config):
@@ -232,7 +220,7 @@ class Cell:
         return self.facts(run, scores=[dict(
             budget=SHARES[-1], arch=config.arch._asdict(),
             params=count_params(config, config.arch), flops=count_flops(config, config.arch),
-            holdout=run["holdout"]["largest"], dev=self.score(self.out())(config.arch))])
+            holdout=run["holdout"]["largest"], dev=scorer(self.out())(config.arch))])
 
     def methods(self):
         """Fig. 3: what three methods find in one super-BERT, by evaluations."""
@@ -263,7 +251,7 @@ class Cell:
             seconds += read_json(Path(out) / "run.json")["seconds"]
             for _, found in yoco.scores_of(out, SearchSpace.for_config(config)):
                 memo |= found
-        dev = self.score(model)
+        dev = scorer(model)
         for band, (low, high) in BANDS.items():
             inside = {m: s for m, s in memo.items() if low <= share(config, m) < high}
             best = yoco.best_fit(inside, lambda m: count_params(config, m), math.inf)
@@ -273,6 +261,25 @@ class Cell:
                                    flops=count_flops(config, best), holdout={"score": memo[best]}))
         return self.facts(read_json(Path(model) / "run.json"), scores=scores, evaluated=len(memo)
                           ) | dict(seconds=seconds)
+
+
+def scorer(directory, on="dev"):
+    """A function arch -> {metric: %} of a model that `train` or `search` wrote, on "dev" or on the
+    "holdout" of its training."""
+    run = yoco.read_run(directory)
+    task = data.load_task(run["data"])
+    parts = task.devs if on == "dev" else [data.split_holdout(task.train, *run["held_out"])[1]]
+    parts = [data.encode(part, directory, run["max_length"]) for part in parts]
+    device, autocast = arithmetic()
+    model = yoco.load_trained(directory, task).to(device)
+    return data.scorer(model, parts, task.metric, device, autocast)
+
+
+def uniform(directory, count):
+    """The mean hold-out score of so many architectures drawn uniformly, always the same ones."""
+    space, rng = SearchSpace.for_config(BertConfig.load(directory)), np.random.default_rng(0)
+    pi, score = yoco.Categorical(space.categories), scorer(directory, "holdout")
+    return float(np.mean([score(space.arch(pi.sample(rng)))["score"] for _ in range(count)]))
 
 
 def fixed(config):

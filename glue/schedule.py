@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 import yoco
+from glue.paper import uniform
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,21 +36,11 @@ def run(options):
                                 str(seed), "--lr", "1e-4", "--epochs", options.scale, "--out", out,
                                 "--resume"]):
             sys.exit(status)
-        facts, seconds = yoco.read_json(Path(out) / "run.json"), time.process_time() - start
-        rng, config = np.random.default_rng(0), yoco.BertConfig.load(out)
-        space = yoco.SearchSpace.for_config(config)
-        pi = yoco.Categorical(space.categories)
-        archs = [space.arch(pi.sample(rng)) for _ in range(40)]
-        task = data.load_task(options.data)
-        _, held = data.split_holdout(task.train, *facts["held_out"])
-        score = yoco.scorer(yoco.load_trained(out, task),
-                            [data.encode(held, out, facts["max_length"])], task.metric,
-                            *yoco.arithmetic(yoco.Arithmetic()))
+        facts, seconds = yoco.read_run(out), time.process_time() - start
         path.write_text(json.dumps(dict(
             scale=float(options.scale), seed=seed, steps=facts["steps"], cpu_seconds=round(seconds),
-            uniform=float(np.mean([score(arch)["score"] for arch in archs])),
-            holdout=facts["holdout"], hardware=facts["hardware"], versions=facts["versions"]),
-            indent=1) + "\n")
+            uniform=uniform(out, 40), holdout=facts["holdout"], hardware=facts["hardware"],
+            versions=facts["versions"]), indent=1) + "\n")
 
 
 def table():
