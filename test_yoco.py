@@ -1388,6 +1388,19 @@ def test_pareto(tiny, capsys):
         least, full = (count(config, m) for m in (space.smallest(), space.largest()))
         assert least < budgets[0] and budgets[-1] > full
         assert "#" in capsys.readouterr().out
+    after, steps = yoco.Searching.after_step, itertools.count(1)
+
+    def stop(self, archs):
+        if next(steps) == 15:                           # in the middle of the second budget
+            os.kill(os.getpid(), signal.SIGTERM)
+        after(self, archs)
+    words = ["search", "--pareto", "3", "--evaluations", "20", "--out", "part", *CPU]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yoco.Searching, "after_step", stop)
+        assert yoco.main(words) == 143
+    assert "--pareto 3" in capsys.readouterr().err and not Path("part/front.json").exists()
+    assert yoco.main(words + ["--resume"]) == 0
+    assert Path("part/front.json").read_bytes() == Path("params/front.json").read_bytes()
     refused(capsys, ["search", "--pareto", "3", "--max-params", "0.5x"], "one kind of budget")
     refused(capsys, ["search", "--pareto", "3", "--out", "flops"], "holds a front")
     refused(capsys, ["search", "--pareto", "-1"], "--pareto -1")
@@ -1435,6 +1448,10 @@ def test_latency(tiny, monkeypatch, capsys):
     real = truth(arch) + 20 * (arch.depth > 3)
     assert np.isclose(run["latency"]["measured"], real) and real < 30
     assert run["evaluations_asked"] > 30 and "predicted" in capsys.readouterr().out
+    ranks = on_ranks(words + ["--model", "superbert/tiny", "--out", "two"])
+    assert [status for status, _ in ranks] == [0, 0], ranks
+    assert result_bytes("two") == result_bytes("subbert/tiny-30-latency")
+    assert log_of("two") == log_of("subbert/tiny-30-latency")
     words = [*words, "--max-latency", "0.6x", "--checkpoint-every", "1"]
     assert yoco.main(words + ["--out", "whole"]) == 0
     after, count = yoco.Searching.after_step, itertools.count(1)
@@ -1483,6 +1500,7 @@ def test_variants(tiny, capsys, extra, mass):
     assert yoco.main(TRAIN + extra) == 0
     if mass == "largest":                               # nothing to search, so no theta
         assert not Path("superbert/tiny/theta.json").exists()
+        refused(capsys, TRAIN + extra + ["--distill", "--overwrite"], "only one architecture")
         return refused(capsys, SEARCH + ["--model", "superbert/tiny"], "nothing to search")
     theta = json.loads(Path("superbert/tiny/theta.json").read_text())["theta"]
     tops = [max(t) * len(t) for t in theta]
@@ -1505,13 +1523,24 @@ def make_regression(directory, train=40):
         write(directory / f"{name}.tsv", ["sentence1", "sentence2", "score"], *rows)
 
 
-def test_regression(tiny):
+def test_regression(tiny, capsys):
     """STS-B's format from train to search: one logit, no labels, correlations."""
     make_regression(tiny / "tiny")
     assert yoco.main(TRAIN) == 0 and yoco.main(SEARCH) == 0
     result = json.loads(Path("subbert/tiny-0.9x/run.json").read_text())
     assert set(result["dev"]) == {"score", "pearson", "spearman"}
     assert yoco.main(["eval", "--model", "subbert/tiny-0.9x"]) == 0
+    capsys.readouterr()                                 # pairs from a file: a score per line
+    Path("texts").write_text("good film\tbad\ngood film\tgood\n")
+    assert yoco.main(["predict", "texts", "--model", "subbert/tiny-0.9x", *CPU]) == 0
+    found = [float(line) for line in capsys.readouterr().out.splitlines()]
+    model, encode = data.load("subbert/tiny-0.9x")
+    expected = model(*encode(["good film"] * 2, ["bad", "good"]))[:, 0]
+    assert found == [round(score, 4) for score in expected.tolist()]
+    assert yoco.main(["predict", "texts", "--model", "subbert/tiny-0.9x", "--json", *CPU]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [set(f) for f in found] == [{"label", "probabilities"}] * 2 and torch.allclose(
+        torch.tensor([f["label"] for f in found]), expected)
 
 
 def test_mnli_and_flops(tiny):

@@ -438,6 +438,9 @@ class Training:
             last = self.stages[-1]
             self.stages = [dataclasses.replace(last, first=0, steps=last.first + last.steps)]
         self.first_elastic = next((s for s in self.stages if s.opens_more), None)
+        if not self.first_elastic and (settings.reorder or settings.distill):
+            raise UserError("only one architecture is trained here: --reorder and --distill are "
+                            "for those smaller than the largest")
         self.steps = self.stages[-1].first + self.stages[-1].steps
         self.lr = settings.lr or LEARNING_RATES.get(self.task.name, LEARNING_RATES["default"])
         self.P, self.rng = Categorical(self.space.categories), np.random.default_rng(settings.seed)
