@@ -1,7 +1,7 @@
 """The paper's tables and figures on real data, with seeds and intervals, MiniLM as the model.
 
     python -m glue.paper run [--tasks MRPC RTE] [--variants plain yoco] [--seeds 0 1 2]
-    python -m glue.paper table 1|2|3|4|5|ablation|defaults
+    python -m glue.paper table 1|2|3|4|5|ablation|defaults|methods
     python -m glue.paper figure 2|3
 
 A cell is one task, variant and seed. `run` writes each as one small JSON file under glue/results/;
@@ -75,7 +75,8 @@ BANDS = {"A": (0.18, 0.36), "B": (0.36, 0.55), "C": (0.55, 0.73), "D": (0.73, 0.
 METHODS = ("sng", "evolution", "random")
 # Without elasticity: the first 3 layers, 3 of 6 evenly spaced, fine-tuned as they are. Then what
 # needs the super-BERT of a variant: fine-tuning its sub-BERT, Fig. 3's methods, Tab. 1's bands.
-OTHERS = (["plain", "first layers", "even layers", "methods", "bands", "bands of best"]
+OTHERS = (["plain", "first layers", "even layers", "methods", "methods of best", "bands",
+           "bands of best"]
           + [f"{v}, tuned {r}" for v in ("yoco", "best", "HAT", "OFA") for r in RATES])
 
 
@@ -128,7 +129,7 @@ class Cell:
         """Do the work; the facts of the cell."""
         if self.variant in ("plain", "first layers", "even layers"):
             return self.plain()
-        if self.variant == "methods":
+        if self.variant.startswith("methods"):
             return self.methods()
         if self.variant.startswith("bands"):
             return self.bands()
@@ -224,7 +225,7 @@ class Cell:
 
     def methods(self):
         """Fig. 3: what three methods find in one super-BERT, by evaluations."""
-        model = self.other("yoco").out()
+        model = self.other("best" if "best" in self.variant else "yoco").out()
         config, curves = BertConfig.load(model), {}
         space, limit = SearchSpace.for_config(config), budget(BertConfig.load(model), SHARES[-1])
         for method in METHODS:
@@ -440,6 +441,16 @@ def table(number, steps):
         for variant in ("yoco", "best"):
             compare(cells, [variant] + [f"{variant}, tuned {rate}" for rate in RATES],
                     {f"{task} {SHARES[-1]}x": (task, dev(SHARES[-1])) for task in TASKS})
+    elif number == "methods":
+        for variant, start in (("methods", ""), ("methods of best", "best: ")):
+            rows = [start + method for method in METHODS]
+            found = {(t, row): {seed: f["methods"][method]
+                                for seed, f in cells.get((t, variant), {}).items()}
+                     for t in TASKS for row, method in zip(rows, METHODS)}
+            compare(found, rows, {f"{t} {what}": (t, getter) for t in TASKS for what, getter in (
+                ("hold-out, best", lambda f: f["curve"][-1][1]),
+                ("hold-out, mean of the ten best", lambda f: f["curve"][-1][2]),
+                ("dev of the best", lambda f: f["dev"]["score"]))})
     elif number == "ablation":
         uniform = {f"{t} drawn uniformly, hold-out": (t, lambda f: f.get("uniform")) for t in TASKS}
         largest = {f"{t} largest": (t, dev(1.0)) for t in TASKS}
@@ -507,20 +518,26 @@ def figure_2(plt, cells):
 
 
 def figure_3(plt, cells):
-    """Best so far and the mean of the ten best on the hold-out, against evaluations."""
-    tasks = [t for t in TASKS if (t, "methods") in cells]
-    if not tasks:
+    """Best so far and the mean of the ten best on the hold-out, against evaluations: the mean over
+    the seeds and their standard deviation."""
+    rows = [(t, v) for t in TASKS for v in ("methods", "methods of best") if (t, v) in cells]
+    if not rows:
         raise UserError("no cells of the variant methods yet: python -m glue.paper run")
-    _, axes = plt.subplots(len(tasks), 2, figsize=(8, 3.2 * len(tasks)), squeeze=False)
-    for row, task in zip(axes, tasks):
-        of_seeds = cells[task, "methods"].values()
+    _, axes = plt.subplots(len(rows), 2, figsize=(8, 3.2 * len(rows)), squeeze=False)
+    for row, (task, variant) in zip(axes, rows):
+        of_seeds = cells[task, variant].values()
         for i, (axis, what) in enumerate(zip(row, ("best so far", "mean of the ten best"))):
             for method in METHODS:
                 curves = [{p[0]: p[1 + i] for p in f["methods"][method]["curve"] if p}
                           for f in of_seeds]
                 asked = sorted(set.intersection(*map(set, curves)))  # all seeds have found some
-                axis.plot(asked, [np.mean([c[x] for c in curves]) for x in asked], label=method)
-            axis.set(xlabel="evaluations", ylabel=f"{task} hold-out, {what}")
+                means, spreads = (np.array([f([c[x] for c in curves]) for x in asked])
+                                  for f in (np.mean, np.std))
+                line, = axis.plot(asked, means, label=method)
+                axis.fill_between(asked, means - spreads, means + spreads, alpha=0.15,
+                                  color=line.get_color(), lw=0)
+            axis.set(xlabel="evaluations", ylabel=f"{task} hold-out score",
+                     title=what + ", in the super-BERT of best" * ("best" in variant))
         row[0].legend(fontsize=7)
 
 
@@ -528,8 +545,8 @@ def main(argv=None):
     """Run one command; the exit status: 0, or 2 after an error told in one line."""
     parser = yoco.Parser("glue.paper", description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("run", "table", "figure"))
-    parser.add_argument("number", nargs="?", help="of the table (1 to 5, ablation, defaults) or "
-                                                  "figure (2, 3)")
+    parser.add_argument("number", nargs="?", help="of the table (1 to 5, ablation, defaults, "
+                                                  "methods) or figure (2, 3)")
     parser.add_argument("--tasks", nargs="+", default=["MRPC", "RTE"])
     parser.add_argument("--variants", nargs="+", choices=[*ELASTIC, *OTHERS], metavar="VARIANT",
                         default=["plain", *ELASTIC, *OTHERS[1:]])
@@ -540,7 +557,8 @@ def main(argv=None):
     parser.add_argument("--data", default="glue", help="where the tasks' directories are")
     parser.add_argument("--bert", default="all-MiniLM-L6-v2")
     parser.add_argument("--work", default="superbert/paper", help="where models go")
-    known = dict(run=[None], table=[*"12345", "ablation", "defaults"], figure=["2", "3"])
+    known = dict(run=[None], table=[*"12345", "ablation", "defaults", "methods"],
+                 figure=["2", "3"])
     try:
         options = parser.parse_args(argv)
         if options.number not in known[options.command]:
