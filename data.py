@@ -158,10 +158,10 @@ def read_rows(path):
     if lines == [""]:
         raise UserError(f"{path} is empty")
     for number, line in enumerate(lines, 1):
-        if len(line) > LONGEST_LINE or "\0" in line:
-            raise UserError(f"{path}, line {number}: " + (
-                "a NUL byte: this is no text file" if "\0" in line[:LONGEST_LINE] else
-                f"more than {LONGEST_LINE:,} characters"))
+        if "\0" in line:
+            raise UserError(f"{path}, line {number}: a NUL byte: this is no text file")
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{path}, line {number}: more than {LONGEST_LINE:,} characters")
     return [line.removesuffix("\r").split("\t") for line in lines]
 
 
@@ -208,12 +208,13 @@ def load_tokenizer(directory):
                                   handle_chinese_chars=options["tokenize_chinese_chars"])
 
 
-def encoder(directory, max_length):
+def encoder(directory, max_length=None):
     """A function [Example] -> [Encoded] with the tokenizer of the BERT directory `directory`.
 
     [CLS] sentence1 [SEP] or [CLS] sentence1 [SEP] sentence2 [SEP] (token types 0 and 1), cut to
-    `max_length` tokens by shortening the longer sentence first.
+    `max_length` tokens (None: as many as in the model's training), the longer sentence first.
     """
+    max_length = max_length or trained_length(directory)
     tokenizer, types = load_tokenizer(directory), BertConfig.load(directory).type_vocab_size
     tokenizer.enable_truncation(max_length, strategy="longest_first")
 
@@ -229,15 +230,15 @@ def encoder(directory, max_length):
     return encode_examples
 
 
-def encode(examples, directory, max_length):
+def encode(examples, directory, max_length=None):
     """What `encoder` does, once: [Example] -> [Encoded]."""
     return encoder(directory, max_length)(examples)
 
 
 def batches(encoded, batch_size, rng):
-    """Cut `encoded` into batches of similar length for training: index lists that name each example
-    once. Shuffled with `rng` (a numpy Generator), sorted by length only within buckets of 50
-    batches, and the batches shuffled again."""
+    """Cut `encoded` into batches for training: index lists that name each example once. Examples
+    are shuffled with `rng` (a numpy Generator) and sorted by length within buckets of 50 batches,
+    so that a batch has little padding; then the batches are shuffled."""
     order, bucket, cut = rng.permutation(len(encoded)).tolist(), 50 * batch_size, []
     for start in range(0, len(order), bucket):
         chunk = sorted(order[start:start + bucket], key=lambda i: -len(encoded[i].input_ids))
@@ -276,12 +277,13 @@ def collate(encoded, indices, device="cpu"):
 def load(directory):
     """A model that `train` or `search` wrote, and its encoder: encode(text), encode(text, pair), or
     both with lists of B texts, gives the three [B, T] tensors that the model takes."""
-    encode_examples = encoder(directory, max_length(directory))
+    encode_examples = encoder(directory)
 
     def encode_texts(texts, pairs=None):
         if isinstance(texts, str):
             texts, pairs = [texts], [pairs]
-        examples = [Example(*both, 0) for both in zip(texts, pairs or [None] * len(texts))]
+        pairs = pairs or [None] * len(texts)
+        examples = [Example(*both, 0) for both in zip(texts, pairs, strict=True)]
         return collate(encode_examples(examples), range(len(examples)))[:3]
     return load_bert(directory), encode_texts
 
@@ -333,7 +335,15 @@ def scorer(model, parts, metric, device, autocast):
     return score
 
 
-def max_length(directory):
+def load_trained(directory, task):
+    """A model that train or search wrote; refused where its labels are not those of the data."""
+    labels = BertConfig.load(directory).labels
+    if labels != task.labels:
+        raise UserError(f"{directory} knows the labels {labels}, but the data has {task.labels}")
+    return load_bert(directory, task.num_labels)
+
+
+def trained_length(directory):
     """Tokens per example that a model was trained with, from its run.json; else its positions."""
     path, most = Path(directory) / "run.json", BertConfig.load(directory).max_position_embeddings
     length = read_json(path).get("max_length") if path.exists() else most
@@ -343,13 +353,13 @@ def max_length(directory):
 
 
 def predict(model, directory, examples, autocast, batch_size):
-    """Yield for every Example of an iterable, as it goes on: the label's name and {name:
-    probability}; or, of a regression, the score and {}."""
+    """For every Example of an iterable, as soon as its batch is computed, yield the label's name
+    and {name: probability}; of a regression, the score and {}."""
     device, names = model.classifier.weight.device, model.config.labels
     names = names or tuple(map(str, range(model.num_labels)))
     if len(names) != model.num_labels:
         raise UserError(f"{directory} names {len(names)} labels, but has {model.num_labels} logits")
-    encode_examples, examples = encoder(directory, max_length(directory)), iter(examples)
+    encode_examples, examples = encoder(directory), iter(examples)
     while batch := list(itertools.islice(examples, batch_size)):
         encoded = encode_examples([example._replace(label=0) for example in batch])
         *inputs, _ = collate(encoded, range(len(batch)), device)
@@ -365,14 +375,16 @@ def predict(model, directory, examples, autocast, batch_size):
 def read_texts(file, name):
     """Yield an Example per line of a binary file: one text, or two with a tab between them."""
     for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 2), b""), 1):
+        where = f"{name}, line {number}"
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{where}: more than {LONGEST_LINE:,} bytes")
         try:
             one, *two = line.decode().rstrip("\r\n").split("\t")
         except UnicodeDecodeError:
-            raise UserError(f"{name}, line {number}: not UTF-8") from None
-        if len(two) > 1 or len(line) > LONGEST_LINE:
-            raise UserError(f"{name}, line {number}: " + (
-                f"{len(two)} tabs; a line is one text, or two with a tab between them"
-                if len(two) > 1 else f"more than {LONGEST_LINE:,} bytes"))
+            raise UserError(f"{where}: not UTF-8") from None
+        if len(two) > 1:
+            raise UserError(f"{where}: {len(two)} tabs; a line is one text, or two with a tab "
+                            "between them")
         yield Example(one, *(two or [None]), 0)
 
 

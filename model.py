@@ -25,7 +25,7 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -66,22 +66,18 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     id2label: dict | None = None               # {"0": name, ...}: label names travel with the model
-    depth_keeps: str = "first"                 # of the layers, where an architecture has fewer
+    depth_keeps: str = "first"                 # the layers of a smaller depth, or "even"ly spaced
     layer_heads: list | None = None            # a sub-BERT's heads, one number per layer
     layer_ffn_sizes: list | None = None        # a sub-BERT's FFN sizes, one number per layer
 
     def __post_init__(self):
-        size, part = ((int,), 1, 10**6), ((int, float), 0, 0.999)
-        for name, (kinds, low, high) in dict(
-                vocab_size=size, hidden_size=size, num_hidden_layers=((int,), 1, 1000),
-                num_attention_heads=size, intermediate_size=size, max_position_embeddings=size,
-                type_vocab_size=size, hidden_dropout_prob=part, attention_probs_dropout_prob=part,
-                layer_norm_eps=part, initializer_range=((int, float), 0, 100)).items():
-            value = getattr(self, name)
-            if type(value) not in kinds or not low <= value <= high:
-                raise UserError(f"config: {name} is {value!r}, not "
-                                f"{'a whole number' if kinds == (int,) else 'a number'} "
-                                f"from {low} to {high}")
+        for field in (f for f in fields(self) if f.type in (int, float)):
+            value, whole = getattr(self, field.name), field.type is int
+            low, high = {"num_hidden_layers": (1, 1000), "initializer_range": (0, 100)}.get(
+                field.name, (1, 10**6) if whole else (0, 0.999))
+            if type(value) not in (int, field.type) or not low <= value <= high:
+                raise UserError(f"config: {field.name} is {value!r}, not a{' whole' * whole} "
+                                f"number from {low} to {high}")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(f"config: {self.num_attention_heads} heads do not divide the hidden "
                             f"size {self.hidden_size}")
@@ -133,13 +129,13 @@ class BertConfig:
         """Read `directory`/config.json. Fields without a meaning here are ignored; those that would
         change the computation (another model type, relative positions, a decoder) are refused."""
         path = Path(directory) / "config.json"
-        fields = read_json(path, f"does not exist: {directory} is not a BERT directory")
+        found = read_json(path, f"does not exist: {directory} is not a BERT directory")
         for name, only in (("model_type", "bert"), ("position_embedding_type", "absolute"),
                            ("is_decoder", False), ("add_cross_attention", False)):
-            if fields.get(name, only) != only:
-                raise UserError(f"{path}: {name} is {fields[name]!r}; only {only!r} is supported")
+            if found.get(name, only) != only:
+                raise UserError(f"{path}: {name} is {found[name]!r}; only {only!r} is supported")
         try:
-            return cls(**{k: v for k, v in fields.items() if k in cls.__dataclass_fields__})
+            return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -200,8 +196,8 @@ class SearchSpace:
 
     @classmethod
     def for_config(cls, config):
-        """BERT-base's choices (Sec. 4, Search Space Setups), as fractions of any BERT's size; of a
-        sub-BERT, whose layers differ, the space that holds it alone."""
+        """BERT-base's choices (Sec. 4, Search Space Setups), as fractions of any BERT's size. For a
+        sub-BERT, whose layers differ: the space with just that one architecture."""
         if config.layer_heads or config.layer_ffn_sizes:
             return OneArch(config.arch)
 
@@ -360,7 +356,8 @@ class Layer(nn.Module):
 
 
 class ElasticBert(nn.Module):
-    """BERT with a pooler and a linear classifier, every part of which is there at its full size."""
+    """BERT with a pooler and a linear classifier. It holds the full weights; `forward` uses a part.
+    """
 
     def __init__(self, config, num_labels):
         super().__init__()
@@ -394,8 +391,9 @@ class ElasticBert(nn.Module):
         """Logits of the sub-BERT `arch` (None: the whole model).
 
         Args: three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding);
-            `kept`, a dict for the hidden states before each layer: a later call on the same batch
-            (in eval mode, with the same weights) goes on from the first layer that differs.
+            `kept`, a dict in which the call leaves the hidden states before each layer: a later
+            call with the same batch and dict (in eval mode, with the same weights) starts at the
+            first layer that differs.
         Returns: [B, num_labels]. Raises UserError where `arch` or T exceeds what the model has.
         """
         config, arch = self.config, arch or self.config.arch
@@ -432,13 +430,12 @@ def extract(model, arch):
     with torch.device("meta"):                                           # shapes without memory
         sub = ElasticBert(config, model.num_labels)
     full, state, active = model.state_dict(), {}, model.config.layers(arch)
-    for name, tensor in sub.state_dict().items():                        # slices are front corners
-        kind, *rest = name.split(".", 2)
-        if kind == "layers":                                             # their places differ
-            name_there = f"layers.{active[int(rest[0])][0]}.{rest[1]}"
-        else:
-            name_there = name
-        state[name] = full[name_there][tuple(slice(n) for n in tensor.shape)].clone()
+    for name, tensor in sub.state_dict().items():
+        there = name.split(".")
+        if there[0] == "layers":                                         # their places differ
+            there[1] = str(active[int(there[1])][0])
+        corner = tuple(slice(n) for n in tensor.shape)                   # the front in every sense
+        state[name] = full[".".join(there)][corner].clone()
     sub.load_state_dict(state, assign=True)
     return sub.train(model.training)
 
@@ -450,14 +447,13 @@ def reorder(model, importance):
     for layer, (heads, neurons) in zip(model.layers, importance):
         order = heads.argsort(descending=True, stable=True).cpu()        # [H]
         rows = torch.arange(len(heads) * layer.D).view(-1, layer.D)[order].flatten()     # [H*D]
-        for linear in (layer.query, layer.key, layer.value):
-            linear.weight.copy_(linear.weight[rows])
-            linear.bias.copy_(linear.bias[rows])
-        layer.attention_out.weight.copy_(layer.attention_out.weight[:, rows])
-        order = neurons.argsort(descending=True, stable=True)            # [F]
-        layer.ffn_in.weight.copy_(layer.ffn_in.weight[order])
-        layer.ffn_in.bias.copy_(layer.ffn_in.bias[order])
-        layer.ffn_out.weight.copy_(layer.ffn_out.weight[:, order])
+        neurons = neurons.argsort(descending=True, stable=True)          # [F]
+        for linear, order in ((layer.query, rows), (layer.key, rows), (layer.value, rows),
+                              (layer.ffn_in, neurons)):
+            linear.weight.copy_(linear.weight[order])
+            linear.bias.copy_(linear.bias[order])
+        for linear, order in ((layer.attention_out, rows), (layer.ffn_out, neurons)):
+            linear.weight.copy_(linear.weight[:, order])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -490,7 +486,7 @@ def hf_name(name):
 
 def load_bert(directory, num_labels=None):
     """ElasticBert from the config.json and model.safetensors of Hugging Face or `save_bert`, with
-    so many labels; None: as many as the file's classifier has.
+    `num_labels` labels (None: as many as the classifier in the file has).
 
     Strict: the names and shapes must be exactly those of the model. Only the pre-training heads
     `cls.*` and the buffer `position_ids` are ignored, `bert.` may be missing, and a classifier that
@@ -533,7 +529,7 @@ def load_bert(directory, num_labels=None):
                             f"expected {list(like.shape)}")
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise UserError(f"{path}: tensor {hf_name(name)} is not all finite numbers")
-        state[name] = tensor.float().clone()      # a copy of its own, not a map of the file
+        state[name] = tensor.to(torch.float32, copy=True)     # not a map of the file
     if tensors:
         raise UserError(f"{path}: unknown tensor {min(tensors)}")
     model.load_state_dict(state, assign=True)
@@ -544,13 +540,13 @@ def save_bert(model, directory, tokenizer=None):
     """Write config.json and model.safetensors, which `load_bert` reads back bit for bit; and, so
     that the directory stands alone, the tokenizer of another BERT directory."""
     Path(directory).mkdir(parents=True, exist_ok=True)
-    fields = {"architectures": ["BertForSequenceClassification"], "model_type": "bert",
+    config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert",
               **{k: v for k, v in asdict(model.config).items() if v is not None}}
     if not model.config.id2label:
-        fields["num_labels"] = model.num_labels   # for others, who would take two for granted
+        config["num_labels"] = model.num_labels   # for others, who would take two for granted
     if model.num_labels == 1:
-        fields["problem_type"] = "regression"
-    write_file(Path(directory) / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
+        config["problem_type"] = "regression"
+    write_file(Path(directory) / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     tensors = {hf_name(n): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
     write_file(Path(directory) / "model.safetensors",
                safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -573,7 +569,8 @@ def copy_tokenizer(source, directory):
 
 def arithmetic(device="auto", precision="auto"):
     """(torch.device, maker of autocast contexts); "auto": the fastest device there is, and bf16
-    where its hardware has units for it, else fp32. UserError where the device is missing."""
+    where its hardware has units for it, else fp32. UserError where the device is missing. Also
+    calls `keep_memory`."""
     keep_memory()
     mps = torch.backends.mps.is_available() and not dist.is_initialized()    # gloo has none
     here = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
@@ -647,12 +644,12 @@ def latency(models, B, T, autocast):
 
 
 class LatencyTable:
-    """T(m) in milliseconds for B sequences of T tokens, from few measurements: embeddings and head,
-    and a layer with each operation (heads, FFN size), extracted; the last layer, which computes
-    [CLS] alone, has times of its own. The sum is scaled by what whole architectures take. table:
-    of an earlier object; without it, it is measured."""
+    """Predicts T(m), the milliseconds that B sequences of T tokens take, as a sum: embeddings and
+    head, plus for each layer the time of its operation (heads, FFN size). The last layer, which
+    computes [CLS] alone, has times of its own. The sum is scaled to fit 20 whole architectures.
+    ms: the times of an earlier table; None: measure them now."""
 
-    def __init__(self, model, B, T, autocast, table=None):
+    def __init__(self, model, B, T, autocast, ms=None):
         if T > model.config.max_position_embeddings:
             raise UserError(f"{T} tokens to time; the model has "
                             f"{model.config.max_position_embeddings} positions: give "
@@ -660,10 +657,13 @@ class LatencyTable:
         self.model, self.B, self.T, self.autocast = model.eval(), B, T, autocast
         self.space = SearchSpace.for_config(model.config)
         self.operations = [(h, k) for k in self.space.ffn_sizes for h in self.space.heads]
-        self.table = table or self.measured()
+        self.ms = ms
+        if not ms:
+            self.measure()
 
-    def measured(self):
-        """{layer: ms of each operation, last: of each as the last layer, rest, scale: one each}."""
+    def measure(self):
+        """Set `ms`: layer, one for each operation; last, the same for the last layer; rest; scale.
+        """
         model, B, T = self.model, self.B, self.T
         device, n = model.pooler.weight.device, len(self.operations)
         x = torch.randn(B, T, model.config.hidden_size, device=device)   # [B, T, C]
@@ -673,16 +673,15 @@ class LatencyTable:
         jobs = [lambda s=s, h=h, k=k, last=last: s.layers[0](x, mask, h, k, last)
                 for last in (False, True) for s, (h, k) in zip(single, self.operations)]
         *ms, whole = milliseconds([*jobs, lambda: single[0](ids, ids - 1, ids)], self.autocast)
-        self.table = dict(layer=ms[:n], last=ms[n:], rest=[max(0.0, whole - ms[n])], scale=[1.0])
+        self.ms = dict(layer=ms[:n], last=ms[n:], rest=[max(0.0, whole - ms[n])], scale=[1.0])
         predicted, measured = self.check(seed=0)
-        scale = statistics.median(m / p for m, p in zip(measured, predicted))
-        return self.table | dict(scale=[scale])
+        self.ms["scale"] = [statistics.median(m / p for m, p in zip(measured, predicted))]
 
     def __call__(self, arch):
         """T(m), predicted."""
         *layers, last = [self.operations.index(pair) for pair in zip(*arch)]
-        ms = self.table["rest"][0] + self.table["last"][last]
-        return self.table["scale"][0] * (ms + sum(self.table["layer"][i] for i in layers))
+        ms = self.ms["rest"][0] + sum(self.ms["layer"][i] for i in layers) + self.ms["last"][last]
+        return self.ms["scale"][0] * ms
 
     def whole(self, archs):
         """T(m) of several, each extracted and measured whole."""
@@ -731,7 +730,7 @@ def write_export(model, directory, form):
     """Write the model; a function that computes its logits from what was written."""
     if form == "hf":
         save_bert(widened(model), directory)
-        return load_bert(directory).eval()
+        return load_bert(directory)
     path = directory / ("model.onnx" if form == "onnx" else "model.pt2")
     if form == "onnx":
         try:
@@ -759,8 +758,9 @@ def traced(model):
     """torch.export's program of the whole model, for any number of sequences and tokens."""
     sizes = {0: torch.export.Dim("batch", min=1, max=2**15), 1: torch.export.Dim(
         "tokens", min=1, max=model.config.max_position_embeddings)}
-    inputs = tuple(torch.ones(2, 3, dtype=torch.int64) for _ in INPUTS)  # one tensor three times
-    return torch.export.export(model.eval(), inputs, strict=False,       # would be one input
+    # Three tensors: one, passed three times, would become a single input.
+    inputs = tuple(torch.ones(2, 3, dtype=torch.int64) for _ in INPUTS)
+    return torch.export.export(model.eval(), inputs, strict=False,
                                dynamic_shapes={name: sizes for name in INPUTS})
 
 
@@ -775,6 +775,10 @@ def widened(model):
     full.load_state_dict(state, assign=True)
     return full.eval()
 
+
+# --------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------
 
 def read_json(path, otherwise="does not exist"):
     """A JSON object from a file; UserError `path otherwise` where there is none."""

@@ -2273,6 +2273,19 @@ def test_bench(capsys, monkeypatch):
     assert "MiB" not in printed and printed.count("passes/s") == 4 and "GFLOP/s" in printed
 
 
+def test_bench_ways(irregular, tmp_path, capsys):
+    """Every way of running a model computes its logits, those of few bits nearly, and has a row."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    for way, (function, size) in bench.forms(irregular, "sub", tmp_path).items():
+        for inputs in shapes():
+            near = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.3}[way[-4:]]      # of logits around 1
+            assert (function(*inputs).float() - irregular(*inputs)).abs().max() < near, way
+        assert size > 10_000
+    bench.ways(["sub"], 1)
+    assert capsys.readouterr().out.count("| sub | ") == 5
+
+
 def test_paper_cells(tiny, monkeypatch, capsys):
     """Cells from training to table: each is one file, what is there is not run again, the scores
     are those that `eval` gives, budgets hold."""

@@ -101,6 +101,18 @@ class Categorical:
         """The mode: the most probable category of each variable."""
         return [int(theta.argmax()) for theta in self.theta]
 
+    def tolist(self):
+        """theta as lists, for JSON."""
+        return [theta.tolist() for theta in self.theta]
+
+    def load(self, lists):
+        """The inverse of `tolist`; ValueError unless these are distributions of the same sizes."""
+        theta = [np.array(t, np.float64) for t in lists]
+        if [t.shape for t in theta] != [t.shape for t in self.theta] or not all(
+                np.isfinite(t).all() and (t >= 0).all() and abs(t.sum() - 1) < 1e-9 for t in theta):
+            raise ValueError
+        self.theta = theta
+
     def entropy(self):
         """rho in nats, summed over the variables, which are independent."""
         # AUTHORS: average the layers' distributions first; layers that all collapsed, but differ,
@@ -165,7 +177,7 @@ def lift(theta, n):
     dividing would not ensure).
     """
     K = len(theta)
-    theta_min = min(1 / (n * (K - 1)), 1 / (2 * K))
+    theta_min = 1 / max(n * (K - 1), 2 * K)
     theta = np.maximum(theta, theta_min)
     return theta - (theta.sum() - 1) * (theta - theta_min) / (theta.sum() - K * theta_min)
 
@@ -197,8 +209,7 @@ def exploit_floor(P):
     """The K that theta_min still leaves when every variable of P has collapsed."""
     collapsed = P.uniform()
     for theta in collapsed.theta:
-        if (K := (theta > 0).sum()) > 1:
-            theta[theta > 0] = lift(np.eye(K)[0], P.n)
+        theta[theta > 0] = lift(np.eye((theta > 0).sum())[0], P.n)
     return exploit_probability(collapsed)
 
 
@@ -231,11 +242,6 @@ class Stage:
     first: int                                                       # its first step t
     steps: int
 
-    @property
-    def opens_more(self):
-        """Whether more than the largest is open."""
-        return max(map(len, (self.depths, self.heads, self.ffn_sizes))) > 1
-
     def masks(self, space):
         """The open categories of each variable, as `Categorical.open` wants them."""
         layer = [k in self.ffn_sizes and h in self.heads
@@ -265,15 +271,15 @@ def make_stages(space, task, steps_per_epoch, scale=1.0):
 # --------------------------------------------------------------------------------------------------
 
 def setting(default, text, low=None, high=2**32, choices=None, positional=False, many=False):
-    """A field of a command's settings: its default, --help text and legal values; a flag, or a
-    word at its place; one value, or many, which are kept as one string."""
+    """A field of a command's settings: its default, --help text and legal values. positional: given
+    without a flag; many: several values, kept as one string with spaces."""
     return dataclasses.field(default=default, metadata=dict(
         help=text, low=low, high=high, choices=choices, positional=positional, many=many))
 
 
 @dataclasses.dataclass
 class Arithmetic:
-    """Settings that every command shares."""
+    """Settings of every command but export: where and how to compute."""
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", "bf16: autocast over fp32 weights; auto: bf16 where the "
                                      "hardware has it, else fp32", choices=("auto", "fp32", "bf16"))
@@ -370,6 +376,7 @@ def weight_gradient(model, batch, archs, autocast, teacher=None):
     if teacher and set(archs) != {teacher}:
         with torch.no_grad(), autocast():
             wanted = model.eval()(*inputs, teacher).float()          # without dropout
+        wanted = wanted.softmax(1) if wanted.shape[1] > 1 else wanted
         model.train()
     for arch, count in Counter(archs).items():
         with autocast():
@@ -377,24 +384,17 @@ def weight_gradient(model, batch, archs, autocast, teacher=None):
         loss[arch] = total = task_loss(logits, labels)
         if teacher and arch != teacher:
             # CHOICE: as much weight for the teacher as for the labels, temperature 1.
-            total = (total + distill_loss(logits, wanted)) / 2
+            total = (total + task_loss(logits, wanted)) / 2
         (total * count / len(archs)).backward()                                          # Eq. 5
     return [loss[arch].detach() for arch in archs]
 
 
-def task_loss(logits, labels):
-    """Cross-entropy, or the mean squared error where labels are floats. [B, num_labels], [B]."""
-    if labels.is_floating_point():
-        return F.mse_loss(logits[:, 0], labels)
-    return F.cross_entropy(logits, labels)
-
-
-def distill_loss(logits, wanted):
-    """Cross-entropy with the distribution of the logits `wanted`, or, of a single logit, the mean
-    squared error. Both [B, num_labels]."""
+def task_loss(logits, wanted):
+    """Cross-entropy of logits [B, num_labels] with labels [B] or probabilities [B, num_labels]; of
+    a single logit, [B, 1], the mean squared distance from numbers, [B] or [B, 1]."""
     if logits.shape[1] == 1:
-        return F.mse_loss(logits, wanted)
-    return F.cross_entropy(logits, wanted.softmax(1))
+        return F.mse_loss(logits[:, 0], wanted.flatten())
+    return F.cross_entropy(logits, wanted)
 
 
 def new_optimizer(model):
@@ -425,8 +425,8 @@ class Training:
         self.space = (OneArch(self.config.arch) if settings.stages == "largest"
                       else SearchSpace.for_config(self.config))
         sha256 = fingerprint(settings.data)
-        self.held_out = inherited_split(self.bert, sha256) or [settings.holdout, settings.seed]
-        kept, self.held = data.split_holdout(self.task.train, *self.held_out)
+        self.split = inherited_split(self.bert, sha256) or [settings.holdout, settings.seed]
+        kept, self.held = data.split_holdout(self.task.train, *self.split)
         if not kept:
             raise UserError(f"--holdout {settings.holdout} leaves nothing to train on")
         self.max_length = min(settings.max_length, self.config.max_position_embeddings)
@@ -437,7 +437,8 @@ class Training:
         if settings.stages == "all":                                 # in as many steps
             last = self.stages[-1]
             self.stages = [dataclasses.replace(last, first=0, steps=last.first + last.steps)]
-        self.first_elastic = next((s for s in self.stages if s.opens_more), None)
+        self.first_elastic = next((s for s in self.stages             # the first with a choice
+                                   if len(s.depths + s.heads + s.ffn_sizes) > 3), None)
         if not self.first_elastic and (settings.reorder or settings.distill):
             raise UserError("only one architecture is trained here: --reorder and --distill are "
                             "for those smaller than the largest")
@@ -470,9 +471,8 @@ class Training:
         return model
 
     def batch(self, stage, step):
-        """This rank's part of the batch of a stage's step, which is `share` of it. The order of an
-        epoch follows from seed, stage and epoch, so that the position in the data needs no state.
-        """
+        """This rank's examples in the batch of a stage's step; `share` is their part of it. The
+        order of an epoch follows from seed, stage and epoch: where in the data needs no state."""
         epoch, i = divmod(step, self.per_epoch)
         if self.order is None or i == 0:
             rng = np.random.default_rng([self.settings.seed, stage.first, epoch])
@@ -486,20 +486,18 @@ class Training:
     def importance(self):
         """The importance of every head and neuron, for `reorder`: |sum of w dL/dw| over its output
         weights, of the largest, summed over batches (Molchanov et al. 2019)."""
-        outs = [linear for layer in self.model.layers
-                for linear in (layer.attention_out, layer.ffn_out)]
-        totals, self.order = [0] * len(outs), None
+        totals = [[0, 0] for _ in self.model.layers]                 # per layer: heads, neurons
         self.model.eval()                                            # no dropout
         for i in range(min(self.per_epoch, IMPORTANCE_BATCHES)):
             batch = self.batch(self.stages[0], i)
             average(self, weight_gradient(self.model, batch, [self.space.largest()], self.autocast))
-            for j, linear in enumerate(outs):
-                part = (linear.weight * linear.weight.grad).sum(0)   # per input column
-                size = self.config.head_size if j % 2 == 0 else 1
-                totals[j] = totals[j] + part.detach().view(-1, size).sum(1).abs()
+            for layer, total in zip(self.model.layers, totals):
+                outs = (layer.attention_out.weight, layer.D), (layer.ffn_out.weight, 1)
+                for j, (w, size) in enumerate(outs):
+                    part = (w * w.grad).detach().sum(0)              # per input column
+                    total[j] = total[j] + part.view(-1, size).sum(1).abs()
         self.model.train()
-        self.order = None
-        return list(zip(totals[::2], totals[1::2]))
+        return totals
 
     def after_step(self, done, stage, losses):
         """Log and show every tenth step; save a checkpoint at its interval."""
@@ -509,8 +507,8 @@ class Training:
             self.output.log(step=done, stage=stage.name, loss=np.mean(losses), K=self.K,
                             floor=floor, top_probability=np.mean(tops), ms=self.progress.ms(done),
                             most_likely_params=count_params(self.config, mode))
-            place = f"{self.stages.index(stage) + 1}/{len(self.stages)}"
-            self.progress.show(done, f"stage {place} ({stage.name})  loss {np.mean(losses):.3f}  "
+            number = f"{self.stages.index(stage) + 1}/{len(self.stages)}"
+            self.progress.show(done, f"stage {number} ({stage.name})  loss {np.mean(losses):.3f}  "
                                      f"K {self.K:.2f} (floor {floor:.2f})")
         if (SIGNALS or done % self.settings.checkpoint_every == 0) and done < self.steps:
             self.save(done)
@@ -526,7 +524,7 @@ class Training:
         for i, states in enumerate(exchange(own)):                   # rng, rng1, rng2, ...
             tensors |= {f"{name}{i or ''}": value for name, value in states.items()}
         self.output.save(tensors, t=done, K=self.K, rng=self.rng.bit_generator.state,
-                         theta=[theta.tolist() for theta in self.P.theta])
+                         theta=self.P.tolist())
 
     def restore(self, tensors, state):
         """The inverse of `save`; ValueError where the state is none of this run."""
@@ -534,18 +532,18 @@ class Training:
                 and type(state["K"]) is float and 0 <= state["K"] <= 1):
             raise ValueError
         self.t, self.K, self.rng.bit_generator.state = state["t"], state["K"], state["rng"]
-        self.P.theta = checked(state["theta"], self.space)
+        self.P.load(state["theta"])
         states = {name: tensors.pop(name) for name in list(tensors) if "rng" in name}
         torch.set_rng_state(states[f"rng{rank() or ''}"])
         if "cuda_rng" in states:
             torch.cuda.set_rng_state(states[f"cuda_rng{rank() or ''}"])
         weights, moments = {}, {}
         for name, tensor in tensors.items():
-            kind, name = name.split(".", 1)
-            if kind == "model":
-                weights[name] = tensor
+            if name.startswith("adam."):
+                _, i, moment = name.split(".")
+                moments.setdefault(int(i), {})[moment] = tensor
             else:
-                moments.setdefault(int(name.split(".")[0]), {})[name.split(".")[1]] = tensor
+                weights[name.removeprefix("model.")] = tensor
         self.model.load_state_dict(weights)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -554,15 +552,12 @@ class Training:
         """Score three sub-BERTs on the hold-out, and write the super-BERT: rank 0 does."""
         if rank() > 0:
             return None
-        holdout, archs = {}, {"largest": self.space.largest()}
-        if self.space.size() > 1:
-            archs |= {"most likely": self.space.arch(self.P.most_likely()),
-                      "smallest": self.space.smallest()}
+        holdout = {}
         if self.held:
-            score = data.scorer(self.model, [data.encode(self.held, self.bert, self.max_length)],
-                           self.task.metric, self.device, self.autocast)
+            held = [data.encode(self.held, self.bert, self.max_length)]
+            score = data.scorer(self.model, held, self.task.metric, self.device, self.autocast)
             print("scores on the hold-out, weights as they are:")
-            for name, arch in archs.items():
+            for name, arch in landmarks(self.space, self.P).items():
                 holdout[name] = score(arch)
                 print(f"  {name:12}{count_params(self.config, arch):>13,} parameters  "
                       f"{in_words(holdout[name])}")
@@ -570,11 +565,10 @@ class Training:
         if self.space.size() > 1:                                    # there is something to search
             write_json(self.output.directory / "theta.json", depths=self.space.depths,
                        heads=self.space.heads, ffn_sizes=self.space.ffn_sizes,
-                       theta=[theta.tolist() for theta in self.P.theta])
+                       theta=self.P.tolist())
         return self.output.finish(self.device, task=self.task.name, metric=self.task.metric,
                                   data=self.settings.data, max_length=self.max_length, lr=self.lr,
-                                  held_out=self.held_out,
-                                  steps=self.steps, holdout=holdout)
+                                  held_out=self.split, steps=self.steps, holdout=holdout)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -629,16 +623,17 @@ class SearchSettings(Arithmetic):
 
 def search(settings, memo=None, cost=None):
     """Move P_theta toward the highest reward with W fixed, and write the best sub-BERT that fits.
-    Returns what its run.json says; of several budgets, a list. memo: scores in % of architectures,
-    known from other searches of the same super-BERT on the same data; those found are added. cost:
-    T, where it is measured already."""
-    memo, (kind, texts) = {} if memo is None else memo, wishes(settings)
+    Returns what its run.json says; of several budgets, a list. memo: {arch: score in %} of earlier
+    searches of the same super-BERT on the same data; new scores are added. cost: T, where it is
+    measured already."""
+    memo = {} if memo is None else memo                              # arch -> ACC(m) in %
+    kind, texts = wishes(settings)
     settings.model = settings.model or latest_superbert()
     if len(texts) != 1:
         return search_all(settings, kind, texts, memo)
-    settings.out = settings.out or place(settings) + "-" + name_of(kind, *texts)
+    settings.out = settings.out or place(settings, kind, *texts)
     run = Searching(settings, memo, cost)
-    space, P = run.space, run.P                                      # memo: arch -> ACC(m) in %
+    space, P = run.space, run.P
     while not run.done():
         n = min(settings.archs_per_step, run.until - run.asked)
         archs = [run.propose() for _ in range(n)]
@@ -673,30 +668,31 @@ class Searching:
             raise UserError(f"{self.trained['data']}/train.tsv has changed since the training of "
                             f"{self.directory}: its hold-out is lost, so train again")
 
-        self.model = load_trained(self.directory, task).to(self.device)
+        self.model = data.load_trained(self.directory, task).to(self.device)
         kind, (wish,) = wishes(settings)
         self.cost = cost or measure(kind, settings, self.model, self.autocast)           # T(m)
+        self.table = self.cost if isinstance(self.cost, LatencyTable) else None
         self.full_cost = self.cost(self.space.largest())
         self.budget = parse_budget(wish, self.cost, self.space)
-        _, held = data.split_holdout(task.train, *self.trained.get("held_out", [0, 0]))
+        _, held = data.split_holdout(task.train, *self.trained["held_out"])
         if settings.select_on == "holdout" and not held:
             raise UserError("the super-BERT was trained without a hold-out: use --select-on dev")
         self.score = self.scorer([held] if settings.select_on == "holdout" else task.devs)
         self.rng, self.memo, self.asked = np.random.default_rng(settings.seed), memo, 0
         self.known, self.until, self.measured = len(memo), settings.evaluations, None
         self.output.begin(self.restore, train_sha256=sha256, trained=self.trained["finished"])
-        self.progress = Progress(self.asked, settings.evaluations)
+        self.progress = Progress(self.asked, self.until)
         print(f"searching {self.directory} for T(m) < {self.budget:,.12g} {UNITS[kind]} "
               f"({self.budget / self.full_cost:.3f}x), selecting on {settings.select_on}")
 
     def scorer(self, parts):
         """`data.scorer` over lists of examples."""
-        parts = [data.encode(part, self.directory, self.trained["max_length"]) for part in parts]
+        parts = [data.encode(part, self.directory) for part in parts]
         return data.scorer(self.model, parts, self.task.metric, self.device, self.autocast)
 
     def scores(self, archs):
-        """[(arch, ACC(m) in %)], with inherited weights. Ranks take turns, so that of them no more
-        than --archs-per-step, 2 by default, have work."""
+        """[(arch, ACC(m) in %)], with inherited weights. The ranks share them out; more ranks than
+        --archs-per-step, 2 by default, stand idle."""
         found = exchange([self.score(arch)["score"] for arch in archs[rank()::world_size()]])
         return [(arch, found[i % len(found)][i // len(found)]) for i, arch in enumerate(archs)]
 
@@ -705,8 +701,9 @@ class Searching:
         if self.settings.method == "sng":
             return self.space.arch(self.P.sample(self.rng))
         parents = self.parents() if self.settings.method == "evolution" else []
+        pi = self.P.uniform()
         for _ in range(10_000):
-            choices = self.P.uniform().sample(self.rng)
+            choices = pi.sample(self.rng)
             if parents:
                 # Of two parents: half of the time a mutation, every choice drawn anew with p = 0.3,
                 # else a crossover. Where a parent has no layer, what was drawn stays.
@@ -719,8 +716,8 @@ class Searching:
         return self.space.smallest()
 
     def parents(self):
-        """The 25 best when the last generation ended, as choices; none while the first, of 125, is
-        drawn; later ones have 100 (Wang et al. 2020, HAT)."""
+        """The 25 best of all complete generations, as choices; the first generation, 125 drawn at
+        random, has no parents; later ones have 100 (Wang et al. 2020, HAT)."""
         # CHOICE: all three shrink in proportion where fewer than 1000 evaluations are asked for; a
         # generation counts distinct architectures.
         size = min(1, self.settings.evaluations / 1000)
@@ -739,27 +736,31 @@ class Searching:
                         best=self.memo.get(best),
                         scores=[[self.space.choices(m), self.memo[m]] for m in archs])
         if SIGNALS or self.asked % (self.settings.checkpoint_every * len(archs)) == 0:
-            latency = isinstance(self.cost, LatencyTable) and dict(
-                table=self.cost.table, checked=self.cost.checked, budget=self.budget,
+            timed = self.table and dict(
+                ms=self.table.ms, checked=self.table.checked, budget=self.budget,
                 full_cost=self.full_cost)
             self.output.save({}, asked=self.asked, until=self.until, known=self.known,
-                             latency=latency, rng=self.rng.bit_generator.state,
-                             theta=[theta.tolist() for theta in self.P.theta],
+                             latency=timed, rng=self.rng.bit_generator.state,
+                             theta=self.P.tolist(),
                              memo=[[self.space.choices(m), s] for m, s in self.memo.items()])
         self.progress.show(self.asked, f"asked, {len(self.memo) - self.known} run  best score "
                                        f"{self.memo.get(best, math.nan):.2f}")
 
     def done(self):
-        """Whether all evaluations were asked for and the best keeps a latency measured whole. If
-        it does not, the table is scaled by what was missed, and the search goes on for a while."""
+        """Whether the search is over: all was asked for, and where the budget is a latency, the
+        best was measured whole and keeps it. If it misses, T is scaled up, and the search goes on.
+        """
+        if self.asked < self.until:
+            return False
         best = best_fit(self.memo, self.cost, self.budget)
-        if self.asked < self.until or best is None or not isinstance(self.cost, LatencyTable):
-            return self.asked >= self.until
-        predicted, self.measured = self.cost(best), *first(lambda: self.cost.whole([best]))
+        if best is None or not self.table:
+            return True
+        predicted, self.measured = self.cost(best), *first(lambda: self.table.whole([best]))
         print(f"{best}: {predicted:.2f} ms predicted, {self.measured:.2f} ms measured")
         if self.measured >= self.budget:
-            self.cost.table["scale"][0] *= self.measured / predicted
+            self.table.ms["scale"][0] *= self.measured / predicted
             self.until += max(self.settings.archs_per_step, self.settings.evaluations // 10)
+            self.progress.total = self.until
         return self.measured < self.budget
 
     def restore(self, _, state):
@@ -770,13 +771,13 @@ class Searching:
             raise ValueError
         self.asked, self.until, self.known, self.rng.bit_generator.state = (
             state["asked"], state["until"], state["known"], state["rng"])
-        if isinstance(self.cost, LatencyTable):                      # not measured anew
-            latency = state["latency"]
-            self.cost.table = {name: [float(ms) for ms in latency["table"][name]]
-                               for name in self.cost.table}
-            self.cost.checked = latency["checked"]
-            self.budget, self.full_cost = float(latency["budget"]), float(latency["full_cost"])
-        self.P.theta = checked(state["theta"], self.space)
+        if self.table:                                               # as it was when it began
+            timed = state["latency"]
+            self.table.ms = {name: [float(ms) for ms in timed["ms"][name]]
+                             for name in self.table.ms}
+            self.table.checked = timed["checked"]
+            self.budget, self.full_cost = float(timed["budget"]), float(timed["full_cost"])
+        self.P.load(state["theta"])
         self.memo.update((self.space.arch(choices), score) for choices, score in state["memo"])
 
     def finish(self, arch):
@@ -785,8 +786,8 @@ class Searching:
         if arch is None:
             print("no architecture under the budget was sampled; this is the smallest of the space")
             arch = self.space.smallest()
-            if isinstance(self.cost, LatencyTable):
-                self.measured, = first(lambda: self.cost.whole([arch]))
+            if self.table:
+                self.measured, = first(lambda: self.table.whole([arch]))
                 if self.measured >= self.budget:
                     raise UserError(f"no sub-BERT keeps {self.budget:.4g} ms: the smallest takes "
                                     f"{self.measured:.2f} ms")
@@ -797,11 +798,11 @@ class Searching:
             return None
         config, where = self.model.config, self.settings.select_on
         dev, facts = self.scorer(self.task.devs)(arch), {}
-        if isinstance(self.cost, LatencyTable):
+        if self.table:
             facts = dict(latency=dict(
-                batch=self.cost.B, length=self.cost.T, predicted=self.cost(arch),
-                measured=self.measured,
-                operations=self.cost.operations, table=self.cost.table, **self.cost.checked))
+                batch=self.table.B, length=self.table.T, predicted=self.table(arch),
+                measured=self.measured, operations=self.table.operations, table=self.table.ms,
+                **self.table.checked))
         print(f"found: {arch}\n  {costs_in_words(config, arch, self.space.largest())}\n"
               f"  score {self.memo[arch]:.2f} on {where}, which selects\n  dev: {in_words(dev)}"
               + ("  (optimistic: dev selected it)" if where == "dev" else "")
@@ -810,7 +811,7 @@ class Searching:
         return self.output.finish(
             self.device, task=self.task.name, metric=self.task.metric, data=self.trained["data"],
             superbert=str(self.directory), max_length=self.trained["max_length"],
-            held_out=self.trained.get("held_out", [0, 0]),
+            held_out=self.trained["held_out"],
             budget=self.budget, arch=arch._asdict(), params=count_params(config, arch),
             flops=count_flops(config, arch), selected_on=where, dev=dev,
             selection_score=self.memo[arch], evaluations_asked=self.asked,
@@ -821,7 +822,8 @@ UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
 
 
 def wishes(settings):
-    """(kind, [budget, ...]) of the one kind of budget that is given; of --pareto no budgets yet."""
+    """The kind of budget that is asked for, and the budgets as typed: none of --pareto, which
+    computes them later."""
     given = [(kind, list(dict.fromkeys(getattr(settings, f"max_{kind}").split())))
              for kind in UNITS if getattr(settings, f"max_{kind}").strip()]
     if len(given) + bool(settings.pareto) != 1:
@@ -830,14 +832,11 @@ def wishes(settings):
     return given[0] if given else (settings.pareto_of, [])
 
 
-def place(settings):
-    """Where sub-BERTs go; to this a budget is added."""
-    return f"subbert/{Path(settings.model).resolve().name}"
-
-
-def name_of(kind, text):
-    """The part of a directory's name that tells the budget."""
-    return text + f"-{kind}" * (kind != "params")
+def place(settings, kind, text):
+    """The directory of the sub-BERT for one budget: in --out, where that is given."""
+    name = Path(settings.model).resolve().name
+    start = f"{settings.out}/" if settings.out else f"subbert/{name}-"
+    return start + text + f"-{kind}" * (kind != "params")
 
 
 def search_all(settings, kind, texts, memo):
@@ -846,22 +845,21 @@ def search_all(settings, kind, texts, memo):
     device, autocast = arithmetic(settings.device, settings.precision)
     trained, model = read_run(settings.model), load_bert(settings.model).to(device)
     space, runs = SearchSpace.for_config(model.config), []
+    load_theta(Path(settings.model) / "theta.json", space)           # refused before it is timed
     cost = measure(kind, settings, model, autocast)
     if settings.pareto:
-        settings.out = settings.out or f"{place(settings)}-{name_of(kind, 'pareto')}"
+        settings.out = settings.out or place(settings, kind, "pareto")
         texts = pareto_budgets(settings, cost, space)
     for text in texts:                                               # refuse all before the first
         parse_budget(text, cost, space)
-    start = f"{settings.out}/" if settings.out else f"{place(settings)}-"
-    parts = [dataclasses.replace(settings, pareto=0, out=start + name_of(kind, text),
+    parts = [dataclasses.replace(settings, pareto=0, out=place(settings, kind, text),
                                  **{f"max_{kind}": text}) for text in texts]
     for part in parts:
         try:
             runs.append(search(part, memo, cost))
         except Finished as fact:                                     # with --resume
             print(fact)
-            run, known = first(lambda out=part.out: (read_run(out), {
-                m: score for _, scores in scores_of(out, space) for m, score in scores.items()}))
+            run, known = first(lambda out=part.out: (read_run(out), scores_in(out, space)))
             if run.get("trained") != trained["finished"]:
                 raise UserError(f"{part.out} was found in an earlier {settings.model}: begin anew "
                                 "with --overwrite") from None
@@ -869,8 +867,7 @@ def search_all(settings, kind, texts, memo):
             memo |= known
     if rank() > 0:
         return None
-    alone = sum(len({m for _, scores in scores_of(part.out, space) for m in scores})
-                for part in parts)
+    alone = sum(len(scores_in(part.out, space)) for part in parts)
     print(f"\n{len(memo)} evaluations for {len(parts)} budgets ({alone} if each were searched "
           f"alone)\n{'T(m) <':>14}{'parameters':>14}{'FLOPs':>18}{'selection':>11}{'dev':>8}"
           "  directory")
@@ -884,7 +881,7 @@ def search_all(settings, kind, texts, memo):
 
 def pareto_budgets(settings, cost, space):
     """`--pareto N`: N budgets, evenly from a little above the smallest T(m) to above T(M). They are
-    written down, since a latency is another one when a run is resumed."""
+    written down: measured again after --resume, latencies would be others."""
     path = Path(settings.out) / "budgets.json"
 
     def there():
@@ -956,10 +953,15 @@ def scores_of(directory, space):
     path = Path(directory) / "log.jsonl"
     try:
         for record in map(json.loads, path.read_bytes().splitlines()):
-            yield record["asked"], {space.arch([c or 0 for c in choices]): float(score)
+            yield record["asked"], {space.arch(choices): float(score)
                                     for choices, score in record["scores"]}
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise UserError(f"{path} is damaged: search again with --overwrite") from None
+
+
+def scores_in(directory, space):
+    """{arch: score} of all that a search asked for, from its log."""
+    return {m: score for _, scores in scores_of(directory, space) for m, score in scores.items()}
 
 
 def parse_budget(text, cost, space):
@@ -993,7 +995,7 @@ def read_run(directory):
     """The run.json of a finished train or search; UserError where it lacks what others read."""
     path = Path(directory) / "run.json"
     run = read_json(path, "does not exist: no finished train or search")
-    held_out = run.get("held_out", [0, 0])                           # share, seed
+    held_out = run.setdefault("held_out", [0, 0])                    # share, seed
     share, seed = held_out if type(held_out) is list and len(held_out) == 2 else ("", "")
     for name, valid in (
             ("data", isinstance(run.get("data"), str) and "\0" not in run["data"]),
@@ -1012,7 +1014,7 @@ def inherited_split(bert, sha256):
     if not Path(bert, "run.json").exists():
         return None
     run = read_run(bert)
-    return run.get("held_out") if run.get("train_sha256") == sha256 else None
+    return run["held_out"] if run.get("train_sha256") == sha256 else None
 
 
 def fingerprint(directory):
@@ -1027,21 +1029,12 @@ def load_theta(path, space):
     P = Categorical(space.categories)
     try:
         found = [tuple(stored[name]) for name in ("depths", "heads", "ffn_sizes")]
-        P.theta = checked(stored["theta"], space)
+        P.load(stored["theta"])
     except (LookupError, OverflowError, TypeError, ValueError):
         raise UserError(f"{path} holds no probability distribution over the search space") from None
     if found != [space.depths, space.heads, space.ffn_sizes]:
         raise UserError(f"{path} belongs to another search space than the model beside it")
     return P
-
-
-def checked(theta, space):
-    """Lists -> the arrays of a theta; ValueError unless they are distributions over `space`."""
-    theta = [np.array(t, np.float64) for t in theta]
-    if [t.shape for t in theta] != [(n,) for n in space.categories] or not all(
-            np.isfinite(t).all() and (t >= 0).all() and abs(t.sum() - 1) < 1e-9 for t in theta):
-        raise ValueError
-    return theta
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1063,21 +1056,19 @@ def evaluate(settings):
     device, autocast = arithmetic(settings.device, settings.precision)
     run = read_run(settings.model)
     task = data.load_task(settings.data or run["data"])
-    model = load_trained(settings.model, task).to(device)
+    model = data.load_trained(settings.model, task).to(device)
     config, archs = model.config, {"": model.config.arch}
     if (theta := Path(settings.model) / "theta.json").exists():
         space = SearchSpace.for_config(config)
-        most_likely = space.arch(load_theta(theta, space).most_likely())
-        archs = {"largest: ": space.largest(), "most likely: ": most_likely,
-                 "smallest: ": space.smallest()}
-    parts = [data.encode(part, settings.model, run["max_length"]) for part in task.devs]
+        archs = landmarks(space, load_theta(theta, space))
+    parts = [data.encode(part, settings.model) for part in task.devs]
     score = data.scorer(model, parts, task.metric, device, autocast)
     results, T = [], min(128, config.max_position_embeddings)
     for name, arch in archs.items():
         results.append(score(arch))
         ms, = latency([extract(model, arch)], 1, T, autocast)
         full = config.arch if name else None                         # a sub-BERT knows no full one
-        print(f"{name}{arch}\n  {costs_in_words(config, arch, full)}\n"
+        print(f"{name + ': ' * bool(name)}{arch}\n  {costs_in_words(config, arch, full)}\n"
               f"  latency {ms:.2f} ms: one sequence of {T} tokens, {hardware(device)}\n"
               f"  dev of {task.name}: {in_words(results[-1])}")
     return results[0]
@@ -1090,7 +1081,7 @@ def measure(kind, settings, model, autocast):
 
         def measured():                                              # on one rank, for all
             table = LatencyTable(*options)
-            return table.table, *table.check(seed=1)
+            return table.ms, *table.check(seed=1)
         table, predicted, true = first(measured)
         cost = LatencyTable(*options, table)
         cost.checked = dict(spearman=data.spearman(true, predicted), worst_error=max(
@@ -1179,7 +1170,7 @@ def export(settings):
         examples = data.load_task(read_run(here)["data"]).dev[:64]
     except UserError:                                                # the data is not here
         examples = [data.Example("one short sentence", None, 0), data.Example("yes", None, 0)]
-    encoded = data.encode(examples, here, data.max_length(here))
+    encoded = data.encode(examples, here)
     batches = [data.collate(encoded, indices)[:3]                    # of several shapes
                for indices in data.token_batches(encoded, 1000)]
     with warnings.catch_warnings():
@@ -1196,12 +1187,12 @@ def export(settings):
 # Plumbing: scores, devices, files, progress
 # --------------------------------------------------------------------------------------------------
 
-def load_trained(directory, task):
-    """A model that train or search wrote; refused where its labels are not those of the data."""
-    labels = BertConfig.load(directory).labels
-    if labels != task.labels:
-        raise UserError(f"{directory} knows the labels {labels}, but the data has {task.labels}")
-    return load_bert(directory, task.num_labels)
+def landmarks(space, P):
+    """The architectures by which a super-BERT is judged; where it has but one, that one."""
+    if space.size() == 1:
+        return {"largest": space.largest()}
+    return {"largest": space.largest(), "most likely": space.arch(P.most_likely()),
+            "smallest": space.smallest()}
 
 
 def in_words(result):
@@ -1232,8 +1223,8 @@ class Finished(Exception):
 
 
 class Output:
-    """The directory that a command writes. It is finished once run.json is there, which comes last,
-    and can be resumed while checkpoint.safetensors is: one file, always replaced as a whole."""
+    """The directory that a command writes. run.json comes last: where it is, the run is finished.
+    Where checkpoint.safetensors is, it can be resumed; that file is always replaced as a whole."""
 
     def __init__(self, settings, *inputs):
         self.settings, self.directory = settings, Path(settings.out)
@@ -1410,8 +1401,8 @@ class Progress:
 # shared out are only the examples of a batch and the evaluations of a search. Rank 0 alone writes,
 # prints and knows what is in --out.
 PATIENCE = datetime.timedelta(minutes=30)    # of ranks for each other: a long evaluation takes less
-SIGNALS = []    # those that ask train and search to stop after the step at hand: of all ranks
-HEARD = []      # those that reached this rank, and at the next exchange become every rank's SIGNALS
+SIGNALS = []    # where any, train and search stop after the step at hand; the same on all ranks
+HEARD = []      # those that reached this rank; the next exchange makes them every rank's SIGNALS
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -1427,8 +1418,8 @@ def world_size():
 
 @contextlib.contextmanager
 def joined():
-    """Meet the other ranks, where the environment is torchrun's. Rank 0 alone is heard; of ranks
-    that fail, the first one, since the others mostly do so because of it."""
+    """Meet the other ranks, where the environment is torchrun's. Only rank 0 prints. Of
+    ranks that fail, only the first says why: the others mostly fail because of it."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -1452,7 +1443,7 @@ def joined():
 
 
 def reach(collective, *args, **kwargs):
-    """Call what needs the other ranks; UserError where one of them is gone."""
+    """Call a collective operation; UserError where another rank is gone."""
     try:
         return collective(*args, **kwargs)
     except (RuntimeError, ValueError) as error:                      # as gloo and torchrun raise
@@ -1492,7 +1483,7 @@ def exchange(value):
 
 
 def first(function):
-    """What `function` returns or raises on rank 0, where alone it is called, on every rank."""
+    """Call `function` on rank 0 only; every rank returns its result, or raises its exception."""
     if world_size() == 1:
         return function()
     box = [None, None]
@@ -1545,8 +1536,8 @@ def parse(argv):
     options, unknown = parser.parse_known_args(argv)
     options = vars(options)
     if unknown:
-        known = " ".join("--" + f.name.replace("_", "-") for f in
-                         dataclasses.fields(COMMANDS[options["command"]][0]))
+        known = " ".join("--" + field.name.replace("_", "-") for field in dataclasses.fields(
+            COMMANDS[options["command"]][0]) if not field.metadata["positional"])
         parser.error(f"unknown: {' '.join(unknown)}; {options['command']} knows {known}")
     kind, function = COMMANDS[options.pop("command")]
     return kind(**{name: " ".join(value) if isinstance(value, list) else value
@@ -1560,7 +1551,7 @@ def deferred_signals(defer):
     def note(number, _):
         """Remember the signal; the second one stops at once."""
         if HEARD and world_size() > 1 and time.monotonic() < repeats[0]:
-            return                                                   # torchrun passes it on, too
+            return                            # torchrun passes on what the rank has heard itself
         repeats[0] = time.monotonic() + 5
         HEARD.append(number)
         if world_size() == 1:
@@ -1581,7 +1572,7 @@ def deferred_signals(defer):
 
 
 def way_on(argv, settings):
-    """The command line that resumes `argv`, with what `settings` filled in."""
+    """The command line that resumes `argv`, with the --model and --out chosen by default."""
     words = [word for word in argv if word not in ("--resume", "--overwrite")]
     given = {word.split("=")[0] for word in words}
     for name in ("model", "out"):
@@ -1595,8 +1586,7 @@ def way_on(argv, settings):
 def main(argv=None):
     """Run one command; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C and
     143 after SIGTERM."""
-    argv, settings = sys.argv[1:] if argv is None else argv, None
-    SIGNALS[:] = HEARD[:] = []
+    argv, settings, function = sys.argv[1:] if argv is None else argv, None, None
     try:
         with joined():
             settings, function = parse(argv)
@@ -1617,7 +1607,7 @@ def main(argv=None):
         if isinstance(error, OSError):
             text = (f"{error.filename}: " if error.filename else "") + (error.strerror or text)
         elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-            text = "out of memory: try a smaller --batch-size"
+            text = "out of memory" + ": try a smaller --batch-size" * (function is train)
         elif not isinstance(error, UserError):
             raise
         tell(f"yoco.py: error: {' '.join(text.split())[:1000]}")

@@ -319,7 +319,7 @@ def ways(directories, repeats):
     for directory in directories:
         model, run = load_bert(directory), yoco.read_run(directory)
         task = data.load_task(run["data"])
-        encoded = data.encode(task.dev, directory, run["max_length"])
+        encoded = data.encode(task.dev, directory)
         batches = [data.collate(encoded, cut) for cut in data.token_batches(encoded, 2**11)]
         labels = torch.cat([labels for *_, labels in batches]).numpy()
         full = [torch.ones(B, min(128, model.config.max_position_embeddings), dtype=torch.int64)
@@ -361,8 +361,8 @@ def forms(model, directory, out):
         with torch.autocast("cpu", torch.bfloat16):
             return model(*inputs)
     own = (Path(directory) / "model.safetensors").stat().st_size
-    model_module.export_bert(model, out, "onnx")
-    exported = model_module.export_bert(model, out, "torch")
+    model_module.write_export(model, Path(out), "onnx")
+    exported = model_module.write_export(model, Path(out), "torch")
     onnxruntime.quantization.quantize_dynamic(f"{out}/model.onnx", f"{out}/int8.onnx")
     size = {name: (Path(out) / name).stat().st_size for name in ("model.onnx", "int8.onnx",
                                                                  "model.pt2")}

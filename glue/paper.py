@@ -270,9 +270,9 @@ def scorer(directory, on="dev"):
     run = yoco.read_run(directory)
     task = data.load_task(run["data"])
     parts = task.devs if on == "dev" else [data.split_holdout(task.train, *run["held_out"])[1]]
-    parts = [data.encode(part, directory, run["max_length"]) for part in parts]
+    parts = [data.encode(part, directory) for part in parts]
     device, autocast = arithmetic()
-    model = yoco.load_trained(directory, task).to(device)
+    model = data.load_trained(directory, task).to(device)
     return data.scorer(model, parts, task.metric, device, autocast)
 
 
@@ -536,8 +536,8 @@ def figure_3(plt, cells):
                 line, = axis.plot(asked, means, label=method)
                 axis.fill_between(asked, means - spreads, means + spreads, alpha=0.15,
                                   color=line.get_color(), lw=0)
-            axis.set(xlabel="evaluations", ylabel=f"{task} hold-out score",
-                     title=what + ", in the super-BERT of best" * ("best" in variant))
+            axis.set(xlabel="evaluations", ylabel=f"{task} hold-out score")
+            axis.set_title(what + ", in the super-BERT of best" * ("best" in variant), fontsize=9)
         row[0].legend(fontsize=7)
 
 
