@@ -915,6 +915,19 @@ def test_command_line(tiny):
     assert own == result["params"] < 0.9 * count_params(BertConfig.load("tiny"), full)
 
 
+def test_learning(tiny):
+    """On labels that a word decides, every size learns: the expected loss falls, and the largest,
+    the most likely and the smallest are right on what was held out."""
+    rows = [[f"the film is very {word}", str(int(word == "good"))] for word in ("good", "bad")] * 40
+    write(tiny / "tiny" / "train.tsv", HEAD, *rows)
+    assert yoco.main(TRAIN + ["--epochs", "1", "--lr", "1e-2"]) == 0
+    losses = [row["loss"] for row in log_of("superbert/tiny")]
+    assert np.mean(losses[-3:]) < 0.1 < 0.5 < losses[0]
+    holdout = yoco.read_run("superbert/tiny")["holdout"]
+    assert {name: score["accuracy"] for name, score in holdout.items()} == {
+        "largest": 100, "most likely": 100, "smallest": 100}
+
+
 def result_bytes(*directories):
     names = ("model.safetensors", "theta.json", "config.json")
     return [(Path(d) / name).read_bytes() for d in directories for name in names
@@ -1817,7 +1830,8 @@ def test_two_runs_one_directory(tiny, capsys):
     assert result_bytes("late") == before
 
 
-def test_divergence(tiny, capsys, monkeypatch):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_divergence(tiny, capsys, monkeypatch, what):
     """A loss or a gradient that is not finite ends the run; the checkpoint is from before."""
     words = TRAIN + ["--checkpoint-every", "2", "--out", "out"]
     capsys.readouterr()
@@ -1826,7 +1840,7 @@ def test_divergence(tiny, capsys, monkeypatch):
     def spoilt(model, *args):
         losses = original(model, *args)
         if next(count) == 6:
-            model.pooler.bias.grad[0] = np.nan
+            (losses[1] if what == "loss" else model.pooler.bias.grad[:1]).fill_(np.nan)
         return losses
     monkeypatch.setattr(yoco, "weight_gradient", spoilt)
     assert yoco.main(words) == 2
@@ -1841,6 +1855,11 @@ def test_divergence(tiny, capsys, monkeypatch):
 
 def test_resume_refuses_other_settings(tiny, capsys):
     """Of an unfinished and of a finished run; nothing to resume is said, and is no error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yoco.Training, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert yoco.main(TRAIN + ["--out", "part", "--checkpoint-every", "1"]) == 130
+    refused(capsys, TRAIN + ["--out", "part", "--checkpoint-every", "1", "--resume", "--lr", "2e-3"],
+            "started with lr = 0.001, not 0.002")
     assert yoco.main(TRAIN + ["--resume"]) == 0
     assert "nothing to resume, starting afresh" in capsys.readouterr().out
     assert yoco.main(TRAIN + ["--resume"]) == 0

@@ -17,7 +17,7 @@ Algorithm 1 (EE-SNG), whose line numbers stand on the right in `train`:
 
 Where each equation lives, and the test that checks it:
 
-    Eq. 1, 3     W, theta minimise the expected loss    train                test_command_line
+    Eq. 1, 3     W, theta minimise the expected loss    train                test_learning
     Eq. 2        best m with T(m) < Omega               best_fit             test_best_fit
     Eq. 4        natural gradient of ln P = 1_m - theta natural_gradient     test_inverse_fisher
     Eq. 5, 1st   gradient of W, mean over lambda        weight_gradient      test_weight_gradient
