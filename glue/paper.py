@@ -424,7 +424,9 @@ def table(number, steps):
         for variant, part in parts.items():
             found = {t: values(cells, t, variant, dev(part)) for t in TASKS}
             print(f"| {variant}, {part}x | " + " | ".join(spread(found[t]) for t in TASKS) + " |")
-        print(QUOTED)
+        less = [difference(values(cells, t, "best", dev(0.5)), values(cells, t, "plain", dev(1.0)))
+                for t in TASKS]
+        print("| best at 0.5x less plain | " + " | ".join(less) + " |\n" + QUOTED)
         kept = [100 * r for r in kept_by_seed(cells).values()]
         if kept:
             tasks = [t for t in TASKS if (t, "best") in cells]
