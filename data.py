@@ -306,9 +306,9 @@ def scorer(model, parts, metric, device, autocast):
     """
     made = [[collate(part, indices, device)
              for indices in token_batches(part, batch_tokens(device))] for part in parts]
-    tokens = sum(inputs[0].numel() for batches in made for inputs in batches)
+    tokens = sum(inputs[0].numel() for part in made for inputs in part)
     most = PREFIX_MEMORY // (4 * tokens * model.config.hidden_size)
-    kept = [[{} for _ in batches] for batches in made]
+    kept = [[{} for _ in part] for part in made]
 
     def logits(inputs, arch, kept):
         """Logits of one batch, as float32; keeps its hidden states and forgets the oldest."""
@@ -325,9 +325,9 @@ def scorer(model, parts, metric, device, autocast):
         results = []
         model.eval()
         with torch.inference_mode(), autocast():
-            for batches, keep in zip(made, kept):
-                found = [logits(inputs, arch, k) for (*inputs, _), k in zip(batches, keep)]
-                labels = torch.cat([labels for *_, labels in batches])
+            for part, keep in zip(made, kept):
+                found = [logits(inputs, arch, k) for (*inputs, _), k in zip(part, keep)]
+                labels = torch.cat([labels for *_, labels in part])
                 results.append(scores(metric, labels.cpu().numpy(),
                                       torch.cat(found).cpu().numpy()))
         named = {k + "_mismatched" * i: v for i, r in enumerate(results) for k, v in r.items()}

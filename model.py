@@ -704,8 +704,8 @@ class LatencyTable:
 
 def export_bert(model, directory, form, tokenizer, batches):
     """Write `model` into `directory` as others load it, without this file, and the tokenizer of the
-    BERT directory `tokenizer`. Returns the greatest difference between its logits and those that
-    the other's loader computes, over `batches` of three [B, T] tensors each.
+    BERT directory `tokenizer`. Returns the greatest difference between its logits and those of what
+    was written, read back, over `batches` of three [B, T] tensors each.
 
     form "hf": a Hugging Face directory; "onnx": model.onnx; "torch": model.pt2, of torch.export.
     The last two take int64 tensors of any B and T. Raises UserError where a package is missing, or

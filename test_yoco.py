@@ -1157,6 +1157,8 @@ def test_predict(tiny, capsys):
     model, encode = data.load("full")
     logits = model(*encode([text for text, _ in rows]))
     assert [model.config.labels[i] for i in logits.argmax(1)] == [f["label"] for f in found]
+    with pytest.raises(ValueError):
+        encode(["good"], ["bad", "not"])
     assert model(*encode("good")).shape == (1, 2) and encode("good", "bad")[1].sum() == 2
     with subprocess.Popen([sys.executable, ROOT / "yoco.py", "predict", "--model", "full", *CPU],
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -1306,9 +1308,14 @@ def test_export_refuses(irregular, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     refused(capsys, ["export", "--model", "sub"], "pip install onnx onnxruntime onnxscript")
     Path("bad").mkdir()
-    monkeypatch.setattr(model_module, "write_export", lambda *_: lambda *x: irregular(*x) + 0.01)
-    refused(capsys, ["export", "--model", "sub", "--format", "hf", "--out", "bad"], "is not kept")
-    assert not list(Path("bad").glob("model.*"))
+    for error in (0.01, np.nan):
+        def wrong(_, directory, *__):
+            (directory / "model.pt2").write_bytes(b"x")
+            return lambda *inputs: irregular(*inputs) + error
+        monkeypatch.setattr(model_module, "write_export", wrong)
+        refused(capsys, ["export", "--model", "sub", "--format", "torch", "--out", "bad",
+                         "--overwrite"], "is not kept")
+        assert Path("bad/vocab.txt").exists() and not list(Path("bad").glob("model.*"))
     refused(capsys, ["export", "--model", "sub", "--format", "hf", "--out", "sub", "--overwrite"],
             "is what the command reads")
     Path("sub/theta.json").write_text("{}")
@@ -2310,9 +2317,10 @@ def test_paper_cells(tiny, monkeypatch, capsys):
     are those that `eval` gives, budgets hold."""
     monkeypatch.setattr(paper, "RESULTS", tiny / "results")
     monkeypatch.setattr(paper, "TASKS", ("tiny",))
+    monkeypatch.setattr(paper, "METHOD_EVALUATIONS", 8)
     assert yoco.main(TRAIN + ["--stages", "largest", "--out", "bert"]) == 0    # in MiniLM's place
-    variants = ["best", "lambda 4", "HAT", "first layers", "even layers", "methods", "bands",
-                "yoco, tuned 2e-5"]                     # plain and yoco come with them
+    variants = ["best", "lambda 4", "HAT", "first layers", "even layers", "methods",
+                "methods of best", "bands", "yoco, tuned 2e-5"]                     # plain and yoco come with them
     words = ["run", "--tasks", "tiny", "--data", ".", "--bert", "bert", "--work", "work", "--steps",
              "28", "--batch-size", "8", "--evaluations", "8", "--seeds", "0", "1", "--variants"]
     assert paper.main(words + variants) == 0
@@ -2335,7 +2343,7 @@ def test_paper_cells(tiny, monkeypatch, capsys):
         assert torch.equal(cut.ffn_in.weight, full.ffn_in.weight)
     monkeypatch.setattr(yoco, "main", None)             # nothing runs again
     assert paper.main(words + variants) == 0
-    for number in ("1", "2", "3", "4", "5", "ablation", "defaults"):
+    for number in ("1", "2", "3", "4", "5", "ablation", "defaults", "methods"):
         capsys.readouterr()
         assert paper.main(["table", number, "--steps", "28"]) == 0
         assert "±" in (printed := capsys.readouterr().out), printed

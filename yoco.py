@@ -737,7 +737,7 @@ class Searching:
                         scores=[[self.space.choices(m), self.memo[m]] for m in archs])
         if SIGNALS or self.asked % (self.settings.checkpoint_every * len(archs)) == 0:
             timed = self.table and dict(
-                ms=self.table.ms, checked=self.table.checked, budget=self.budget,
+                table=self.table.ms, checked=self.table.checked, budget=self.budget,
                 full_cost=self.full_cost)
             self.output.save({}, asked=self.asked, until=self.until, known=self.known,
                              latency=timed, rng=self.rng.bit_generator.state,
@@ -773,7 +773,7 @@ class Searching:
             state["asked"], state["until"], state["known"], state["rng"])
         if self.table:                                               # as it was when it began
             timed = state["latency"]
-            self.table.ms = {name: [float(ms) for ms in timed["ms"][name]]
+            self.table.ms = {name: [float(ms) for ms in timed["table"][name]]
                              for name in self.table.ms}
             self.table.checked = timed["checked"]
             self.budget, self.full_cost = float(timed["budget"]), float(timed["full_cost"])
@@ -1010,7 +1010,7 @@ def read_run(directory):
 
 def inherited_split(bert, sha256):
     """The [share, seed] of the hold-out of the model that a training starts from, where that was
-    trained on the same train.tsv: what it has seen must not select. None where there is none."""
+    trained on the same train.tsv: what it has seen must not select. None of another BERT."""
     if not Path(bert, "run.json").exists():
         return None
     run = read_run(bert)
@@ -1184,7 +1184,7 @@ def export(settings):
 
 
 # --------------------------------------------------------------------------------------------------
-# Plumbing: scores, devices, files, progress
+# Plumbing: words, files, progress
 # --------------------------------------------------------------------------------------------------
 
 def landmarks(space, P):
