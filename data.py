@@ -280,6 +280,7 @@ def load(directory):
     encode_examples = encoder(directory)
 
     def encode_texts(texts, pairs=None):
+        """One text or a list, and as many second texts -> three [B, T] tensors."""
         if isinstance(texts, str):
             texts, pairs = [texts], [pairs]
         pairs = pairs or [None] * len(texts)

@@ -1865,8 +1865,8 @@ def test_resume_refuses_other_settings(tiny, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(yoco.Training, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert yoco.main(TRAIN + ["--out", "part", "--checkpoint-every", "1"]) == 130
-    refused(capsys, TRAIN + ["--out", "part", "--checkpoint-every", "1", "--resume", "--lr", "2e-3"],
-            "started with lr = 0.001, not 0.002")
+    refused(capsys, TRAIN + ["--out", "part", "--checkpoint-every", "1", "--resume", "--lr",
+                             "2e-3"], "started with lr = 0.001, not 0.002")
     assert yoco.main(TRAIN + ["--resume"]) == 0
     assert "nothing to resume, starting afresh" in capsys.readouterr().out
     assert yoco.main(TRAIN + ["--resume"]) == 0
@@ -2320,7 +2320,7 @@ def test_paper_cells(tiny, monkeypatch, capsys):
     monkeypatch.setattr(paper, "METHOD_EVALUATIONS", 8)
     assert yoco.main(TRAIN + ["--stages", "largest", "--out", "bert"]) == 0    # in MiniLM's place
     variants = ["best", "lambda 4", "HAT", "first layers", "even layers", "methods",
-                "methods of best", "bands", "yoco, tuned 2e-5"]                     # plain and yoco come with them
+                "methods of best", "bands", "yoco, tuned 2e-5"]    # plain and yoco come with them
     words = ["run", "--tasks", "tiny", "--data", ".", "--bert", "bert", "--work", "work", "--steps",
              "28", "--batch-size", "8", "--evaluations", "8", "--seeds", "0", "1", "--variants"]
     assert paper.main(words + variants) == 0
