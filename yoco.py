@@ -1068,7 +1068,7 @@ def evaluate(settings):
         results.append(score(arch))
         ms, = latency([extract(model, arch)], 1, T, autocast)
         full = config.arch if name else None                         # a sub-BERT knows no full one
-        print(f"{name + ': ' * bool(name)}{arch}\n  {costs_in_words(config, arch, full)}\n"
+        print(f"{name and name + ': '}{arch}\n  {costs_in_words(config, arch, full)}\n"
               f"  latency {ms:.2f} ms: one sequence of {T} tokens, {hardware(device)}\n"
               f"  dev of {task.name}: {in_words(results[-1])}")
     return results[0]
