@@ -646,7 +646,7 @@ def test_distillation():
     """The gradient is that of the mean of both losses, of labels and of the teacher."""
     no_dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model, labels = small_model(**no_dropout).train(), torch.tensor([0, 1, 2, 1, 0])
-    small, full, _ = some_archs(model.config, 1)
+    small = some_archs(model.config, 1)[0]
     ids, types_, mask = small_batch()
     wanted = model(ids, types_, mask).detach().softmax(1)
     logits = model(ids, types_, mask, small)
@@ -654,7 +654,7 @@ def test_distillation():
     ((F.cross_entropy(logits, labels) + soft) / 2).backward()
     expected = {name: w.grad for name, w in model.named_parameters()}
     batch, off = (ids, types_, mask, labels), contextlib.nullcontext
-    losses = yoco.weight_gradient(model, batch, [small], off, full)
+    losses = yoco.weight_gradient(model, batch, [small], off, model)
     assert np.isclose(losses[0], F.cross_entropy(logits, labels).item())
     for name, w in model.named_parameters():
         assert (w.grad is None) == (expected[name] is None)
@@ -664,8 +664,17 @@ def test_distillation():
     out = model(ids, types_, mask, small)
     (((out[:, 0] - labels) ** 2).mean() + ((out - wanted) ** 2).mean()).div(2).backward()
     expected = model.classifier.weight.grad
-    yoco.weight_gradient(model, (ids, types_, mask, labels), [small, small], off, full)
+    yoco.weight_gradient(model, (ids, types_, mask, labels), [small, small], off, model)
     assert torch.allclose(model.classifier.weight.grad, expected, atol=1e-6)
+    other = small_model(1, **no_dropout)                # a teacher of its own
+    other.classifier.bias.data += 5
+    wanted, out = other(ids, types_, mask).detach(), model(ids, types_, mask, small)
+    model.zero_grad()
+    (((out[:, 0] - labels) ** 2).mean() + ((out - wanted) ** 2).mean()).div(2).backward()
+    expected = model.classifier.weight.grad
+    yoco.weight_gradient(model, (ids, types_, mask, labels), [small], off, other)
+    assert torch.allclose(model.classifier.weight.grad, expected, atol=1e-6)
+    assert model.training and all(w.grad is None for w in other.parameters())
 
 
 def test_teacher_learns_from_labels():
@@ -673,10 +682,28 @@ def test_teacher_learns_from_labels():
     model = small_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     batch, full = (*small_batch(), torch.tensor([0, 1, 2, 1, 0])), model.config.arch
     gradients = []
-    for teacher in (None, full):
+    for teacher in (None, model):
         yoco.weight_gradient(model, batch, [full], contextlib.nullcontext, teacher)
         gradients.append([w.grad for w in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("extra", [[], ["--stages", "all", "--reorder"]])
+def test_frozen_teacher(tiny, monkeypatch, extra):
+    """The teacher says what the largest said when smaller sub-BERTs opened, while that moves on."""
+    original, said, (ids, types_, mask) = yoco.weight_gradient, [], small_batch()
+
+    def spy(model, batch, archs, autocast, teacher=None):
+        if set(archs) != {model.config.arch}:
+            with torch.no_grad():
+                said.append([m.eval()(ids % model.config.vocab_size, types_, mask)
+                             for m in (model, teacher)])
+            model.train()
+        return original(model, batch, archs, autocast, teacher)
+    monkeypatch.setattr(yoco, "weight_gradient", spy)
+    assert yoco.main(TRAIN + ["--distill", "--freeze-teacher", *extra]) == 0
+    assert len(said) > 4 and all(torch.equal(teacher, said[0][1]) for _, teacher in said)
+    assert torch.equal(*said[0]) and not torch.allclose(*said[-1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -943,7 +970,9 @@ def test_one_seed_one_result(tiny):
     assert both("a", "3") == both("b", "3") != both("c", "4")
 
 
-@pytest.mark.parametrize("stop, more", [(3, False), (11, False), (7, True)])
+@pytest.mark.parametrize("stop, more", [
+    (3, []), (11, ["--distill"]), (7, ["--distill", "--reorder", "--depth-keeps", "even",
+                                       "--freeze-teacher"])])
 def test_resume_is_exact(tiny, monkeypatch, stop, more):
     """Stopped in the middle and resumed: the same bytes and the same log as without the stop."""
     def stop_at(kind, moment):
@@ -955,9 +984,8 @@ def test_resume_is_exact(tiny, monkeypatch, stop, more):
                 raise KeyboardInterrupt
         monkeypatch.setattr(kind, "after_step", after_step)
         return lambda: monkeypatch.setattr(kind, "after_step", original)
-    train = TRAIN + ["--checkpoint-every", "2"] + ["--distill", "--reorder", "--depth-keeps",
-                                                   "even"] * more
-    search = SEARCH + ["--checkpoint-every", "2"] + ["--method", "evolution"] * more
+    train = TRAIN + ["--checkpoint-every", "2"] + more
+    search = SEARCH + ["--checkpoint-every", "2"] + ["--method", "evolution"] * bool(more)
     assert yoco.main(train + ["--out", "whole"]) == 0
     assert yoco.main(search + ["--model", "whole", "--out", "sub"]) == 0
     undo = stop_at(yoco.Training, stop)

@@ -35,6 +35,7 @@ does instead; README.md lists them.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import datetime
 import errno
@@ -311,6 +312,8 @@ class TrainSettings(Arithmetic):
                                         "evenly spaced ones and always the last",
                                choices=("first", "even"))
     distill: bool = setting(False, "learn from the labels and from the largest sub-BERT's logits")
+    freeze_teacher: bool = setting(False, "with --distill: those of the largest as it was when "
+                                          "smaller sub-BERTs opened")
     reorder: bool = setting(False, "before smaller sub-BERTs open, sort heads and neurons, the "
                                    "most important first")
     shuffle: bool = setting(False, "a control: permute the losses of a step before they rank")
@@ -337,8 +340,8 @@ def train(settings):
         if t == stage.first:
             P.open(stage.masks(space))                                                   # 11
             run.optimizer = new_optimizer(model)
-            if settings.reorder and stage is run.first_elastic:
-                reorder(model, run.importance())
+            if stage is run.first_elastic:
+                run.prepare()
         if t == stage.first or t % run.interval == 0:                                    # 3
             run.K = {"ee": exploit_probability(P), "exploit": 1.0,                       # 4
                      "explore": 0.0}[settings.strategy]                                  # 5
@@ -365,24 +368,26 @@ def train(settings):
 
 def weight_gradient(model, batch, archs, autocast, teacher=None):
     """Leave in every .grad the mean over `archs` of the gradient of the loss on one batch (Eq. 5,
-    first line); return the losses, one tensor () per architecture. With a `teacher`, an
-    architecture, each also learns from its logits; the losses returned are those of the labels."""
+    first line); return the losses, one tensor () per architecture. With a `teacher`, the model
+    itself or a copy, all but the largest also learn from the logits of its largest; the losses
+    returned are those of the labels."""
     # AUTHORS: the losses that are ranked come from two batches, so the batch decides which is best.
     # CHOICE: gradients start as None, so that a layer which no architecture has rests; and an
     # architecture drawn twice is computed once and weighs double.
     model.zero_grad()
     *inputs, labels = batch
     loss = {}
-    if teacher and set(archs) != {teacher}:
+    largest = model.config.arch
+    if teacher and set(archs) != {largest}:
         with torch.no_grad(), autocast():
-            wanted = model.eval()(*inputs, teacher).float()          # without dropout
+            wanted = teacher.eval()(*inputs).float()                 # without dropout
         wanted = wanted.softmax(1) if wanted.shape[1] > 1 else wanted
         model.train()
     for arch, count in Counter(archs).items():
         with autocast():
             logits = model(*inputs, arch).float()                    # [B, num_labels]
         loss[arch] = total = task_loss(logits, labels)
-        if teacher and arch != teacher:
+        if teacher and arch != largest:
             # CHOICE: as much weight for the teacher as for the labels, temperature 1.
             total = (total + task_loss(logits, wanted)) / 2
         (total * count / len(archs)).backward()                                          # Eq. 5
@@ -442,17 +447,20 @@ class Training:
         if not self.first_elastic and (settings.reorder or settings.distill):
             raise UserError("only one architecture is trained here: --reorder and --distill are "
                             "for those smaller than the largest")
+        if settings.freeze_teacher and not settings.distill:
+            raise UserError("--freeze-teacher needs --distill")
         self.steps = self.stages[-1].first + self.stages[-1].steps
         self.lr = settings.lr or LEARNING_RATES.get(self.task.name, LEARNING_RATES["default"])
         self.P, self.rng = Categorical(self.space.categories), np.random.default_rng(settings.seed)
-        self.teacher = self.space.largest() if settings.distill else None
+        self.teacher = self.model if settings.distill else None
         self.optimizer, self.K, self.t, self.order = new_optimizer(self.model), 1.0, 0, None
         self.output.begin(self.restore, train_sha256=sha256)
         self.progress = Progress(self.t, self.steps)
+        weights = sum(w.numel() for w in self.model.parameters())
         print(f"{self.task.name}: {len(kept)} examples to train on, {len(self.held)} held out; "
               f"{count_params(self.config, self.space.largest()):,} parameters, "
               f"{self.space.size():.1e} architectures; {self.steps} steps; a checkpoint takes "
-              f"{12 * sum(w.numel() for w in self.model.parameters()) / 1e6:,.1f} MB"
+              f"{(12 + 4 * settings.freeze_teacher) * weights / 1e6:,.1f} MB"
               + ("" if self.held else "; without a hold-out, search will need --select-on dev"))
 
     def initial_model(self):
@@ -482,6 +490,13 @@ class Training:
         self.share = len(mine) / len(indices)
         # Where a small batch leaves none, any example: its gradient counts 0, but is there.
         return data.collate(self.encoded, mine or indices[:1], self.device)
+
+    def prepare(self):
+        """What happens once, when the largest is no longer alone."""
+        if self.settings.reorder:
+            reorder(self.model, self.importance())
+        if self.settings.freeze_teacher:
+            self.teacher = copy.deepcopy(self.model)
 
     def importance(self):
         """The importance of every head and neuron, for `reorder`: |sum of w dL/dw| over its output
@@ -516,6 +531,8 @@ class Training:
     def save(self, done):
         """One file with everything that the next step depends on; `restore` reads it back."""
         tensors = {f"model.{name}": w for name, w in self.model.state_dict().items()}
+        if self.teacher not in (None, self.model):
+            tensors |= {f"teacher.{name}": w for name, w in self.teacher.state_dict().items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": moment for name, moment in moments.items()}
         own = {"rng": torch.get_rng_state()}
@@ -537,14 +554,18 @@ class Training:
         torch.set_rng_state(states[f"rng{rank() or ''}"])
         if "cuda_rng" in states:
             torch.cuda.set_rng_state(states[f"cuda_rng{rank() or ''}"])
-        weights, moments = {}, {}
+        weights, moments = {"model": {}, "teacher": {}}, {}
         for name, tensor in tensors.items():
-            if name.startswith("adam."):
-                _, i, moment = name.split(".")
+            kind, name = name.split(".", 1)
+            if kind == "adam":
+                i, moment = name.split(".")
                 moments.setdefault(int(i), {})[moment] = tensor
             else:
-                weights[name.removeprefix("model.")] = tensor
-        self.model.load_state_dict(weights)
+                weights[kind][name] = tensor
+        self.model.load_state_dict(weights["model"])
+        if weights["teacher"]:                                       # was frozen before
+            self.teacher = copy.deepcopy(self.model)
+            self.teacher.load_state_dict(weights["teacher"])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 

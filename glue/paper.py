@@ -63,6 +63,7 @@ ELASTIC = {
     "reorder + distill": ("--reorder --distill", ""),
     "reorder + distill + even": ("--reorder --distill --depth-keeps even", ""),
     "best": (BEST, ""),
+    "best, frozen teacher": (f"{BEST} --freeze-teacher", ""),
     "best, exploit only": (f"{BEST} --strategy exploit", ""),
     "best, explore only": (f"{BEST} --strategy explore", ""),
     "best, permuted losses": (f"{BEST} --shuffle", ""),
@@ -92,7 +93,7 @@ class Cell:
         self.task, self.variant, self.seed, self.options = task, variant, seed, options
         self.steps = options.steps
         self.name = f"{task}-{variant}-{self.steps}-{seed}".replace(",", "").replace(" ", "_")
-        self.data = f"{options.data}/{task}"
+        self.data, self.holdout = f"{options.data}/{task}", HOLDOUT.get(task, 0.1)
 
     @property
     def path(self):
@@ -141,7 +142,7 @@ class Cell:
     def train(self, out, bert, *flags):
         """Run `train`, or take what is there; its run.json."""
         return self.command(out, "train", "--data", self.data, "--bert", str(bert), *COMMON,
-                            "--holdout", str(HOLDOUT.get(self.task, 0.1)), *flags)
+                            "--holdout", str(self.holdout), *flags)
 
     def search(self, out, model, *flags):
         """Run `search`, likewise."""
@@ -185,8 +186,7 @@ class Cell:
     def elastic(self):
         """Train a super-BERT, search it under both budgets."""
         start, (train, search) = self.other("plain").out(), ELASTIC[self.variant]
-        kept = data.split_holdout(data.load_task(self.data).train,
-                                  HOLDOUT.get(self.task, 0.1), self.seed)[0]
+        kept, _ = data.split_holdout(data.load_task(self.data).train, self.holdout, self.seed)
         steps = self.steps // (2 if "lambda 4" in self.variant else 1)
         epochs = sum(map(sum, yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])))
         epochs += yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])[2][-1]
