@@ -2392,6 +2392,14 @@ def test_paper_statistics():
     assert paper.difference({0: 1.0}, reference) == "" == paper.spread({})
     assert paper.spread({0: 1.0, 1: 3.0}) == "2.0 ± 1.4 (2)"
     assert paper.spread({3: 4.0}) == "4.0 (1)"
+    def cell(*scores):
+        return {seed: {"scores": [dict(budget=1.0, dev={"score": full}),
+                                  dict(budget=0.5, dev={"score": half})]}
+                for seed, (full, half) in enumerate(scores)}
+    cells = {("MRPC", "plain"): cell((80, 0), (90, 0)), ("MRPC", "best"): cell((0, 70), (0, 81)),
+             ("RTE", "plain"): cell((60, 0)), ("RTE", "best"): cell((0, 63), (0, 50)),
+             ("CoLA", "plain"): cell((20, 0))}           # seed 0: 133 of 140; RTE lacks seed 1
+    assert paper.kept_by_seed(cells, "best") == (["MRPC", "RTE"], {0: 95.0})
     minilm = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
     layer = 4 * 384 * 384 + 4 * 384 + 2 * 384 * 1536 + 1536 + 384 + 4 * 384
     assert paper.fixed(minilm) == 22_713_216 - 6 * layer

@@ -64,13 +64,15 @@ ELASTIC = {
     "reorder + distill + even": ("--reorder --distill --depth-keeps even", ""),
     "best": (BEST, ""),
     "best, frozen teacher": (f"{BEST} --freeze-teacher", ""),
+    "best, frozen teacher, long": (f"{BEST} --freeze-teacher", ""),
     "best, exploit only": (f"{BEST} --strategy exploit", ""),
     "best, explore only": (f"{BEST} --strategy explore", ""),
     "best, permuted losses": (f"{BEST} --shuffle", ""),
     "small delta": (f"--delta {SMALL_DELTA:.4f}", ""),
-    "lambda 4": ("--archs-per-step 4", ""),                              # and half of the steps
+    "lambda 4": ("--archs-per-step 4", ""),
     "lambda 4, small delta": (f"--archs-per-step 4 --delta {SMALL_DELTA:.4f}", ""),
 }
+LENGTH = {"lambda 4": 0.5, "lambda 4, small delta": 0.5, "best, frozen teacher, long": 3}  # else 1
 RATES = ("2e-4", "2e-5", "2e-6", "2e-7")
 BANDS = {"A": (0.18, 0.36), "B": (0.36, 0.55), "C": (0.55, 0.73), "D": (0.73, 0.91)}
 METHODS = ("sng", "evolution", "random")
@@ -187,7 +189,7 @@ class Cell:
         """Train a super-BERT, search it under both budgets."""
         start, (train, search) = self.other("plain").out(), ELASTIC[self.variant]
         kept, _ = data.split_holdout(data.load_task(self.data).train, self.holdout, self.seed)
-        steps = self.steps // (2 if "lambda 4" in self.variant else 1)
+        steps = self.steps * LENGTH.get(self.variant, 1)
         epochs = sum(map(sum, yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])))
         epochs += yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])[2][-1]
         scale = steps / epochs / math.ceil(len(kept) / self.options.batch_size)
@@ -421,19 +423,24 @@ def table(number, steps):
                     cells, task, variant, dev(band))) for task in TASKS) + " |")
             print()
     elif number == "2":
-        parts = {"plain": 1.0, "first layers": 0.5, "even layers": 0.5, "yoco": 0.5, "best": 0.5}
+        parts = {"plain": 1.0} | dict.fromkeys(("first layers", "even layers", "yoco", "best",
+                                                "best, frozen teacher",
+                                                "best, frozen teacher, long"), 0.5)
         print("| | " + " | ".join(TASKS) + " |\n" + "|---" * (1 + len(TASKS)) + "|")
         for variant, part in parts.items():
             found = {t: values(cells, t, variant, dev(part)) for t in TASKS}
             print(f"| {variant}, {part}x | " + " | ".join(spread(found[t]) for t in TASKS) + " |")
-        less = [difference(values(cells, t, "best", dev(0.5)), values(cells, t, "plain", dev(1.0)))
-                for t in TASKS]
-        print("| best at 0.5x less plain | " + " | ".join(less) + " |\n" + QUOTED)
-        kept = [100 * r for r in kept_by_seed(cells).values()]
-        if kept:
-            tasks = [t for t in TASKS if (t, "best") in cells]
-            print(f"\nbest at half of the encoder keeps, in % of plain fine-tuning's mean over "
-                  f"{', '.join(tasks)}, by seed: {spread(dict(enumerate(kept)))}")
+        ours = [variant for variant in parts if variant.startswith("best")]
+        for variant in ours:
+            print(f"| {variant}, less plain | " + " | ".join(difference(
+                values(cells, t, variant, dev(0.5)), values(cells, t, "plain", dev(1.0)))
+                for t in TASKS) + " |")
+        print(QUOTED)
+        for variant in ours:
+            tasks, kept = kept_by_seed(cells, variant)
+            if kept:
+                print(f"\n{variant} at half of the encoder keeps, in % of plain fine-tuning's mean "
+                      f"over {', '.join(tasks)}, by seed: {spread(kept)}")
     elif number == "3":
         compare(cells, ["yoco", "HAT", "OFA"] + [f"{v}, tuned {r}" for v in ("HAT", "OFA")
                                                  for r in RATES], both)
@@ -459,7 +466,8 @@ def table(number, steps):
         uniform = {f"{t} drawn uniformly, hold-out": (t, lambda f: f.get("uniform")) for t in TASKS}
         largest = {f"{t} largest": (t, dev(1.0)) for t in TASKS}
         compare(cells, ["yoco", "reorder", "distill", "even", "all stages at once",
-                        "reorder + distill", "reorder + distill + even", "best", "plain",
+                        "reorder + distill", "reorder + distill + even", "best",
+                        "best, frozen teacher", "best, frozen teacher, long", "plain",
                         "first layers", "even layers"], largest | both | uniform)
     elif number == "defaults":
         compare(cells, ["yoco", "small delta", "lambda 4", "lambda 4, small delta"],
@@ -472,14 +480,15 @@ def table(number, steps):
           f"{', '.join(sorted({f['hardware'] for f in spent}))}.")
 
 
-def kept_by_seed(cells):
-    """{seed: mean dev score of `best` at half of the encoder over that of `plain`}, the mean over
-    the tasks of `best`; only seeds that have all of them."""
-    pairs = [(values(cells, t, "best", dev(0.5)), values(cells, t, "plain", dev(1.0)))
-             for t in TASKS if (t, "best") in cells]
+def kept_by_seed(cells, variant):
+    """The tasks that `variant` has, and {seed: its mean dev score over them at half of the encoder,
+    in % of that of `plain`}; only seeds that have all of them."""
+    tasks = [t for t in TASKS if (t, variant) in cells]
+    pairs = [(values(cells, t, variant, dev(0.5)), values(cells, t, "plain", dev(1.0)))
+             for t in tasks]
     seeds = set.intersection(*(set(half) & set(full) for half, full in pairs)) if pairs else ()
-    return {seed: np.mean([half[seed] for half, _ in pairs])
-            / np.mean([full[seed] for _, full in pairs]) for seed in sorted(seeds)}
+    return tasks, {seed: 100 * sum(half[seed] for half, _ in pairs)
+                   / sum(full[seed] for _, full in pairs) for seed in sorted(seeds)}
 
 
 def figure(number, steps):
