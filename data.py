@@ -220,7 +220,7 @@ def encoder(directory, max_length=None):
 
     def encode_examples(examples):
         """[Example] -> [Encoded]; UserError for pairs where the BERT has one token type."""
-        if types < 2 and any(e.sentence2 for e in examples):
+        if types < 2 and any(e.sentence2 is not None for e in examples):
             raise UserError(f"{directory}: the data has sentence pairs, the BERT only one token "
                             "type")
         texts = [e.sentence1 if e.sentence2 is None else (e.sentence1, e.sentence2)

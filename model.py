@@ -324,9 +324,7 @@ class Layer(nn.Module):
     def __init__(self, config, heads, ffn_size):
         super().__init__()
         C, self.D = config.hidden_size, config.head_size
-        self.query = nn.Linear(C, heads * self.D)
-        self.key = nn.Linear(C, heads * self.D)
-        self.value = nn.Linear(C, heads * self.D)
+        self.query, self.key, self.value = (nn.Linear(C, heads * self.D) for _ in range(3))
         self.attention_out = nn.Linear(heads * self.D, C)
         self.attention_norm = nn.LayerNorm(C, config.layer_norm_eps)
         self.ffn_in = nn.Linear(C, ffn_size)
@@ -370,8 +368,7 @@ class ElasticBert(nn.Module):
         self.layers = nn.ModuleList(Layer(config, h, k) for h, k in zip(*config.arch))
         self.pooler = nn.Linear(C, C)
         self.classifier = nn.Linear(C, num_labels)
-        if not self.pooler.weight.is_meta:
-            self.apply(self._init)
+        self.apply(self._init)
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -767,12 +764,11 @@ def traced(model):
 def widened(model):
     """The same function at full width, as stock BERTs have it: the heads and neurons that a
     sub-BERT dropped are there as zeros; its dropped layers are not."""
-    config = replace(model.config, layer_heads=None, layer_ffn_sizes=None)
-    full = ElasticBert(config, model.num_labels)
-    state = {name: torch.zeros_like(tensor) for name, tensor in full.state_dict().items()}
-    for name, tensor in model.state_dict().items():                      # into the front corners
-        state[name][tuple(slice(n) for n in tensor.shape)] = tensor
-    full.load_state_dict(state, assign=True)
+    full = ElasticBert(replace(model.config, layer_heads=None, layer_ffn_sizes=None),
+                       model.num_labels)
+    own = model.state_dict()
+    for name, tensor in full.state_dict().items():                       # into the front corners
+        tensor.zero_()[tuple(slice(n) for n in own[name].shape)] = own[name]
     return full.eval()
 
 

@@ -689,7 +689,7 @@ def test_teacher_learns_from_labels():
 
 
 @pytest.mark.parametrize("extra", [[], ["--stages", "all", "--reorder"]])
-def test_frozen_teacher(tiny, monkeypatch, extra):
+def test_frozen_teacher(tiny, monkeypatch, capsys, extra):
     """The teacher says what the largest said when smaller sub-BERTs opened, while that moves on."""
     original, said, (ids, types_, mask) = yoco.weight_gradient, [], small_batch()
 
@@ -700,8 +700,13 @@ def test_frozen_teacher(tiny, monkeypatch, extra):
                              for m in (model, teacher)])
             model.train()
         return original(model, batch, archs, autocast, teacher)
+    words = TRAIN + ["--distill", "--freeze-teacher", *extra]
+    if extra:                                           # then it has to be trained before
+        refused(capsys, words, "fine-tune first")
+        assert yoco.main(TRAIN + ["--stages", "largest", "--out", "plain"]) == 0
+        words += ["--bert", "plain"]
     monkeypatch.setattr(yoco, "weight_gradient", spy)
-    assert yoco.main(TRAIN + ["--distill", "--freeze-teacher", *extra]) == 0
+    assert yoco.main(words) == 0
     assert len(said) > 4 and all(torch.equal(teacher, said[0][1]) for _, teacher in said)
     assert torch.equal(*said[0]) and not torch.allclose(*said[-1])
 
@@ -827,6 +832,10 @@ def test_casing_pairs_and_truncation(tmp_path):
     (d / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     (e,) = data.encode([data.Example("Good films", "the Films", 1)], d, 16)
     assert e.input_ids == [2, 1, 1, 3, 10, 9, 11, 3]
+    single = tiny_bert(tmp_path / "single", type_vocab_size=1)
+    for second in ("the film", ""):
+        with pytest.raises(UserError, match="only one token type"):
+            data.encode([data.Example("good", second, 1)], single, 16)
     (e,) = data.encode([data.Example("bad bad bad bad bad bad", "not not", 1)], d, 8)
     assert e.input_ids == [2, 6, 6, 6, 3, 7, 7, 3]      # longest first
 
@@ -1549,6 +1558,7 @@ def test_variants(tiny, capsys, extra, mass):
     if mass == "largest":                               # nothing to search, so no theta
         assert not Path("superbert/tiny/theta.json").exists()
         refused(capsys, TRAIN + extra + ["--distill", "--overwrite"], "only one architecture")
+        refused(capsys, TRAIN + ["--freeze-teacher", "--overwrite"], "needs --distill")
         return refused(capsys, SEARCH + ["--model", "superbert/tiny"], "nothing to search")
     theta = json.loads(Path("superbert/tiny/theta.json").read_text())["theta"]
     tops = [max(t) * len(t) for t in theta]
@@ -1899,6 +1909,10 @@ def test_resume_refuses_other_settings(tiny, capsys):
     assert "nothing to resume, starting afresh" in capsys.readouterr().out
     assert yoco.main(TRAIN + ["--resume"]) == 0
     assert "is finished: nothing to resume" in capsys.readouterr().out
+    run = yoco.read_json("superbert/tiny/run.json")     # of before there was such a setting
+    del run["settings"]["freeze_teacher"]
+    yoco.write_json("superbert/tiny/run.json", **run)
+    assert yoco.main(TRAIN + ["--resume"]) == 0
     refused(capsys, TRAIN + ["--resume", "--seed", "5"], "started with seed = 0, not 5")
     refused(capsys, TRAIN + ["--resume", "--overwrite"], "contradict")
 
@@ -1954,7 +1968,7 @@ def on_ranks(function):
 
 
 @pytest.mark.parametrize("regression, extra", [
-    (False, []), (False, ["--distill", "--reorder", "--archs-per-step", "3"]),
+    (False, []), (False, ["--distill", "--freeze-teacher", "--reorder", "--archs-per-step", "3"]),
     (True, ["--distill", "--stages", "all"])])
 def test_ranks_equal_one_process(tiny, regression, extra):
     """Two ranks train what one process trains on the same batches: weights and losses to 1e-5,

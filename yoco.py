@@ -38,7 +38,6 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import errno
 import hashlib
 import json
 import math
@@ -271,11 +270,11 @@ def make_stages(space, task, steps_per_epoch, scale=1.0):
 # train: Algorithm 1
 # --------------------------------------------------------------------------------------------------
 
-def setting(default, text, low=None, high=2**32, choices=None, positional=False, many=False):
-    """A field of a command's settings: its default, --help text and legal values. positional: given
-    without a flag; many: several values, kept as one string with spaces."""
+def setting(default, text, low=None, high=2**32, choices=None, nargs=None):
+    """A field of a command's settings: its default (None: it must be given), --help text and legal
+    values. nargs: "?", given without a flag; "+", several values, kept as a string with spaces."""
     return dataclasses.field(default=default, metadata=dict(
-        help=text, low=low, high=high, choices=choices, positional=positional, many=many))
+        help=text, low=low, high=high, choices=choices, nargs=nargs))
 
 
 @dataclasses.dataclass
@@ -430,7 +429,10 @@ class Training:
         self.space = (OneArch(self.config.arch) if settings.stages == "largest"
                       else SearchSpace.for_config(self.config))
         sha256 = fingerprint(settings.data)
-        self.split = inherited_split(self.bert, sha256) or [settings.holdout, settings.seed]
+        before = read_run(self.bert) if Path(self.bert, "run.json").exists() else {}
+        # What --bert has learned from must not select: on the same train.tsv its hold-out stays.
+        same = before.get("train_sha256") == sha256
+        self.split = before["held_out"] if same else [settings.holdout, settings.seed]
         kept, self.held = data.split_holdout(self.task.train, *self.split)
         if not kept:
             raise UserError(f"--holdout {settings.holdout} leaves nothing to train on")
@@ -439,20 +441,22 @@ class Training:
         self.per_epoch = math.ceil(len(kept) / settings.batch_size)
         self.interval = settings.controller_interval or max(1, self.per_epoch // 20)
         self.stages = make_stages(self.space, self.task.name, self.per_epoch, settings.epochs)
+        self.steps = self.stages[-1].first + self.stages[-1].steps
         if settings.stages == "all":                                 # in as many steps
-            last = self.stages[-1]
-            self.stages = [dataclasses.replace(last, first=0, steps=last.first + last.steps)]
-        self.first_elastic = next((s for s in self.stages             # the first with a choice
-                                   if len(s.depths + s.heads + s.ffn_sizes) > 3), None)
-        if not self.first_elastic and (settings.reorder or settings.distill):
+            self.stages = [dataclasses.replace(self.stages[-1], first=0, steps=self.steps)]
+        self.first_elastic = self.stages[:2][-1]                     # after the largest alone
+        if self.space.size() == 1 and (settings.reorder or settings.distill):
             raise UserError("only one architecture is trained here: --reorder and --distill are "
                             "for those smaller than the largest")
         if settings.freeze_teacher and not settings.distill:
             raise UserError("--freeze-teacher needs --distill")
-        self.steps = self.stages[-1].first + self.stages[-1].steps
+        if settings.freeze_teacher and settings.stages == "all" and not before:
+            raise UserError("--freeze-teacher with --stages all freezes what training starts with: "
+                            "fine-tune first (--stages largest), and name that with --bert")
         self.lr = settings.lr or LEARNING_RATES.get(self.task.name, LEARNING_RATES["default"])
         self.P, self.rng = Categorical(self.space.categories), np.random.default_rng(settings.seed)
         self.teacher = self.model if settings.distill else None
+        self.nets = torch.nn.ModuleDict({"model": self.model})       # what a checkpoint holds
         self.optimizer, self.K, self.t, self.order = new_optimizer(self.model), 1.0, 0, None
         self.output.begin(self.restore, train_sha256=sha256)
         self.progress = Progress(self.t, self.steps)
@@ -496,7 +500,7 @@ class Training:
         if self.settings.reorder:
             reorder(self.model, self.importance())
         if self.settings.freeze_teacher:
-            self.teacher = copy.deepcopy(self.model)
+            self.nets["teacher"] = self.teacher = copy.deepcopy(self.model)
 
     def importance(self):
         """The importance of every head and neuron, for `reorder`: |sum of w dL/dw| over its output
@@ -530,9 +534,7 @@ class Training:
 
     def save(self, done):
         """One file with everything that the next step depends on; `restore` reads it back."""
-        tensors = {f"model.{name}": w for name, w in self.model.state_dict().items()}
-        if self.teacher not in (None, self.model):
-            tensors |= {f"teacher.{name}": w for name, w in self.teacher.state_dict().items()}
+        tensors = self.nets.state_dict()                             # model.*, teacher.*
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": moment for name, moment in moments.items()}
         own = {"rng": torch.get_rng_state()}
@@ -554,18 +556,13 @@ class Training:
         torch.set_rng_state(states[f"rng{rank() or ''}"])
         if "cuda_rng" in states:
             torch.cuda.set_rng_state(states[f"cuda_rng{rank() or ''}"])
-        weights, moments = {"model": {}, "teacher": {}}, {}
-        for name, tensor in tensors.items():
-            kind, name = name.split(".", 1)
-            if kind == "adam":
-                i, moment = name.split(".")
-                moments.setdefault(int(i), {})[moment] = tensor
-            else:
-                weights[kind][name] = tensor
-        self.model.load_state_dict(weights["model"])
-        if weights["teacher"]:                                       # was frozen before
-            self.teacher = copy.deepcopy(self.model)
-            self.teacher.load_state_dict(weights["teacher"])
+        moments = {}
+        for name in [name for name in tensors if name.startswith("adam.")]:
+            _, i, moment = name.split(".")
+            moments.setdefault(int(i), {})[moment] = tensors.pop(name)
+        if any(name.startswith("teacher.") for name in tensors):     # was frozen before
+            self.nets["teacher"] = self.teacher = copy.deepcopy(self.model)
+        self.nets.load_state_dict(tensors)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
@@ -620,10 +617,10 @@ class SearchSettings(Arithmetic):
     resume: bool = setting(False, "continue an interrupted search")
     max_params: str = setting("", "budget: parameters of embeddings, encoder and pooler, written "
                                   "as 60000000, 60e6, 60M or 0.5x (of the full model); of several, "
-                                  "each is searched, with one memo of scores", many=True)
+                                  "each is searched, with one memo of scores", nargs="+")
     max_flops: str = setting("", "budget: FLOPs of encoder and pooler at 128 tokens, likewise",
-                             many=True)
-    max_latency: str = setting("", "budget: milliseconds on this machine, likewise", many=True)
+                             nargs="+")
+    max_latency: str = setting("", "budget: milliseconds on this machine, likewise", nargs="+")
     latency_batch: int = setting(1, "sequences that are timed together", low=1)
     latency_length: int = setting(128, "their tokens", low=1)
     pareto: int = setting(0, "so many budgets, spread over the space, and the front of all that "
@@ -688,7 +685,6 @@ class Searching:
         if self.trained.get("train_sha256") != sha256:
             raise UserError(f"{self.trained['data']}/train.tsv has changed since the training of "
                             f"{self.directory}: its hold-out is lost, so train again")
-
         self.model = data.load_trained(self.directory, task).to(self.device)
         kind, (wish,) = wishes(settings)
         self.cost = cost or measure(kind, settings, self.model, self.autocast)           # T(m)
@@ -1029,15 +1025,6 @@ def read_run(directory):
     return run
 
 
-def inherited_split(bert, sha256):
-    """The [share, seed] of the hold-out of the model that a training starts from, where that was
-    trained on the same train.tsv: what it has seen must not select. None of another BERT."""
-    if not Path(bert, "run.json").exists():
-        return None
-    run = read_run(bert)
-    return run["held_out"] if run.get("train_sha256") == sha256 else None
-
-
 def fingerprint(directory):
     """The sha256 of a data directory's train.tsv: the hold-out is a part of exactly that file."""
     return hashlib.sha256((Path(directory) / "train.tsv").read_bytes()).hexdigest()
@@ -1065,15 +1052,13 @@ def load_theta(path, space):
 @dataclasses.dataclass
 class EvalSettings(Arithmetic):
     """Score a sub-BERT, or a super-BERT's largest, most likely and smallest, on a dev set."""
-    model: str = setting("", "directory that train or search wrote")
+    model: str = setting(None, "directory that train or search wrote")
     data: str = setting("", "data directory; without it the one the model was trained on")
 
 
 def evaluate(settings):
     """Print architecture, parameters, FLOPs, latency and dev metrics. Returns the metrics in %, of
     a super-BERT those of the largest."""
-    if not settings.model:
-        raise UserError("name the model with --model")
     device, autocast = arithmetic(settings.device, settings.precision)
     run = read_run(settings.model)
     task = data.load_task(settings.data or run["data"])
@@ -1122,8 +1107,8 @@ def measure(kind, settings, model, autocast):
 @dataclasses.dataclass
 class PredictSettings(Arithmetic):
     """Print label and probabilities of texts: one per line, or two with a tab between them."""
-    file: str = setting("-", "the texts; - is standard input", positional=True)
-    model: str = setting("", "directory that train or search wrote")
+    file: str = setting("-", "the texts; - is standard input", nargs="?")
+    model: str = setting(None, "directory that train or search wrote")
     json: bool = setting(False, "a JSON object per line instead of columns")
     glue: str = setting("", "data directory with test.tsv: write GLUE's submission file instead")
     out: str = setting("submission", "directory of that file")
@@ -1132,8 +1117,6 @@ class PredictSettings(Arithmetic):
 
 def predict(settings):
     """Print a line per line of the file, at once where that is standard input; or `data.submit`."""
-    if not settings.model:
-        raise UserError("name the model with --model")
     device, autocast = arithmetic(settings.device, settings.precision)
     model = load_bert(settings.model).to(device)
     if settings.glue and settings.file != "-":
@@ -1150,12 +1133,10 @@ def predict(settings):
         texts = data.read_texts(lines, settings.file)
         for label, probabilities in data.predict(model, settings.model, texts, autocast,
                                                  1 if interactive else 32):
-            if settings.json:
-                print(json.dumps({"label": label, "probabilities": probabilities}), flush=True)
-            else:
-                shares = [f"{name} {share:.4f}" for name, share in probabilities.items()]
-                label = label if probabilities else f"{label:.4f}"
-                print("\t".join([label, *shares]), flush=True)
+            shares = [f"{name} {share:.4f}" for name, share in probabilities.items()]
+            columns = "\t".join([label if shares else f"{label:.4f}", *shares])
+            record = json.dumps({"label": label, "probabilities": probabilities})
+            print(record if settings.json else columns, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1165,7 +1146,7 @@ def predict(settings):
 @dataclasses.dataclass
 class ExportSettings:
     """Write a model as others load it, and check that it computes the same."""
-    model: str = setting("", "directory that search wrote, or train with --stages largest")
+    model: str = setting(None, "directory that search wrote, or train with --stages largest")
     format: str = setting("onnx", "onnx; hf: a Hugging Face directory of full width; torch: a "
                                   "torch.export file", choices=("onnx", "hf", "torch"))
     out: str = setting("", "directory to write; without it export/<name of the model>-<format>")
@@ -1175,13 +1156,10 @@ class ExportSettings:
 def export(settings):
     """Write the model and its tokenizer; print its size and the greatest difference of the logits
     on real text, computed by the other's loader. Returns that difference."""
-    if not settings.model:
-        raise UserError("name the model with --model")
-    here, out = Path(settings.model), Path(settings.out)
+    here = Path(settings.model)
+    out = Path(settings.out or f"export/{here.resolve().name}-{settings.format}")
     if (here / "theta.json").exists():
         raise UserError(f"{here} is a super-BERT: search it, and export what is found")
-    if not settings.out:
-        out = Path("export", f"{here.resolve().name}-{settings.format}")
     if out.resolve() == here.resolve():
         raise UserError(f"--out {out} is what the command reads: choose another")
     if out.exists() and any(out.iterdir()) and not settings.overwrite:
@@ -1271,17 +1249,16 @@ class Output:
             self.compare(before, self.kept_settings())
             self.checkpoint.unlink(missing_ok=True)                  # if killed before that
             raise Finished(f"{self.directory} is finished: nothing to resume")
-        if not settings.overwrite and (finished or foreign or unfinished) and not (
-                settings.resume and unfinished):
-            raise UserError(f"{self.directory} holds " + (
-                "a finished result: choose another --out" if finished else
+        what = ("a finished result: choose another --out" if finished else
                 "an unfinished run: go on with --resume" if unfinished else
-                "another model: choose another --out") + ", or replace it with --overwrite")
+                "another model: choose another --out" if foreign else "")
+        if what and not (settings.overwrite or settings.resume and unfinished):
+            raise UserError(f"{self.directory} holds {what}, or replace it with --overwrite")
 
     def begin(self, restore, **inputs):
         """Open the directory; hand (tensors, state) of a checkpoint to resume from to `restore`.
         `inputs` tell what the run works on; like the settings, they must not have changed."""
-        self.inputs = inputs | ({"world_size": world_size()} if world_size() > 1 else {})
+        self.inputs = inputs | {"world_size": world_size()}
         now = self.kept_settings() | self.inputs
         if not all(theirs == now for theirs in exchange(now)):       # which also waits until all
             raise UserError("the ranks' settings or data differ")    # are ready
@@ -1289,7 +1266,7 @@ class Output:
             return
         try:
             tensors, state = first(self.read)
-            self.compare({"world_size": 1} | state["run"], {"world_size": 1} | now)
+            self.compare(state["run"], now)
             restore(tensors, state)
             if rank() == 0:
                 end = self.log_file.seek(0, os.SEEK_END)
@@ -1337,7 +1314,10 @@ class Output:
         return tensors, json.loads(text)
 
     def compare(self, before, now):
-        """Raise UserError that names the first setting or input that is not as it was."""
+        """Raise UserError that names the first setting or input that is not as it was; a setting
+        newer than the run had its default."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self.settings)}
+        before = {"world_size": 1} | defaults | before
         for name, value in now.items():
             if before.get(name) != value:
                 raise UserError(f"{self.directory} was started with {name} = {before.get(name)!r}, "
@@ -1353,8 +1333,8 @@ class Output:
         if rank() > 0:
             return
         line = json.dumps(record).encode() + b"\n"
-        if self.log_file.write(line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
+        while line:                                                  # a full disk takes a part,
+            line = line[self.log_file.write(line):]                  # then none
 
     def save(self, tensors, **state):
         """Replace the checkpoint, all of it at once. The log that it belongs to is on the disk
@@ -1544,21 +1524,20 @@ def parse(argv):
         sub = commands.add_parser(name, help=kind.__doc__, description=kind.__doc__,
                                   allow_abbrev=False)
         for field in dataclasses.fields(kind):
-            text, choices = field.metadata["help"], field.metadata["choices"]
+            text, choices, nargs = map(field.metadata.get, ("help", "choices", "nargs"))
             form = dict(action="store_true") if field.type is bool else dict(
-                type=field.type, default=field.default, choices=choices,
-                metavar=None if choices else field.type.__name__.upper(),
-                nargs="+" if field.metadata["many"] else None)
+                type=field.type, default=field.default, choices=choices, nargs=nargs,
+                metavar=None if choices or nargs == "?" else field.type.__name__.upper())
+            if field.default is None:
+                form["required"] = True
             shown = f" (default: {field.default})" if field.default else ""
-            if field.metadata["positional"]:
-                sub.add_argument(field.name, help=text + shown, nargs="?", default=field.default)
-            else:
-                sub.add_argument("--" + field.name.replace("_", "-"), help=text + shown, **form)
+            flag = field.name if nargs == "?" else "--" + field.name.replace("_", "-")
+            sub.add_argument(flag, help=text + shown, **form)
     options, unknown = parser.parse_known_args(argv)
     options = vars(options)
     if unknown:
         known = " ".join("--" + field.name.replace("_", "-") for field in dataclasses.fields(
-            COMMANDS[options["command"]][0]) if not field.metadata["positional"])
+            COMMANDS[options["command"]][0]) if field.metadata["nargs"] != "?")
         parser.error(f"unknown: {' '.join(unknown)}; {options['command']} knows {known}")
     kind, function = COMMANDS[options.pop("command")]
     return kind(**{name: " ".join(value) if isinstance(value, list) else value
