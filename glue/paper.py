@@ -414,6 +414,7 @@ def table(number, steps):
           "mean ± sample standard deviation (seeds); then, from\nthe second row on, the paired "
           "difference from the first row [95% interval].\n")
     both = {f"{task} {part}x": (task, dev(part)) for task in TASKS for part in SHARES}
+    ours = ["best", "best, frozen teacher", "best, frozen teacher, long"]
     if number == "1":
         for variant in ("bands", "bands of best"):
             print(f"| {variant}: part of the encoder | " + " | ".join(TASKS) + " |\n"
@@ -423,14 +424,11 @@ def table(number, steps):
                     cells, task, variant, dev(band))) for task in TASKS) + " |")
             print()
     elif number == "2":
-        parts = {"plain": 1.0} | dict.fromkeys(("first layers", "even layers", "yoco", "best",
-                                                "best, frozen teacher",
-                                                "best, frozen teacher, long"), 0.5)
+        parts = {"plain": 1.0} | dict.fromkeys(["first layers", "even layers", "yoco", *ours], 0.5)
         print("| | " + " | ".join(TASKS) + " |\n" + "|---" * (1 + len(TASKS)) + "|")
         for variant, part in parts.items():
             found = {t: values(cells, t, variant, dev(part)) for t in TASKS}
             print(f"| {variant}, {part}x | " + " | ".join(spread(found[t]) for t in TASKS) + " |")
-        ours = [variant for variant in parts if variant.startswith("best")]
         for variant in ours:
             print(f"| {variant}, less plain | " + " | ".join(difference(
                 values(cells, t, variant, dev(0.5)), values(cells, t, "plain", dev(1.0)))
@@ -465,10 +463,10 @@ def table(number, steps):
     elif number == "ablation":
         uniform = {f"{t} drawn uniformly, hold-out": (t, lambda f: f.get("uniform")) for t in TASKS}
         largest = {f"{t} largest": (t, dev(1.0)) for t in TASKS}
-        compare(cells, ["yoco", "reorder", "distill", "even", "all stages at once",
-                        "reorder + distill", "reorder + distill + even", "best",
-                        "best, frozen teacher", "best, frozen teacher, long", "plain",
-                        "first layers", "even layers"], largest | both | uniform)
+        rows = ["yoco", "reorder", "distill", "even", "all stages at once", "reorder + distill",
+                "reorder + distill + even", "best", "plain", "first layers", "even layers"]
+        for variants in (rows, ours):
+            compare(cells, variants, largest | both | uniform)
     elif number == "defaults":
         compare(cells, ["yoco", "small delta", "lambda 4", "lambda 4, small delta"],
                 {f"{t} {what}, hold-out": (t, getter) for t in TASKS for what, getter in
