@@ -2414,6 +2414,11 @@ def test_paper_statistics():
              ("RTE", "plain"): cell((60, 0)), ("RTE", "best"): cell((0, 63), (0, 50)),
              ("CoLA", "plain"): cell((20, 0))}           # seed 0: 133 of 140; RTE lacks seed 1
     assert paper.kept_by_seed(cells, ["best"]) == (["MRPC", "RTE"], {0: 95.0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper, "TASKS", ("MRPC", "RTE"))
+        tasks = paper.of_all_tasks(cells, "plain")
+        assert {s: [f["scores"][0]["dev"]["score"] for f in facts]
+                for s, facts in tasks.items()} == {0: [80, 60]}
     cells["RTE", "more"] = cell((0, 70))                 # and 140 of 140
     assert paper.kept_by_seed(cells, ["more", "best"]) == (["MRPC", "RTE"], {0: 100.0})
     minilm = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)

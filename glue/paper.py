@@ -462,12 +462,16 @@ def table(number, steps):
                 ("hold-out, mean of the ten best", lambda f: f["curve"][-1][2]),
                 ("dev of the best", lambda f: f["dev"]["score"]))})
     elif number == "ablation":
-        uniform = {f"{t} drawn uniformly, hold-out": (t, lambda f: f.get("uniform")) for t in TASKS}
-        largest = {f"{t} largest": (t, dev(1.0)) for t in TASKS}
-        rows = ["yoco", "reorder", "distill", "even", "all stages at once", "reorder + distill",
-                "reorder + distill + even", "best", "plain", "first layers", "even layers"]
-        for variants in (rows, ours):
-            compare(cells, variants, largest | both | uniform)
+        fields = {"largest": dev(1.0), **{f"{part}x": dev(part) for part in SHARES},
+                  "drawn uniformly, hold-out": lambda f: f.get("uniform")}
+        columns = {f"{t} {name}": (t, get) for name, get in fields.items() for t in TASKS}
+        compare(cells, ["yoco", "reorder", "distill", "even", "all stages at once",
+                        "reorder + distill", "reorder + distill + even", "best", "plain",
+                        "first layers", "even layers"], columns)
+        means = {f"mean of all, {name}": (
+            "all", lambda tasks, get=get: np.mean([get(facts) for facts in tasks]))
+            for name, get in fields.items()}
+        compare(cells | {("all", v): of_all_tasks(cells, v) for v in ours}, ours, columns | means)
     elif number == "defaults":
         compare(cells, ["yoco", "small delta", "lambda 4", "lambda 4, small delta"],
                 {f"{t} {what}, hold-out": (t, getter) for t in TASKS for what, getter in
@@ -477,6 +481,12 @@ def table(number, steps):
         f["methods"].values() if "methods" in f else (f, *f["scores"]))) / 3600
     print(f"\nAll {len(spent)} cells with {steps} steps: {hours:.1f} hours of one process each, on "
           f"{', '.join(sorted({f['hardware'] for f in spent}))}.")
+
+
+def of_all_tasks(cells, variant):
+    """{seed: the facts of every task}; only seeds that all tasks have."""
+    found = [cells.get((task, variant), {}) for task in TASKS]
+    return {seed: [facts[seed] for facts in found] for seed in set.intersection(*map(set, found))}
 
 
 def kept_by_seed(cells, variants):
