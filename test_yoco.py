@@ -2416,9 +2416,14 @@ def test_paper_statistics():
     assert paper.kept_by_seed(cells, ["best"]) == (["MRPC", "RTE"], {0: 95.0})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paper, "TASKS", ("MRPC", "RTE"))
-        tasks = paper.of_all_tasks(cells, "plain")
-        assert {s: [f["scores"][0]["dev"]["score"] for f in facts]
-                for s, facts in tasks.items()} == {0: [80, 60]}
+        patch.setattr(paper, "SHARES", (0.5,))
+        for facts, uniform in ((cells["MRPC", "best"][0], 70), (cells["RTE", "best"][0], 50)):
+            facts |= {"uniform": uniform, "scores": [s | {"holdout": {"score": uniform}}
+                                                     for s in facts["scores"]]}
+        del cells["RTE", "best"][1]
+        assert paper.mean_of_tasks(cells, "best") == {0: {"uniform": 60, "scores": [
+            dict(budget=1.0, dev={"score": 0}, holdout={"score": 60}),
+            dict(budget=0.5, dev={"score": 66.5}, holdout={"score": 60})]}}
     cells["RTE", "more"] = cell((0, 70))                 # and 140 of 140
     assert paper.kept_by_seed(cells, ["more", "best"]) == (["MRPC", "RTE"], {0: 100.0})
     minilm = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)

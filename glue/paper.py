@@ -74,6 +74,13 @@ ELASTIC = {
 }
 LENGTH = {"lambda 4": 0.5, "lambda 4, small delta": 0.5, "best, frozen teacher, long": 3}  # else 1
 RATES = ("2e-4", "2e-5", "2e-6", "2e-7")
+
+
+def tuned(variant):
+    """The variants that fine-tune the sub-BERT that another found, one for each rate."""
+    return [f"{variant}, tuned {rate}" for rate in RATES]
+
+
 BANDS = {"A": (0.18, 0.36), "B": (0.36, 0.55), "C": (0.55, 0.73), "D": (0.73, 0.91)}
 METHODS = ("sng", "evolution", "random")
 METHOD_EVALUATIONS = 60
@@ -81,7 +88,7 @@ METHOD_EVALUATIONS = 60
 # needs the super-BERT of a variant: fine-tuning its sub-BERT, Fig. 3's methods, Tab. 1's bands.
 OTHERS = (["plain", "first layers", "even layers", "methods", "methods of best", "bands",
            "bands of best"]
-          + [f"{v}, tuned {r}" for v in ("yoco", "best", "HAT", "OFA") for r in RATES])
+          + tuned("yoco") + tuned("best") + tuned("HAT") + tuned("OFA"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,16 +346,11 @@ def load(steps):
     return cells
 
 
-def dev(part):
-    """A getter of the dev score under a budget; None where a cell has none."""
-    return lambda facts: next((s["dev"]["score"] for s in facts["scores"]
+def at(part, on="dev"):
+    """A getter of the score, on "dev" or "holdout", under a budget or in a band; None where a cell
+    has none."""
+    return lambda facts: next((s[on]["score"] for s in facts["scores"]
                                if s.get("budget", s.get("band")) == part), None)
-
-
-def holdout(facts):
-    """The hold-out score of what was found under the smaller budget."""
-    return next((s["holdout"]["score"] for s in facts["scores"] if s.get("budget") == SHARES[-1]),
-                None)
 
 
 def values(cells, task, variant, getter):
@@ -375,22 +377,20 @@ def difference(found, reference):
     return f"{np.mean(x):+.1f} [{np.mean(x) - half:+.1f}, {np.mean(x) + half:+.1f}]"
 
 
-def compare(cells, variants, columns):
-    """Print a row per variant; columns: {title: (task, getter)}. Every field also has the paired
-    difference from the first variant."""
-    columns = {title: (task, getter) for title, (task, getter) in columns.items()
-               if any(values(cells, task, variant, getter) for variant in variants)}
-    if not columns:
+def compare(cells, variants, fields):
+    """Print a row per variant, and for every task and field, {name: getter}, a column, those that
+    are empty left out. Each also has the paired difference from the first variant."""
+    found = {(task, name): [values(cells, task, variant, getter) for variant in variants]
+             for task in (*TASKS, "mean of all,") for name, getter in fields.items()}
+    found = {column: rows for column, rows in found.items() if any(rows)}
+    if not found:
         return
-    print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
-    for variant in variants:
-        fields = []
-        for task, getter in columns.values():
-            found = values(cells, task, variant, getter)
-            less = difference(found, values(cells, task, variants[0], getter))
-            fields.append(spread(found) + (f"; {less}" if less and variant != variants[0] else ""))
-        if any(fields):
-            print(f"| {variant} | " + " | ".join(fields) + " |")
+    print("| | " + " | ".join(map(" ".join, found)) + " |\n|---" + "|---" * len(found) + "|")
+    for i, variant in enumerate(variants):
+        less = [difference(rows[i], rows[0]) if i else "" for rows in found.values()]
+        row = [spread(rows[i]) + ("; " + d if d else "") for rows, d in zip(found.values(), less)]
+        if any(row):
+            print(f"| {variant} | " + " | ".join(row) + " |")
     print()
 
 
@@ -405,6 +405,25 @@ QUOTED = """| *quoted from the paper's Tab. 2: BERT-base, its own row selected o
 | YOCO-BERT, 59 to 67 M | 90.3 | 72.9 | 59.8 | | 92.8 |"""
 
 
+UNDER = {f"{part}x": at(part) for part in SHARES}
+UNIFORM = {"drawn uniformly, hold-out": lambda facts: facts.get("uniform")}
+FIELDS = {"largest": at(1.0), **UNDER, **UNIFORM}
+OURS = ["best", "best, frozen teacher", "best, frozen teacher, long"]
+
+# table: its parts; of each the rows, whose first is what the others are compared with, and fields
+COMPARISONS = {
+    "3": [(["yoco", "HAT", "OFA", *tuned("HAT"), *tuned("OFA")], UNDER)],
+    "4": [(["yoco", "exploit only", "explore only", "permuted losses"], UNDER),
+          (["best", "best, exploit only", "best, explore only", "best, permuted losses"], UNDER)],
+    "5": [([variant, *tuned(variant)], {"0.5x": at(0.5)}) for variant in ("yoco", "best")],
+    "ablation": [(["yoco", "reorder", "distill", "even", "all stages at once", "reorder + distill",
+                   "reorder + distill + even", "best", "plain", "first layers", "even layers"],
+                  FIELDS), (OURS, FIELDS)],
+    "defaults": [(["yoco", "small delta", "lambda 4", "lambda 4, small delta"],
+                  {"found at 0.5x, hold-out": at(0.5, "holdout"), **UNIFORM})],
+}
+
+
 def table(number, steps):
     """Print one table over the cells with so many steps."""
     cells = load(steps)
@@ -413,69 +432,12 @@ def table(number, steps):
           "Matthews; STS-B: mean of Pearson and Spearman),\nwhere a column does not say hold-out: "
           "mean ± sample standard deviation (seeds); then, from\nthe second row on, the paired "
           "difference from the first row [95% interval].\n")
-    both = {f"{task} {part}x": (task, dev(part)) for task in TASKS for part in SHARES}
-    ours = ["best", "best, frozen teacher", "best, frozen teacher, long"]
-    if number == "1":
-        for variant in ("bands", "bands of best"):
-            print(f"| {variant}: part of the encoder | " + " | ".join(TASKS) + " |\n"
-                  + "|---" * (1 + len(TASKS)) + "|")
-            for band, (low, high) in BANDS.items():
-                print(f"| {band}: {low} to {high} | " + " | ".join(spread(values(
-                    cells, task, variant, dev(band))) for task in TASKS) + " |")
-            print()
-    elif number == "2":
-        parts = {"plain": 1.0} | dict.fromkeys(["first layers", "even layers", "yoco", *ours], 0.5)
-        print("| | " + " | ".join(TASKS) + " |\n" + "|---" * (1 + len(TASKS)) + "|")
-        for variant, part in parts.items():
-            found = {t: values(cells, t, variant, dev(part)) for t in TASKS}
-            print(f"| {variant}, {part}x | " + " | ".join(spread(found[t]) for t in TASKS) + " |")
-        for variant in ours:
-            print(f"| {variant}, less plain | " + " | ".join(difference(
-                values(cells, t, variant, dev(0.5)), values(cells, t, "plain", dev(1.0)))
-                for t in TASKS) + " |")
-        print(QUOTED)
-        for variants in (ours[:1], ours[1:2], ours[:0:-1]):
-            tasks, kept = kept_by_seed(cells, variants)
-            if kept:
-                print(f"\n{'; else '.join(variants)}, at half of the encoder keeps, in % of plain "
-                      f"fine-tuning's mean over {', '.join(tasks)}, by seed: {spread(kept)}; less "
-                      f"the aim, 99: {difference(kept, dict.fromkeys(kept, 99))}")
-    elif number == "3":
-        compare(cells, ["yoco", "HAT", "OFA"] + [f"{v}, tuned {r}" for v in ("HAT", "OFA")
-                                                 for r in RATES], both)
-    elif number == "4":
-        for start in ("", "best, "):
-            compare(cells, [start.strip(", ") or "yoco"] + [start + what for what in (
-                "exploit only", "explore only", "permuted losses")], both)
-    elif number == "5":
-        for variant in ("yoco", "best"):
-            compare(cells, [variant] + [f"{variant}, tuned {rate}" for rate in RATES],
-                    {f"{task} {SHARES[-1]}x": (task, dev(SHARES[-1])) for task in TASKS})
-    elif number == "methods":
-        for variant, start in (("methods", ""), ("methods of best", "best: ")):
-            rows = [start + method for method in METHODS]
-            found = {(t, row): {seed: f["methods"][method]
-                                for seed, f in cells.get((t, variant), {}).items()}
-                     for t in TASKS for row, method in zip(rows, METHODS)}
-            compare(found, rows, {f"{t} {what}": (t, getter) for t in TASKS for what, getter in (
-                ("hold-out, best", lambda f: f["curve"][-1][1]),
-                ("hold-out, mean of the ten best", lambda f: f["curve"][-1][2]),
-                ("dev of the best", lambda f: f["dev"]["score"]))})
-    elif number == "ablation":
-        fields = {"largest": dev(1.0), **{f"{part}x": dev(part) for part in SHARES},
-                  "drawn uniformly, hold-out": lambda f: f.get("uniform")}
-        columns = {f"{t} {name}": (t, get) for name, get in fields.items() for t in TASKS}
-        compare(cells, ["yoco", "reorder", "distill", "even", "all stages at once",
-                        "reorder + distill", "reorder + distill + even", "best", "plain",
-                        "first layers", "even layers"], columns)
-        means = {f"mean of all, {name}": (
-            "all", lambda tasks, get=get: np.mean([get(facts) for facts in tasks]))
-            for name, get in fields.items()}
-        compare(cells | {("all", v): of_all_tasks(cells, v) for v in ours}, ours, columns | means)
-    elif number == "defaults":
-        compare(cells, ["yoco", "small delta", "lambda 4", "lambda 4, small delta"],
-                {f"{t} {what}, hold-out": (t, getter) for t in TASKS for what, getter in
-                 (("found at 0.5x", holdout), ("drawn uniformly", lambda f: f["uniform"]))})
+    if number in COMPARISONS:
+        means = {("mean of all,", v): mean_of_tasks(cells, v) for v in ELASTIC}
+        for variants, fields in COMPARISONS[number]:
+            compare(cells | means, variants, fields)
+    else:
+        {"1": table_1, "2": table_2, "methods": table_methods}[number](cells)
     spent = [f for of_seed in cells.values() for f in of_seed.values()]
     hours = sum(part.get("seconds", 0) for f in spent for part in (       # else yoco's or best's
         f["methods"].values() if "methods" in f else (f, *f["scores"]))) / 3600
@@ -483,10 +445,63 @@ def table(number, steps):
           f"{', '.join(sorted({f['hardware'] for f in spent}))}.")
 
 
-def of_all_tasks(cells, variant):
-    """{seed: the facts of every task}; only seeds that all tasks have."""
+def heading(title):
+    """Print the first two lines of a table with a column per task."""
+    print(f"| {title} | " + " | ".join(TASKS) + " |\n" + "|---" * (1 + len(TASKS)) + "|")
+
+
+def table_1(cells):
+    """Bands of sizes."""
+    for variant in ("bands", "bands of best"):
+        heading(f"{variant}: part of the encoder")
+        for band, (low, high) in BANDS.items():
+            print(f"| {band}: {low} to {high} | " + " | ".join(
+                spread(values(cells, task, variant, at(band))) for task in TASKS) + " |")
+        print()
+
+
+def table_2(cells):
+    """Half of the encoder against all of it, the paper's rows, and what is kept over all tasks."""
+    heading("")
+    for variant in ("plain", "first layers", "even layers", "yoco", *OURS):
+        part = 1.0 if variant == "plain" else 0.5
+        print(f"| {variant}, {part}x | " + " | ".join(
+            spread(values(cells, task, variant, at(part))) for task in TASKS) + " |")
+    for variant in OURS:
+        print(f"| {variant}, less plain | " + " | ".join(difference(
+            values(cells, task, variant, at(0.5)), values(cells, task, "plain", at(1.0)))
+            for task in TASKS) + " |")
+    print(QUOTED)
+    for variants in (OURS[:1], OURS[1:2], OURS[:0:-1]):
+        tasks, kept = kept_by_seed(cells, variants)
+        if kept:
+            print(f"\n{'; else '.join(variants)}, at half of the encoder keeps, in % of plain "
+                  f"fine-tuning's mean over {', '.join(tasks)}, by seed: {spread(kept)}; less the "
+                  f"aim, 99: {difference(kept, dict.fromkeys(kept, 99))}")
+
+
+def table_methods(cells):
+    """What three ways of searching one super-BERT find."""
+    for variant, start in (("methods", ""), ("methods of best", "best: ")):
+        rows = [start + method for method in METHODS]
+        found = {(task, row): {seed: facts["methods"][method] for seed, facts in cells.get(
+            (task, variant), {}).items()} for task in TASKS for row, method in zip(rows, METHODS)}
+        compare(found, rows, {"hold-out, best": lambda f: f["curve"][-1][1],
+                              "hold-out, mean of the ten best": lambda f: f["curve"][-1][2],
+                              "dev of the best": lambda f: f["dev"]["score"]})
+
+
+def mean_of_tasks(cells, variant):
+    """{seed: the means over all tasks, as one cell}; only seeds that all tasks have."""
     found = [cells.get((task, variant), {}) for task in TASKS]
-    return {seed: [facts[seed] for facts in found] for seed in set.intersection(*map(set, found))}
+    means = {}
+    for seed in set.intersection(*map(set, found)):
+        def mean(getter):
+            return float(np.mean([getter(facts[seed]) for facts in found]))
+        means[seed] = dict(uniform=mean(lambda facts: facts["uniform"]), scores=[
+            {on: {"score": mean(at(part, on))} for on in ("dev", "holdout")} | {"budget": part}
+            for part in (1.0, *SHARES)])
+    return means
 
 
 def kept_by_seed(cells, variants):
@@ -496,8 +511,8 @@ def kept_by_seed(cells, variants):
     pairs = {}
     for task in TASKS:
         for variant in variants[::-1]:                               # the first one stays
-            if half := values(cells, task, variant, dev(0.5)):
-                pairs[task] = half, values(cells, task, "plain", dev(1.0))
+            if half := values(cells, task, variant, at(0.5)):
+                pairs[task] = half, values(cells, task, "plain", at(1.0))
     seeds = set.intersection(*(set(a) & set(b) for a, b in pairs.values())) if pairs else ()
     return list(pairs), {seed: 100 * sum(half[seed] for half, _ in pairs.values())
                          / sum(full[seed] for _, full in pairs.values()) for seed in sorted(seeds)}
@@ -582,8 +597,7 @@ def main(argv=None):
     parser.add_argument("--data", default="glue", help="where the tasks' directories are")
     parser.add_argument("--bert", default="all-MiniLM-L6-v2")
     parser.add_argument("--work", default="superbert/paper", help="where models go")
-    known = dict(run=[None], table=[*"12345", "ablation", "defaults", "methods"],
-                 figure=["2", "3"])
+    known = dict(run=[None], table=["1", "2", *COMPARISONS, "methods"], figure=["2", "3"])
     try:
         options = parser.parse_args(argv)
         if options.number not in known[options.command]:
