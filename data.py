@@ -377,7 +377,7 @@ def read_texts(file, name):
     """Yield an Example per line of a binary file: one text, or two with a tab between them."""
     for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 2), b""), 1):
         where = f"{name}, line {number}"
-        if len(line) > LONGEST_LINE:
+        if len(line.rstrip(b"\r\n")) > LONGEST_LINE:
             raise UserError(f"{where}: more than {LONGEST_LINE:,} bytes")
         try:
             one, *two = line.decode().rstrip("\r\n").split("\t")

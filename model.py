@@ -260,10 +260,14 @@ class OneArch(SearchSpace):
         """The one architecture."""
         return self.only
 
-    def choices(self, arch):
-        """Its choices, all 0."""
+    def check(self, arch):
+        """Raise UserError unless `arch` is the one."""
         if arch != self.only:
             raise UserError(f"{arch} is not the only architecture here, {self.only}")
+
+    def choices(self, arch):
+        """Its choices, all 0."""
+        self.check(arch)
         return [0] * len(self.categories)
 
 
@@ -644,9 +648,9 @@ class LatencyTable:
     """Predicts T(m), the milliseconds that B sequences of T tokens take, as a sum: embeddings and
     head, plus for each layer the time of its operation (heads, FFN size). The last layer, which
     computes [CLS] alone, has times of its own. The sum is scaled to fit 20 whole architectures.
-    ms: the times of an earlier table; None: measure them now."""
+    ms: these times, set by `measure` or taken from another rank or run."""
 
-    def __init__(self, model, B, T, autocast, ms=None):
+    def __init__(self, model, B, T, autocast):
         if T > model.config.max_position_embeddings:
             raise UserError(f"{T} tokens to time; the model has "
                             f"{model.config.max_position_embeddings} positions: give "
@@ -654,9 +658,6 @@ class LatencyTable:
         self.model, self.B, self.T, self.autocast = model.eval(), B, T, autocast
         self.space = SearchSpace.for_config(model.config)
         self.operations = [(h, k) for k in self.space.ffn_sizes for h in self.space.heads]
-        self.ms = ms
-        if not ms:
-            self.measure()
 
     def measure(self):
         """Set `ms`: layer, one for each operation; last, the same for the last layer; rest; scale.

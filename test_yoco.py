@@ -1485,6 +1485,7 @@ def test_latency(tiny, monkeypatch, capsys):
         perf_counter=lambda: clock[0]))
     model = small_model()
     table = model_module.LatencyTable(model, 2, 5, contextlib.nullcontext)
+    table.measure()
 
     def truth(arch):
         *ms, last = [h + k / 7 for h, k in zip(*arch)]
@@ -1499,7 +1500,10 @@ def test_latency(tiny, monkeypatch, capsys):
     words = ["search", "--max-latency", "30", "--evaluations", "30", "--latency-length", "8", *CPU]
     monkeypatch.setattr(yoco.Searching, "scorer",       # the slower, the better
                         lambda run, parts: lambda arch: {"score": truth(arch)})
+    full, rewarded = set(), yoco.reward
+    monkeypatch.setattr(yoco, "reward", lambda *args: full.add(args[3]) or rewarded(*args))
     assert yoco.main(words) == 0
+    assert len(full) > 1                                # T(M) grows with every miss
     run = yoco.read_run("subbert/tiny-30-latency")
     arch = Arch(**run["arch"])
     real = truth(arch) + 20 * (arch.depth > 3)
@@ -1509,8 +1513,12 @@ def test_latency(tiny, monkeypatch, capsys):
     assert [status for status, _ in ranks] == [0, 0], ranks
     assert result_bytes("two") == result_bytes("subbert/tiny-30-latency")
     assert log_of("two") == log_of("subbert/tiny-30-latency")
-    words = [*words, "--max-latency", "0.6x", "--checkpoint-every", "1"]
+    words = [*words, "--max-latency", "0.6x", "--checkpoint-every", "1", "--evaluations", "29"]
+    saved, save = [], yoco.Output.save
+    monkeypatch.setattr(yoco.Output, "save", lambda self, tensors, **state: (
+        saved.append(state["asked"]), save(self, tensors, **state)))
     assert yoco.main(words + ["--out", "whole"]) == 0
+    assert saved == [record["asked"] for record in log_of("whole")] and 31 in saved
     after, count = yoco.Searching.after_step, itertools.count(1)
 
     def stop(self, archs):

@@ -165,7 +165,7 @@ def natural_gradient(theta, samples, utilities):
 
 def fisher_norm(theta, gradient):
     """||g||, the root of sum g^2 / theta: the length of a step in the Fisher metric of P_theta.
-    Over all K categories this equals g' F g over the K - 1 free ones."""
+    Over all K categories that sum equals g' F g over the K - 1 free ones."""
     return math.sqrt(sum((g[t > 0] ** 2 / t[t > 0]).sum() for t, g in zip(theta, gradient)))
 
 
@@ -540,7 +540,7 @@ class Training:
         own = {"rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             own["cuda_rng"] = torch.cuda.get_rng_state()
-        for i, states in enumerate(exchange(own)):                   # rng, rng1, rng2, ...
+        for i, states in enumerate(all_gather(own)):                 # rng, rng1, rng2, ...
             tensors |= {f"{name}{i or ''}": value for name, value in states.items()}
         self.output.save(tensors, t=done, K=self.K, rng=self.rng.bit_generator.state,
                          theta=self.P.tolist())
@@ -567,7 +567,7 @@ class Training:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def finish(self):
-        """Score three sub-BERTs on the hold-out, and write the super-BERT: rank 0 does."""
+        """Score the `landmarks` on the hold-out, and write the super-BERT: rank 0 does."""
         if rank() > 0:
             return None
         holdout = {}
@@ -656,7 +656,8 @@ def search(settings, memo=None, cost=None):
         n = min(settings.archs_per_step, run.until - run.asked)
         archs = [run.propose() for _ in range(n)]
         memo.update(run.scores([m for m in dict.fromkeys(archs) if m not in memo]))
-        rewards = [reward(memo[m], run.cost(m), run.budget, run.full_cost) for m in archs]
+        full_cost = run.cost(space.largest())                        # T(M): a latency may be mended
+        rewards = [reward(memo[m], run.cost(m), run.budget, full_cost) for m in archs]
         if settings.method == "sng":
             P.step([space.choices(m) for m in archs], [-r for r in rewards], settings.delta)
         run.after_step(archs)
@@ -689,7 +690,6 @@ class Searching:
         kind, (wish,) = wishes(settings)
         self.cost = cost or measure(kind, settings, self.model, self.autocast)           # T(m)
         self.table = self.cost if isinstance(self.cost, LatencyTable) else None
-        self.full_cost = self.cost(self.space.largest())
         self.budget = parse_budget(wish, self.cost, self.space)
         _, held = data.split_holdout(task.train, *self.trained["held_out"])
         if settings.select_on == "holdout" and not held:
@@ -700,7 +700,8 @@ class Searching:
         self.output.begin(self.restore, train_sha256=sha256, trained=self.trained["finished"])
         self.progress = Progress(self.asked, self.until)
         print(f"searching {self.directory} for T(m) < {self.budget:,.12g} {UNITS[kind]} "
-              f"({self.budget / self.full_cost:.3f}x), selecting on {settings.select_on}")
+              f"({self.budget / self.cost(self.space.largest()):.3f}x), selecting on "
+              f"{settings.select_on}")
 
     def scorer(self, parts):
         """`data.scorer` over lists of examples."""
@@ -710,7 +711,7 @@ class Searching:
     def scores(self, archs):
         """[(arch, ACC(m) in %)], with inherited weights. The ranks share them out; more ranks than
         --archs-per-step, 2 by default, stand idle."""
-        found = exchange([self.score(arch)["score"] for arch in archs[rank()::world_size()]])
+        found = all_gather([self.score(arch)["score"] for arch in archs[rank()::world_size()]])
         return [(arch, found[i % len(found)][i // len(found)]) for i, arch in enumerate(archs)]
 
     def propose(self):
@@ -752,10 +753,10 @@ class Searching:
         self.output.log(asked=self.asked, run=len(self.memo) - self.known,
                         best=self.memo.get(best),
                         scores=[[self.space.choices(m), self.memo[m]] for m in archs])
-        if SIGNALS or self.asked % (self.settings.checkpoint_every * len(archs)) == 0:
-            timed = self.table and dict(
-                table=self.table.ms, checked=self.table.checked, budget=self.budget,
-                full_cost=self.full_cost)
+        step = self.asked // self.settings.archs_per_step
+        if SIGNALS or step % self.settings.checkpoint_every == 0:
+            timed = self.table and dict(table=self.table.ms, checked=self.table.checked,
+                                        budget=self.budget)
             self.output.save({}, asked=self.asked, until=self.until, known=self.known,
                              latency=timed, rng=self.rng.bit_generator.state,
                              theta=self.P.tolist(),
@@ -772,7 +773,7 @@ class Searching:
         best = best_fit(self.memo, self.cost, self.budget)
         if best is None or not self.table:
             return True
-        predicted, self.measured = self.cost(best), *first(lambda: self.table.whole([best]))
+        predicted, self.measured = self.cost(best), *on_rank_0(lambda: self.table.whole([best]))
         print(f"{best}: {predicted:.2f} ms predicted, {self.measured:.2f} ms measured")
         if self.measured >= self.budget:
             self.table.ms["scale"][0] *= self.measured / predicted
@@ -793,7 +794,7 @@ class Searching:
             self.table.ms = {name: [float(ms) for ms in timed["table"][name]]
                              for name in self.table.ms}
             self.table.checked = timed["checked"]
-            self.budget, self.full_cost = float(timed["budget"]), float(timed["full_cost"])
+            self.budget = float(timed["budget"])
         self.P.load(state["theta"])
         self.memo.update((self.space.arch(choices), score) for choices, score in state["memo"])
 
@@ -804,7 +805,7 @@ class Searching:
             print("no architecture under the budget was sampled; this is the smallest of the space")
             arch = self.space.smallest()
             if self.table:
-                self.measured, = first(lambda: self.table.whole([arch]))
+                self.measured, = on_rank_0(lambda: self.table.whole([arch]))
                 if self.measured >= self.budget:
                     raise UserError(f"no sub-BERT keeps {self.budget:.4g} ms: the smallest takes "
                                     f"{self.measured:.2f} ms")
@@ -876,7 +877,7 @@ def search_all(settings, kind, texts, memo):
             runs.append(search(part, memo, cost))
         except Finished as fact:                                     # with --resume
             print(fact)
-            run, known = first(lambda out=part.out: (read_run(out), scores_in(out, space)))
+            run, known = on_rank_0(lambda out=part.out: (read_run(out), scores_in(out, space)))
             if run.get("trained") != trained["finished"]:
                 raise UserError(f"{part.out} was found in an earlier {settings.model}: begin anew "
                                 "with --overwrite") from None
@@ -912,7 +913,7 @@ def pareto_budgets(settings, cost, space):
                     isinstance(t, str) and re.fullmatch(r"[01]\.\d{4}x", t) for t in texts)):
             raise UserError(f"{path} is damaged: begin anew with --overwrite")
         return texts
-    if texts := first(there):
+    if texts := on_rank_0(there):
         return texts
     least = cost(space.smallest()) / cost(space.largest())
     shares = [least + (1 - least) * (i + 1) / settings.pareto for i in range(settings.pareto)]
@@ -1000,7 +1001,7 @@ def latest_superbert():
     """The directory in superbert/ whose training finished last."""
     runs = [(read_run(path.parent)["finished"], str(path.parent))
             for path in Path("superbert").glob("*/run.json")
-            if path.with_name("theta.json").exists()]                # else a sub-BERT
+            if path.with_name("theta.json").exists()]                # else nothing to search
     if not runs:
         raise UserError("there is no finished super-BERT in superbert/: run `python yoco.py train` "
                         "first, or name one with --model")
@@ -1083,13 +1084,12 @@ def evaluate(settings):
 def measure(kind, settings, model, autocast):
     """T: a function arch -> parameters, FLOPs, or milliseconds on this machine."""
     if kind == "latency":
-        options = model, settings.latency_batch, settings.latency_length, autocast
+        cost = LatencyTable(model, settings.latency_batch, settings.latency_length, autocast)
 
         def measured():                                              # on one rank, for all
-            table = LatencyTable(*options)
-            return table.ms, *table.check(seed=1)
-        table, predicted, true = first(measured)
-        cost = LatencyTable(*options, table)
+            cost.measure()
+            return cost.ms, *cost.check(seed=1)
+        cost.ms, predicted, true = on_rank_0(measured)
         cost.checked = dict(spearman=data.spearman(true, predicted), worst_error=max(
             abs(p / t - 1) for p, t in zip(predicted, true)))
         print(f"latency of {cost.B} x {cost.T} tokens, predicted against measured whole, "
@@ -1232,7 +1232,7 @@ class Output:
         for source in map(Path, inputs):
             if source.resolve() == self.directory.resolve():
                 raise UserError(f"--out {self.directory} is what the command reads: choose another")
-        first(self.refuse)
+        on_rank_0(self.refuse)
 
     def refuse(self):
         """Raise UserError (or Finished) where the directory holds what must not be replaced."""
@@ -1260,12 +1260,12 @@ class Output:
         `inputs` tell what the run works on; like the settings, they must not have changed."""
         self.inputs = inputs | {"world_size": world_size()}
         now = self.kept_settings() | self.inputs
-        if not all(theirs == now for theirs in exchange(now)):       # which also waits until all
+        if not all(theirs == now for theirs in all_gather(now)):     # which also waits until all
             raise UserError("the ranks' settings or data differ")    # are ready
-        if not first(self.open):
+        if not on_rank_0(self.open):
             return
         try:
-            tensors, state = first(self.read)
+            tensors, state = on_rank_0(self.read)
             self.compare(state["run"], now)
             restore(tensors, state)
             if rank() == 0:
@@ -1349,7 +1349,7 @@ class Output:
             write_file(self.checkpoint, safetensors.torch.save(
                 tensors, {"state": text, "crc32": checksum(tensors, text)}))
         if SIGNALS:
-            first(lambda: None)                                      # rank 0 has written it
+            on_rank_0(lambda: None)                                  # rank 0 has written it
             raise KeyboardInterrupt
 
     def finish(self, device, **facts):
@@ -1388,9 +1388,9 @@ class Progress:
         """Say that `done` of the steps are done."""
         terminal, now = sys.stderr.isatty(), time.perf_counter()
         if terminal or done == self.total or now - self.shown > 30:
-            self.shown, left = now, (self.total - done) * self.ms(done) / 1000
+            self.shown, left = now, round((self.total - done) * self.ms(done) / 1000)
             line = f"{done}/{self.total}  {text}  {self.ms(done):.0f} ms/step"
-            tell("\r\033[K" * terminal + line + f"  {left // 60:.0f}:{left % 60:02.0f} left",
+            tell("\r\033[K" * terminal + line + f"  {left // 60}:{left % 60:02} left",
                  end="" if terminal and done < self.total else "\n")
 
 
@@ -1403,7 +1403,7 @@ class Progress:
 # prints and knows what is in --out.
 PATIENCE = datetime.timedelta(minutes=30)    # of ranks for each other: a long evaluation takes less
 SIGNALS = []    # where any, train and search stop after the step at hand; the same on all ranks
-HEARD = []      # those that reached this rank; the next exchange makes them every rank's SIGNALS
+HEARD = []      # those that reached this rank; the next all_gather makes them every rank's SIGNALS
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -1473,7 +1473,7 @@ def average(run, losses):
     return list(parts[-1])
 
 
-def exchange(value):
+def all_gather(value):
     """[rank 0's value, rank 1's, ...], on every rank."""
     if world_size() == 1:
         return [value]
@@ -1483,7 +1483,7 @@ def exchange(value):
     return [value for value, _ in found]
 
 
-def first(function):
+def on_rank_0(function):
     """Call `function` on rank 0 only; every rank returns its result, or raises its exception."""
     if world_size() == 1:
         return function()

@@ -9,8 +9,9 @@ our own model: fp32, everything padded to 128 tokens, batches of 8, one architec
 of an idle teacher per step, every architecture of a search evaluated twice. *Hugging Face* is
 `BertForSequenceClassification` at its best: the same precision as ours, batches padded to their
 longest, fused AdamW, and, in speed, our setting of malloc. All contenders take turns within one
-run; figures are medians of `--repeats`, each over `--batches` batches spread evenly over the
-lengths. On a CPU nothing else should run.
+run; figures are medians of `--repeats`: of training over `--batches` batches spread evenly over the
+lengths, of evaluation over all of dev (the authors' way: over five such batches). On a CPU nothing
+else should run.
 
 A pass is one example through one architecture, forward and backward. FLOPs are those of the matrix
 products that are really computed, counted by PyTorch; the peak is the best of a few large products.
@@ -297,19 +298,19 @@ def bench(name, options, device, autocast):
 
 def search(options):
     """Run a search with and without shared prefixes, on the same architectures; print the ratio."""
-    seconds, found = {}, {}
+    found = []
     for memory in (data.PREFIX_MEMORY, 0):
         data.PREFIX_MEMORY = memory
         with tempfile.TemporaryDirectory() as out:
-            found[memory] = yoco.search(yoco.SearchSettings(
+            found.append(yoco.search(yoco.SearchSettings(
                 model=options.search, out=f"{out}/sub", max_params=options.max_params,
                 evaluations=options.evaluations, device=options.device,
-                precision=options.precision))
-        seconds[memory] = found[memory]["seconds"]
-    (shared, a), (alone, b) = found.items()
-    assert a["arch"] == b["arch"] and a["evaluations_run"] == b["evaluations_run"]
-    print(f"{a['evaluations_run']} evaluations: {seconds[shared]:.0f} s with shared prefixes, "
-          f"{seconds[alone]:.0f} s without: ratio {seconds[alone] / seconds[shared]:.2f}")
+                precision=options.precision)))
+    shared, alone = found
+    assert all(shared[name] == alone[name] for name in ("arch", "evaluations_run"))
+    print(f"{shared['evaluations_run']} evaluations: {shared['seconds']:.0f} s with shared "
+          f"prefixes, {alone['seconds']:.0f} s without: ratio "
+          f"{alone['seconds'] / shared['seconds']:.2f}")
 
 
 def ways(directories, repeats):

@@ -15,7 +15,7 @@ What a cell does: the full MiniLM is fine-tuned (`plain`), the start of every va
 from it `--steps` steps train a super-BERT; a search on the hold-out finds one sub-BERT with less
 than 0.75 and one with less than 0.5 of the *encoder's* parameters (MiniLM's embeddings are half of
 it and not elastic, so the paper's ratios of all parameters are out of reach); dev is read once for
-each. A variant is nothing but flags of `train` and `search`. MiniLM's figures (6 layers x 384) are
+each. What a variant needs are flags of `train` and `search`. MiniLM's figures (6 layers x 384) are
 not comparable with BERT-base's.
 """
 
@@ -148,9 +148,9 @@ class Cell:
             return self.tuned()
         return self.elastic()
 
-    def train(self, out, bert, *flags):
+    def train(self, bert, *flags):
         """Run `train`, or take what is there; its run.json."""
-        return self.command(out, "train", "--data", self.data, "--bert", str(bert), *COMMON,
+        return self.command(self.out(), "train", "--data", self.data, "--bert", bert, *COMMON,
                             "--holdout", str(self.holdout), *flags)
 
     def search(self, out, model, *flags):
@@ -185,7 +185,7 @@ class Cell:
             save_bert(cut, self.out("-cut"), bert)
             bert = self.out("-cut")
         scale = epochs / yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])[2][-1]
-        run = self.train(self.out(), bert, "--stages", "largest", "--epochs", f"{scale:.6f}")
+        run = self.train(bert, "--stages", "largest", "--epochs", f"{scale:.6f}")
         config = BertConfig.load(self.out())
         return self.facts(run, scores=[dict(
             budget=1.0 if self.variant == "plain" else 0.5, arch=config.arch._asdict(),
@@ -195,17 +195,15 @@ class Cell:
     def elastic(self):
         """Train a super-BERT, search it under both budgets."""
         start, (train, search) = self.other("plain").out(), ELASTIC[self.variant]
+        config = BertConfig.load(start)                              # of the same sizes
         kept, _ = data.split_holdout(data.load_task(self.data).train, self.holdout, self.seed)
-        steps = self.steps * LENGTH.get(self.variant, 1)
-        epochs = sum(map(sum, yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])))
-        epochs += yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])[2][-1]
-        scale = steps / epochs / math.ceil(len(kept) / self.options.batch_size)
-        run = self.train(self.out(), start, "--epochs", f"{scale:.6f}", "--batch-size",
+        per_epoch = math.ceil(len(kept) / self.options.batch_size)
+        last = yoco.make_stages(SearchSpace.for_config(config), self.task, per_epoch)[-1]
+        scale = self.steps * LENGTH.get(self.variant, 1) / (last.first + last.steps)
+        run = self.train(start, "--epochs", f"{scale:.6f}", "--batch-size",
                          str(self.options.batch_size), *train.split())
-        config = BertConfig.load(self.out())
-        largest = SearchSpace.for_config(config).largest()
-        scores = [dict(budget=1.0, arch=largest._asdict(), holdout=run["holdout"]["largest"],
-                       dev=scorer(self.out())(largest))]
+        scores = [dict(budget=1.0, arch=config.arch._asdict(), holdout=run["holdout"]["largest"],
+                       dev=scorer(self.out())(config.arch))]
         for wanted in SHARES:
             found = self.search(self.out(f"-{wanted}"), self.out(), "--max-params",
                                 str(budget(config, wanted)), *search.split())
@@ -227,7 +225,7 @@ class Cell:
         source = self.other(variant).out(f"-{SHARES[-1]}")
         config = BertConfig.load(source)
         scale = 10 / yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])[2][-1]
-        run = self.train(self.out(), source, "--lr", rate, "--epochs", f"{scale:.6f}")
+        run = self.train(source, "--lr", rate, "--epochs", f"{scale:.6f}")
         return self.facts(run, scores=[dict(
             budget=SHARES[-1], arch=config.arch._asdict(),
             params=count_params(config, config.arch), flops=count_flops(config, config.arch),
@@ -237,7 +235,7 @@ class Cell:
         """Fig. 3: what three methods find in one super-BERT, by evaluations."""
         model = self.other("best" if "best" in self.variant else "yoco").out()
         config, curves = BertConfig.load(model), {}
-        space, limit = SearchSpace.for_config(config), budget(BertConfig.load(model), SHARES[-1])
+        space, limit = SearchSpace.for_config(config), budget(config, SHARES[-1])
         for method in METHODS:
             out = self.out(f"-{method}")
             run = self.search(out, model, "--method", method, "--max-params", str(limit),
@@ -261,8 +259,7 @@ class Cell:
                     model=model, out=out, max_params=str(budget(config, high)), seed=self.seed,
                     evaluations=self.options.evaluations, resume=True), memo)
             seconds += read_json(Path(out) / "run.json")["seconds"]
-            for _, found in yoco.scores_of(out, SearchSpace.for_config(config)):
-                memo |= found
+            memo |= yoco.scores_in(out, SearchSpace.for_config(config))
         dev = scorer(model)
         for band, (low, high) in BANDS.items():
             inside = {m: s for m, s in memo.items() if low <= share(config, m) < high}
@@ -302,14 +299,14 @@ def fixed(config):
 
 def share(config, arch):
     """The part of the encoder's parameters that `arch` has."""
-    full, rest = SearchSpace.for_config(config).largest(), fixed(config)
-    return (count_params(config, arch) - rest) / (count_params(config, full) - rest)
+    rest = fixed(config)
+    return (count_params(config, arch) - rest) / (count_params(config, config.arch) - rest)
 
 
 def budget(config, part):
     """`--max-params` for so much of the encoder."""
-    full = count_params(config, SearchSpace.for_config(config).largest())
-    return round(fixed(config) + part * (full - fixed(config)))
+    rest = fixed(config)
+    return round(rest + part * (count_params(config, config.arch) - rest))
 
 
 def commit():
@@ -582,7 +579,7 @@ def figure_3(plt, cells):
 
 
 def main(argv=None):
-    """Run one command; the exit status: 0, or 2 after an error told in one line."""
+    """Run one command; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C."""
     parser = yoco.Parser("glue.paper", description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("run", "table", "figure"))
     parser.add_argument("number", nargs="?", help="of the table (1 to 5, ablation, defaults, "

@@ -10,17 +10,14 @@ that finished it. What is there is skipped, and what was interrupted resumes.
 """
 
 import argparse
-import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
 import yoco
-from glue.paper import uniform
-
-RESULTS = Path(__file__).parent / "results"
+from glue.paper import RESULTS, uniform
+from model import read_json, write_json
 
 
 def run(options):
@@ -37,10 +34,9 @@ def run(options):
                                 "--resume"]):
             sys.exit(status)
         facts, seconds = yoco.read_run(out), time.process_time() - start
-        path.write_text(json.dumps(dict(
-            scale=float(options.scale), seed=seed, steps=facts["steps"], cpu_seconds=round(seconds),
-            uniform=uniform(out, 40), holdout=facts["holdout"], hardware=facts["hardware"],
-            versions=facts["versions"]), indent=1) + "\n")
+        write_json(path, scale=float(options.scale), seed=seed, steps=facts["steps"],
+                   cpu_seconds=round(seconds), uniform=uniform(out, 40), holdout=facts["holdout"],
+                   hardware=facts["hardware"], versions=facts["versions"])
 
 
 def table():
@@ -49,7 +45,7 @@ def table():
           "CPU seconds |")
     print("|---|---|---|---|---|---|")
     for scale in sorted({path.name.split("-")[1] for path in RESULTS.glob("compute-*.json")}):
-        found = [json.loads(path.read_text()) for path in RESULTS.glob(f"compute-{scale}-*.json")]
+        found = [read_json(path) for path in RESULTS.glob(f"compute-{scale}-*.json")]
         if len(found) > 1:
             scores = [[f["uniform"] for f in found],
                       [f["holdout"]["largest"]["score"] for f in found]]
