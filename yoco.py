@@ -1,4 +1,4 @@
-"""YOCO-BERT: compress BERT once, deploy it everywhere (Zhang et al., NeurIPS 2021).
+"""YOCO-BERT: compress BERT once, deploy it everywhere (Zhang et al., arXiv 2106.02435).
 
 One elastic BERT, the super-BERT, is trained per task; every smaller BERT inside it, a sub-BERT,
 then works as it is, and a search finds the best one under a budget: parameters, FLOPs, latency.
