@@ -310,11 +310,14 @@ def budget(config, part):
 
 
 def commit():
-    """The commit of this code, "+" where files differ from it; "" outside a repository."""
+    """The commit of this code, "+" where files other than results differ from it; "" outside a
+    repository."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=RESULTS.parents[1], capture_output=True,
+                              text=True, check=True).stdout.strip()
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-                              cwd=RESULTS.parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
+        differs = git("status", "--porcelain", "--untracked-files=no", "--", ":!glue/results")
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(differs)
     return ""
 
 
