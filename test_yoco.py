@@ -2399,6 +2399,11 @@ def test_paper_cells(tiny, monkeypatch, capsys):
         capsys.readouterr()
         assert paper.main(["table", number, "--steps", "28"]) == 0
         assert "±" in (printed := capsys.readouterr().out), printed
+    few = ["ablation", "--steps", "28", "--variants", "best", "HAT", "--seeds", "1"]
+    assert paper.main(["table", *few]) == 0             # of what was asked for
+    printed = capsys.readouterr().out
+    assert "| best |" in printed and "| yoco |" not in printed and "±" not in printed.split("|", 1)[1]
+    assert "\n2 cells with 28 steps" in printed
     assert paper.main(["table", "3", "--steps", "9"]) == 0
     for number in "23":
         if importlib.util.find_spec("matplotlib"):

@@ -1,7 +1,7 @@
 """The paper's tables and figures on real data, with seeds and intervals, MiniLM as the model.
 
     python -m glue.paper run [--tasks MRPC RTE] [--variants plain yoco] [--seeds 0 1 2]
-    python -m glue.paper table 1|2|3|4|5|ablation|defaults|methods
+    python -m glue.paper table 1|2|3|4|5|ablation|defaults|methods [--tasks MRPC ...]
     python -m glue.paper figure 2|3
 
 A cell is one task, variant and seed. `run` writes each as one small JSON file under glue/results/;
@@ -329,13 +329,15 @@ def commit():
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def load(steps):
-    """{(task, variant): {seed: facts}} of all cells with so many steps; UserError where they were
-    not all run with the same batch size and the same number of evaluations."""
+def load(steps, tasks=None, variants=None, seeds=None):
+    """{(task, variant): {seed: facts}} of the cells with so many steps, all or those named;
+    UserError where they were not all run with one batch size and one number of evaluations."""
     cells, kinds = {}, set()
     for path in sorted(RESULTS.glob(f"paper-*-{steps}-*.json")):
         facts = read_json(path)
-        if path.stem.split("-")[-2] == str(steps):
+        wanted = all(not some or facts[name] in some for name, some in (
+            ("task", tasks), ("variant", variants), ("seed", seeds)))
+        if wanted and path.stem.split("-")[-2] == str(steps):
             cells.setdefault((facts["task"], facts["variant"]), {})[facts["seed"]] = facts
             if facts["variant"] in ELASTIC:
                 kinds |= {(facts["settings"]["batch_size"], s.get("asked", 0))
@@ -424,9 +426,8 @@ COMPARISONS = {
 }
 
 
-def table(number, steps):
-    """Print one table over the cells with so many steps."""
-    cells = load(steps)
+def table(number, steps, cells):
+    """Print one table over the cells, which have so many steps."""
     print(f"MiniLM (6 x 384; not comparable with BERT-base), {steps} steps of elastic training "
           "from plain fine-tuning.\nDev scores in % (MRPC: mean of accuracy and F1; CoLA: "
           "Matthews; STS-B: mean of Pearson and Spearman),\nwhere a column does not say hold-out: "
@@ -441,7 +442,7 @@ def table(number, steps):
     spent = [f for of_seed in cells.values() for f in of_seed.values()]
     hours = sum(part.get("seconds", 0) for f in spent for part in (       # else yoco's or best's
         f["methods"].values() if "methods" in f else (f, *f["scores"]))) / 3600
-    print(f"\nAll {len(spent)} cells with {steps} steps: {hours:.1f} hours of one process each, on "
+    print(f"\n{len(spent)} cells with {steps} steps: {hours:.1f} hours of one process each, on "
           f"{', '.join(sorted({f['hardware'] for f in spent}))}.")
 
 
@@ -518,8 +519,8 @@ def kept_by_seed(cells, variants):
                          / sum(full[seed] for _, full in pairs.values()) for seed in sorted(seeds)}
 
 
-def figure(number, steps):
-    """Draw one figure to glue/results/figureN.svg."""
+def figure(number, cells):
+    """Draw one figure of the cells to glue/results/figureN.svg."""
     try:
         import matplotlib
     except ImportError:
@@ -527,7 +528,6 @@ def figure(number, steps):
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "yoco"                     # the same file every time
     import matplotlib.pyplot as plt
-    cells = load(steps)
     (figure_2 if number == "2" else figure_3)(plt, cells)
     plt.tight_layout()
     plt.savefig(RESULTS / f"figure{number}.svg", metadata={"Date": None})
@@ -587,10 +587,11 @@ def main(argv=None):
     parser.add_argument("command", choices=("run", "table", "figure"))
     parser.add_argument("number", nargs="?", help="of the table (1 to 5, ablation, defaults, "
                                                   "methods) or figure (2, 3)")
-    parser.add_argument("--tasks", nargs="+", default=["MRPC", "RTE"])
+    parser.add_argument("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table or "
+                                                   "figure: all")
     parser.add_argument("--variants", nargs="+", choices=[*ELASTIC, *OTHERS], metavar="VARIANT",
-                        default=["plain", *ELASTIC, *OTHERS[1:]])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+                        help="likewise: without it all")
+    parser.add_argument("--seeds", type=int, nargs="+", help="likewise: without it 0 1 2, or all")
     parser.add_argument("--steps", type=int, default=300, help="of elastic training")
     parser.add_argument("--batch-size", type=int, default=16, help="of elastic training")
     parser.add_argument("--evaluations", type=int, default=40, help="of each search")
@@ -605,14 +606,16 @@ def main(argv=None):
         if options.batch_size < 1 or options.steps < 1:
             parser.error("--batch-size and --steps are at least 1")
         if options.command == "run":
-            for task in options.tasks:
-                for variant in options.variants:
-                    for seed in options.seeds:
+            for task in options.tasks or TASKS[:2]:
+                for variant in options.variants or ["plain", *ELASTIC, *OTHERS[1:]]:
+                    for seed in options.seeds or range(3):
                         Cell(task, variant, seed, options).ensure()
-        elif options.command == "table":
-            table(options.number, options.steps)
+            return 0
+        cells = load(options.steps, options.tasks, options.variants, options.seeds)
+        if options.command == "table":
+            table(options.number, options.steps, cells)
         else:
-            figure(options.number, options.steps)
+            figure(options.number, cells)
     except KeyboardInterrupt:
         return 130
     except (UserError, OSError) as error:
