@@ -428,8 +428,9 @@ COMPARISONS = {
 }
 
 
-def table(number, steps, cells):
-    """Print one table over the cells, which have so many steps."""
+def table(number, steps, cells, variants=None):
+    """Print one table over the cells, which have so many steps; of `variants`, where given, one row
+    each, compared with the first of them."""
     print(f"MiniLM (6 x 384; not comparable with BERT-base), {steps} steps of elastic training "
           "from plain fine-tuning.\nDev scores in % (MRPC: mean of accuracy and F1; CoLA: "
           "Matthews; STS-B: mean of Pearson and Spearman),\nwhere a column does not say hold-out: "
@@ -437,8 +438,9 @@ def table(number, steps, cells):
           "difference from the first row [95% interval].\n")
     if number in COMPARISONS:
         means = {("mean of all,", v): mean_of_tasks(cells, v) for v in ELASTIC}
-        for variants, fields in COMPARISONS[number]:
-            compare(cells | means, variants, fields)
+        parts = COMPARISONS[number]
+        for rows, fields in [(variants, parts[0][1])] if variants else parts:
+            compare(cells | means, rows, fields)
     else:
         {"1": table_1, "2": table_2, "methods": table_methods}[number](cells)
     spent = [f for of_seed in cells.values() for f in of_seed.values()]
@@ -593,7 +595,8 @@ def main(argv=None):
     parser.add_argument("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table or "
                                                    "figure: all")
     parser.add_argument("--variants", nargs="+", choices=[*ELASTIC, *OTHERS], metavar="VARIANT",
-                        help="likewise: without it all")
+                        help="likewise: without it all; of a table its rows, the first of which "
+                             "the others are compared with")
     parser.add_argument("--seeds", type=int, nargs="+", help="likewise: without it 0 1 2, or all")
     parser.add_argument("--steps", type=int, default=300, help="of elastic training")
     parser.add_argument("--batch-size", type=int, default=16, help="of elastic training")
@@ -616,7 +619,7 @@ def main(argv=None):
             return 0
         cells = load(options.steps, options.tasks, options.variants, options.seeds)
         if options.command == "table":
-            table(options.number, options.steps, cells)
+            table(options.number, options.steps, cells, options.variants)
         else:
             figure(options.number, cells)
     except KeyboardInterrupt:
