@@ -2402,7 +2402,8 @@ def test_paper_cells(tiny, monkeypatch, capsys):
     few = ["ablation", "--steps", "28", "--variants", "best", "HAT", "--seeds", "1"]
     assert paper.main(["table", *few]) == 0             # of what was asked for
     printed = capsys.readouterr().out
-    assert "| best |" in printed and "| yoco |" not in printed and "±" not in printed.split("|", 1)[1]
+    assert "| best |" in printed and "| yoco |" not in printed
+    assert "±" not in printed.split("|", 1)[1]          # one seed has no spread
     assert "\n2 cells with 28 steps" in printed
     assert paper.main(["table", "3", "--steps", "9"]) == 0
     for number in "23":
