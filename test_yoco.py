@@ -979,6 +979,17 @@ def test_one_seed_one_result(tiny):
     assert both("a", "3") == both("b", "3") != both("c", "4")
 
 
+def test_precision_is_recorded(tiny):
+    """run.json says in what was computed, also where `auto` decided: by the processor's flags."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        pytest.skip("no /proc/cpuinfo to compare with")
+    units = {"amx_bf16", "avx512_bf16"} & set(info.read_text().split())
+    for asked, used in (("bf16", "bf16"), ("fp32", "fp32"), ("auto", "bf16" if units else "fp32")):
+        assert yoco.main(TRAIN + ["--precision", asked, "--out", asked]) == 0
+        assert json.loads(Path(asked, "run.json").read_text())["precision"] == used
+
+
 @pytest.mark.parametrize("stop, more", [
     (3, []), (11, ["--distill"]), (7, ["--distill", "--reorder", "--depth-keeps", "even",
                                        "--freeze-teacher"])])
@@ -2383,7 +2394,8 @@ def test_paper_cells(tiny, monkeypatch, capsys):
     one, two = (count_params(config, Arch([3] * n, [24] * n)) for n in (1, 2))
     for share, found in zip((1, 0.75, 0.5), cells["tiny", "best"][0]["scores"], strict=True):
         name = "work/tiny-best-28-0" + (f"-{share}" if share < 1 else "")
-        assert yoco.evaluate(yoco.EvalSettings(model=name, data="tiny")) == found["dev"]
+        settings = yoco.EvalSettings(precision="fp32", model=name, data="tiny")
+        assert yoco.evaluate(settings) == found["dev"]
         assert share == 1 or found["params"] < 2 * one - two + share * 2 * (two - one)
         assert found["budget"] == share
     assert cells["tiny", "lambda 4"][0]["passes"] == pytest.approx(

@@ -584,7 +584,8 @@ class Training:
             write_json(self.output.directory / "theta.json", depths=self.space.depths,
                        heads=self.space.heads, ffn_sizes=self.space.ffn_sizes,
                        theta=self.P.tolist())
-        return self.output.finish(self.device, task=self.task.name, metric=self.task.metric,
+        return self.output.finish(self.device, self.autocast, task=self.task.name,
+                                  metric=self.task.metric,
                                   data=self.settings.data, max_length=self.max_length, lr=self.lr,
                                   held_out=self.split, steps=self.steps, holdout=holdout)
 
@@ -827,7 +828,8 @@ class Searching:
               + f"\n  evaluations: {self.asked} asked, {len(self.memo) - self.known} run")
         save_bert(extract(self.model, arch), self.output.directory, self.directory)
         return self.output.finish(
-            self.device, task=self.task.name, metric=self.task.metric, data=self.trained["data"],
+            self.device, self.autocast, task=self.task.name, metric=self.task.metric,
+            data=self.trained["data"],
             superbert=str(self.directory), max_length=self.trained["max_length"],
             held_out=self.trained["held_out"],
             budget=self.budget, arch=arch._asdict(), params=count_params(config, arch),
@@ -1352,11 +1354,14 @@ class Output:
             on_rank_0(lambda: None)                                  # rank 0 has written it
             raise KeyboardInterrupt
 
-    def finish(self, device, **facts):
+    def finish(self, device, autocast, **facts):
         """Write run.json, which makes the result final, and drop the checkpoint."""
+        with autocast():
+            bf16 = torch.is_autocast_enabled(device.type)            # what "auto" has chosen
         seconds, memory = round(time.perf_counter() - self.started, 1), round(peak_memory(device))
         facts |= dict(**self.inputs, settings=self.kept_settings(), seconds=seconds,
-                      peak_memory_mib=memory, hardware=hardware(device), versions=dict(
+                      peak_memory_mib=memory, hardware=hardware(device),
+                      precision="bf16" if bf16 else "fp32", versions=dict(
                           python=platform.python_version(), torch=torch.__version__,
                           numpy=np.__version__, tokenizers=tokenizers.__version__),
                       finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))

@@ -44,6 +44,7 @@ SHARES = (0.75, 0.5)                                # budgets, of the encoder's 
 PLAIN_EPOCHS = {"SST-2": 1}                         # else 3
 HOLDOUT = {"SST-2": 0.02}                           # else 0.1: of SST-2 6,735 sentences
 COMMON = ["--lr", "1e-4", "--batch-size", "32"]     # MiniLM wants more than the paper's 2e-5
+PRECISION = "fp32"                                  # on every machine: tables compare the cells
 SMALL_DELTA = 69 ** -0.5                            # theta of MiniLM has 3 + 6 x 11 dimensions
 
 BEST = "--reorder --distill --depth-keeps even --stages all"
@@ -162,7 +163,8 @@ class Cell:
 
     def command(self, out, *words):
         """Run a command of yoco.py to its end; its run.json."""
-        if status := yoco.main([*words, "--seed", str(self.seed), "--out", out, "--resume"]):
+        if status := yoco.main([*words, "--seed", str(self.seed), "--precision", PRECISION,
+                                "--out", out, "--resume"]):
             sys.exit(status)
         return read_json(Path(out) / "run.json")
 
@@ -172,8 +174,8 @@ class Cell:
         drawn = kept["archs_per_step"] if "most likely" in run["holdout"] else 1
         return dict(task=self.task, variant=self.variant, seed=self.seed, steps=run["steps"],
                     passes=run["steps"] * kept["batch_size"] * drawn, commit=self.commit,
-                    seconds=run["seconds"], hardware=run["hardware"], versions=run["versions"],
-                    settings=kept, **more)
+                    seconds=run["seconds"], hardware=run["hardware"], precision=run["precision"],
+                    versions=run["versions"], settings=kept, **more)
 
     def plain(self):
         """Fine-tuning without elasticity, of MiniLM or of some of its layers."""
@@ -281,7 +283,7 @@ def scorer(directory, on="dev"):
     task = data.load_task(run["data"])
     parts = task.devs if on == "dev" else [data.split_holdout(task.train, *run["held_out"])[1]]
     parts = [data.encode(part, directory) for part in parts]
-    device, autocast = arithmetic()
+    device, autocast = arithmetic("auto", PRECISION)
     model = data.load_trained(directory, task).to(device)
     return data.scorer(model, parts, task.metric, device, autocast)
 
@@ -448,7 +450,8 @@ def table(number, steps, cells, variants=None):
     hours = sum(part.get("seconds", 0) for f in spent for part in (       # else yoco's or best's
         f["methods"].values() if "methods" in f else (f, *f["scores"]))) / 3600
     print(f"\n{len(spent)} cells with {steps} steps: {hours:.1f} hours of one process each, on "
-          f"{', '.join(sorted({f['hardware'] for f in spent}))}.")
+          f"{', '.join(sorted({f['hardware'] for f in spent}))}; "
+          f"{sum(f['precision'] == 'bf16' for f in spent)} of them in bf16, the others in fp32.")
 
 
 def heading(title):
