@@ -261,7 +261,7 @@ class Cell:
             if not Path(out, "run.json").exists():
                 yoco.search(yoco.SearchSettings(
                     model=model, out=out, max_params=str(budget(config, high)), seed=self.seed,
-                    evaluations=self.options.evaluations, resume=True), memo)
+                    evaluations=self.options.evaluations, precision=PRECISION, resume=True), memo)
             seconds += read_json(Path(out) / "run.json")["seconds"]
             memo |= yoco.scores_in(out, SearchSpace.for_config(config))
         dev = scorer(model)
