@@ -62,6 +62,7 @@ needs_minilm = pytest.mark.skipif(
     reason="no MiniLM weights: python -m glue.download all-MiniLM-L6-v2, or MINILM_DIR")
 needs_glue = pytest.mark.skipif(not GLUE, reason="GLUE_DIR does not name the real GLUE files")
 torch.set_num_threads(1)          # the models are tiny
+signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored in a shell's background job
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1852,6 +1853,21 @@ def test_signals(tiny, capsys, monkeypatch, command, number):
     assert yoco.main(shlex.split(told.split("yoco.py ")[1])) == 0
     assert result_bytes("part") == result_bytes("whole") and log_of("part") == log_of("whole")
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_ignored_signal(tiny, monkeypatch):
+    """A shell's background job ignores Ctrl-C, which is meant for the foreground: so does a run."""
+    original = yoco.Training.after_step
+
+    def after_step(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        original(self, *args)
+    monkeypatch.setattr(yoco.Training, "after_step", after_step)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert yoco.main(TRAIN) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("deaf", [False, True])
