@@ -1,4 +1,4 @@
-"""GLUE TSV files -> examples -> WordPiece ids -> padded batches -> predictions and metrics.
+"""GLUE TSV files -> examples -> token ids -> padded batches -> scores and predictions.
 
 Every official GLUE format is recognised by its header's column names (CoLA, which has no header, by
 its shape), and so is a user's own file with the columns `sentence`, `label` or `sentence1`,
@@ -7,16 +7,17 @@ UTF-8 lines split at tabs, no quoting. A row that does not fit is an error with 
 """
 
 import itertools
-import sys
-from collections import namedtuple
+from collections import Counter, namedtuple
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
-from tokenizers import BertWordPieceTokenizer
+from torch import nn
 
-from model import BertConfig, UserError, load_bert, read_json, write_file
+from model import BertConfig, UserError, is_label, load_bert, read_json, say
 
 # sentence2: None without a pair; label: an index into Task.labels, or a float for regression
 Example = namedtuple("Example", "sentence1 sentence2 label")
@@ -56,6 +57,11 @@ class Task:
         return len(self.labels) or 1
 
     @property
+    def pairs(self):
+        """Whether its examples are pairs of texts."""
+        return self.train[0].sentence2 is not None
+
+    @property
     def devs(self):
         """The dev sets: one, or MNLI's two."""
         return [self.dev] + ([self.dev_mismatched] if self.dev_mismatched else [])
@@ -91,6 +97,10 @@ def read_examples(path, labels=None):
     labels = labels if labels is not None else kind.labels
     if labels is None:
         labels = tuple(sorted({label for *_, label in table}))
+        for label in labels:
+            if not is_label(label):
+                raise UserError(f"{path}: the label {label[:40]!r} is empty or has a control "
+                                "character")
     examples = []
     for line, one, two, label in table:
         try:
@@ -102,13 +112,6 @@ def read_examples(path, labels=None):
                             + (f"one of {', '.join(labels)}" if labels else "a number")) from None
         examples.append(Example(one, two, value))
     return kind, examples, labels
-
-
-def read_test(path):
-    """Read an official test file, which has no labels: [Example], each with its `index` column (or
-    its place in the file) as the label."""
-    kind, table = read_table(path, test=True)
-    return [Example(one, two, index or str(i)) for i, (_, one, two, index) in enumerate(table)]
 
 
 def read_table(path, test=False):
@@ -135,7 +138,7 @@ def read_table(path, test=False):
         else:
             raise UserError(f"{path}, line {line}: {len(row)} columns, expected {len(columns)}")
     if short:
-        print(f"{path}: {short} incomplete row(s) left out", file=sys.stderr)
+        say(f"{path}: {short} incomplete row(s) left out")
     if not table:
         raise UserError(f"{path} has no rows")
     return kind, table
@@ -166,46 +169,149 @@ def read_rows(path):
 
 
 def split_holdout(examples, fraction, seed):
-    """Split train into (kept, held out), stratified by label (or rounded score)."""
+    """Split train into (kept, held out): `fraction` of it, at least one example unless that is 0,
+    and of every label, or of every stretch of the scores, its share."""
     rng, held = np.random.default_rng(seed), set()
-    strata = {}
-    for i, example in enumerate(examples):
-        strata.setdefault(round(example.label), []).append(i)
-    for _, members in sorted(strata.items()):
-        held.update(rng.permutation(members)[:round(fraction * len(members))].tolist())
+    total = max(1, round(fraction * len(examples))) if fraction else 0
+    labels = [example.label for example in examples]
+    if total and isinstance(labels[0], float):
+        # Neighbours in score: one of each `total` stretches of equal length.
+        for stretch in np.array_split(np.argsort(labels, kind="stable"), total):
+            held.add(int(rng.choice(stretch)))
+    elif total:
+        # Largest remainders: every label its whole share, the rest to the largest fractions.
+        exact = {label: total * n / len(labels) for label, n in sorted(Counter(labels).items())}
+        sizes = {label: int(share) for label, share in exact.items()}
+        by_remainder = sorted(exact, key=lambda label: sizes[label] - exact[label])
+        for label in by_remainder[:total - sum(sizes.values())]:
+            sizes[label] += 1
+        for label, size in sizes.items():
+            members = [i for i, other in enumerate(labels) if other == label]
+            held.update(rng.permutation(members)[:size].tolist())
     return ([e for i, e in enumerate(examples) if i not in held],
             [e for i, e in enumerate(examples) if i in held])
 
 
+def describe(task, kept, held, encoded, unk, max_length):
+    """Lines that say what was understood of a task, and what looks like a mistake. kept, held: the
+    parts of train; encoded: the first; unk: the id of [UNK]."""
+    labels, lengths = [e.label for e in task.train], [len(e.input_ids) for e in encoded]
+    counts = Counter(labels)
+    share = np.mean([i == unk for e in encoded for i in e.input_ids])
+    if task.labels:
+        names = [f"{task.labels[label]} {n}" for label, n in counts.most_common(8)]
+        kind = f"{len(task.labels)} labels ({', '.join(names)}{', ...' if len(counts) > 8 else ''})"
+    else:
+        kind = f"scores from {min(labels):g} to {max(labels):g}, mean {np.mean(labels):.3g}"
+    pairs = "pairs" if task.pairs else "texts"
+    lines = [
+        f"{task.name}: {kind}; {len(kept)} {pairs} to train on, {len(held)} held out, "
+        f"{sum(map(len, task.devs))} in dev",
+        f"tokens: median {np.median(lengths):.0f}, {100 * np.mean(np.array(lengths) >= max_length):.1f}%"
+        f" cut to {max_length}; {100 * share:.1f}% unknown",
+        f"always giving the most frequent answer scores {majority(task):.2f} on dev"]
+    texts = [e.sentence1 for e in task.train]
+    folded = Counter(" ".join(name.lower().split()) for name in task.labels)
+    train, other = {e[:2] for e in kept}, [e[:2] for e in itertools.chain(held, *task.devs)]
+    quoted = [i for i, text in enumerate(texts) if len(text) > 1 and text[0] == text[-1] == '"']
+    numbers = len(task.labels) > 10 and all(name.replace(".", "", 1).isdecimal()
+                                            for name in task.labels)
+    for wrong, text in (
+            (numbers, f"{len(task.labels)} labels that are numbers: if they are scores, name the "
+                      "column score instead of label"),
+            (len(folded) < len(task.labels), "some labels differ by blanks or case alone"),
+            (not all(text.strip() for text in texts), "some texts are empty"),
+            (len(quoted) > len(texts) / 5, "many texts stand in quotation marks, the first in row "
+             f"{quoted[0] + 1 if quoted else 0}: a CSV file's quotes are not removed"),
+            (share > 0.1, "many tokens are unknown: is this the BERT of this language and casing?"),
+            (train & set(other), f"{sum(e in train for e in other)} rows of the hold-out or of dev "
+                                 "are in train word for word"),
+            (not task.labels and not (np.std(labels) < 10 and abs(np.mean(labels)) < 10),
+             "scores far from 0: a regression learns them badly; scale them to about 0 to 5")):
+        if wrong:
+            lines.append(f"WARNING: {text}")
+    return lines
+
+
+def majority(task):
+    """ACC(m) on dev, in %, of a model that always gives train's most frequent label."""
+    if not task.labels:
+        return 0.0
+    logits = np.zeros(len(task.labels))
+    logits[Counter(e.label for e in task.train).most_common(1)[0][0]] = 1
+    return float(np.mean([scores(task.metric, np.array([e.label for e in dev]),
+                                 np.tile(logits, (len(dev), 1)))["score"] for dev in task.devs]))
+
+
 # --------------------------------------------------------------------------------------------------
-# WordPiece and batches
+# The tokenizer, and batches
 # --------------------------------------------------------------------------------------------------
 
+TOKENIZERS = {None, "BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer",
+              "DistilBertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"}
+
+
 def load_tokenizer(directory):
-    """The WordPiece tokenizer of a BERT directory: its vocab.txt, and the casing that its
-    tokenizer_config.json asks for (uncased where there is none)."""
-    path, settings = Path(directory) / "vocab.txt", Path(directory) / "tokenizer_config.json"
+    """The tokenizer of a BERT directory: its tokenizer.json, or its vocab.txt with the casing and
+    the added tokens that the files beside it name. UserError where its ids are not the model's."""
+    directory, known = Path(directory), {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        known[name] = read_json(directory / name) if (directory / name).exists() else {}
+    config = known["tokenizer_config.json"]
+    if config.get("tokenizer_class") not in TOKENIZERS or not config.get("do_basic_tokenize", True):
+        raise UserError(f"{directory}/tokenizer_config.json: tokenizer_class "
+                        f"{config.get('tokenizer_class')!r} is not BERT's WordPiece")
+    if (directory / "tokenizer.json").exists():
+        path = directory / "tokenizer.json"
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:                                   # of no narrower class
+            raise UserError(f"{path} is not a tokenizer ({error})") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+    else:
+        path = directory / "vocab.txt"
+        tokenizer = word_pieces(path, known)
+    for token in ("[UNK]", "[CLS]", "[SEP]"):
+        if tokenizer.token_to_id(token) is None:
+            raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
+    most, size = max(tokenizer.get_vocab().values()), BertConfig.load(directory).vocab_size
+    if most >= size:
+        raise UserError(f"{path} has the id {most}, but config.json's vocab_size is {size}")
+    return tokenizer
+
+
+def word_pieces(path, known):
+    """The WordPiece tokenizer of a vocab.txt; `known`: the JSON files beside it, {name: dict}."""
     try:
         words = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        raise UserError(f"{path} does not exist, nor a tokenizer.json beside it") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8") from None
-    found = read_json(settings) if settings.exists() else {}
-    options = dict(do_lower_case=True, strip_accents=None, tokenize_chinese_chars=True)
-    options |= {name: found[name] for name in options if found.get(name) is not None}
-    if not all(isinstance(value, bool | None) for value in options.values()):
-        raise UserError(f"{settings}: {', '.join(options)} must be true or false")
     vocab = {word.removesuffix("\r"): i for i, word in enumerate(words)}
-    for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
-        if token not in vocab:
-            raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
-    size = BertConfig.load(directory).vocab_size
-    if len(words) != size:
-        raise UserError(f"{path} has {len(words)} entries, but config.json's vocab_size is {size}")
-    return BertWordPieceTokenizer(vocab, lowercase=options["do_lower_case"],
-                                  strip_accents=options["strip_accents"],
-                                  handle_chinese_chars=options["tokenize_chinese_chars"])
+    if "[PAD]" not in vocab or sum(word.startswith("\u2581") for word in vocab) > len(vocab) / 10:
+        raise UserError(f"{path} is not the vocabulary of a BERT's WordPiece")
+    config = known["tokenizer_config.json"]
+    # Where nobody says so, a vocabulary with capitals is a cased one.
+    cased = any(word != word.lower() for word in vocab if not word.startswith("["))
+    options = {"do_lower_case": not cased, "strip_accents": None, "tokenize_chinese_chars": True}
+    options |= {name: config[name] for name in options if config.get(name) is not None}
+    if not all(isinstance(value, bool | None) for value in options.values()):
+        raise UserError(f"{path}: {', '.join(options)} must be true or false")
+    tokenizer = tokenizers.BertWordPieceTokenizer(
+        vocab, lowercase=options["do_lower_case"], strip_accents=options["strip_accents"],
+        handle_chinese_chars=options["tokenize_chinese_chars"])
+    added = {token: i for token, i in known["added_tokens.json"].items()}
+    added |= {d["content"]: int(i) for i, d in config.get("added_tokens_decoder", {}).items()}
+    extra = known["special_tokens_map.json"].get("additional_special_tokens", [])
+    extra = extra + (config.get("additional_special_tokens") or [])
+    tokenizer.add_special_tokens(sorted(added, key=added.get) + [
+        token if isinstance(token, str) else token["content"] for token in extra])
+    for token, i in added.items():
+        if tokenizer.token_to_id(token) != i:
+            raise UserError(f"{path}: the added token {token!r} should have the id {i}")
+    return tokenizer
 
 
 def encoder(directory, max_length=None):
@@ -214,13 +320,12 @@ def encoder(directory, max_length=None):
     [CLS] sentence1 [SEP] or [CLS] sentence1 [SEP] sentence2 [SEP] (token types 0 and 1), cut to
     `max_length` tokens (None: as many as in the model's training), the longer sentence first.
     """
-    max_length = max_length or trained_length(directory)
-    tokenizer, types = load_tokenizer(directory), BertConfig.load(directory).type_vocab_size
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    tokenizer, config = load_tokenizer(directory), BertConfig.load(directory)
+    tokenizer.enable_truncation(max_length or trained_length(directory), strategy="longest_first")
 
     def encode_examples(examples):
         """[Example] -> [Encoded]; UserError for pairs where the BERT has one token type."""
-        if types < 2 and any(e.sentence2 is not None for e in examples):
+        if config.type_vocab_size < 2 and any(e.sentence2 is not None for e in examples):
             raise UserError(f"{directory}: the data has sentence pairs, the BERT only one token "
                             "type")
         texts = [e.sentence1 if e.sentence2 is None else (e.sentence1, e.sentence2)
@@ -235,15 +340,31 @@ def encode(examples, directory, max_length=None):
     return encoder(directory, max_length)(examples)
 
 
-def batches(encoded, batch_size, rng):
-    """Cut `encoded` into batches for training: index lists that name each example once. Examples
-    are shuffled with `rng` (a numpy Generator) and sorted by length within buckets of 50 batches,
-    so that a batch has little padding; then the batches are shuffled."""
-    order, bucket, cut = rng.permutation(len(encoded)).tolist(), 50 * batch_size, []
-    for start in range(0, len(order), bucket):
-        chunk = sorted(order[start:start + bucket], key=lambda i: -len(encoded[i].input_ids))
-        cut += [chunk[i:i + batch_size] for i in range(0, len(chunk), batch_size)]
-    return [cut[i] for i in rng.permutation(len(cut))]
+def trained_length(directory):
+    """Tokens per example that a model was trained with: run.json says so, or in an exported model
+    the tokenizer; else its positions."""
+    most, directory = BertConfig.load(directory).max_position_embeddings, Path(directory)
+    for name, field in (("run.json", "max_length"), ("tokenizer_config.json", "model_max_length")):
+        length = read_json(directory / name).get(field) if (directory / name).exists() else None
+        if type(length) in (int, float) and length >= 3:             # transformers may write 1e30
+            return int(min(length, most))
+    return most
+
+
+def batches(encoded, batch_size, seed, first=0):
+    """Yield the batches of training for ever, from that of step `first` on: index lists. An epoch
+    names each example once; its order follows from seed and epoch alone. Examples are shuffled and
+    sorted by length within buckets of 50 batches, so that a batch has little padding; then the
+    batches are shuffled."""
+    start, skip = divmod(first, -(-len(encoded) // batch_size))
+    for epoch in itertools.count(start):
+        rng = np.random.default_rng([seed, epoch])
+        order, bucket, cut = rng.permutation(len(encoded)).tolist(), 50 * batch_size, []
+        for i in range(0, len(order), bucket):
+            chunk = sorted(order[i:i + bucket], key=lambda i: -len(encoded[i].input_ids))
+            cut += [chunk[i:i + batch_size] for i in range(0, len(chunk), batch_size)]
+        for i in rng.permutation(len(cut))[skip if epoch == start else 0:]:
+            yield cut[i]
 
 
 def token_batches(encoded, tokens):
@@ -257,16 +378,17 @@ def token_batches(encoded, tokens):
 
 
 def collate(encoded, indices, device="cpu"):
-    """One batch, padded to its longest member: input_ids, token_type_ids (int64) and attention_mask
-    (bool), each [B, T], and labels [B] (int64, or float32 for regression)."""
-    rows = [encoded[i] for i in indices]
-    T = max(len(row.input_ids) for row in rows)
-    ids, types = np.zeros((2, len(rows), T), np.int64)              # padding is masked
+    """One batch, padded to its longest member and on to a multiple of 8 tokens, on a GPU of 32 (few
+    shapes: a CPU keeps kernels for each, a GPU a graph): input_ids, token_type_ids (int64) and
+    attention_mask (bool), each [B, T], and labels [B] (int64, or float32 for regression)."""
+    rows, step = [encoded[i] for i in indices], 8 if torch.device(device).type == "cpu" else 32
+    T = -(-max(len(row.input_ids) for row in rows) // step) * step
+    ids, types = np.zeros((2, len(rows), T), np.int64)               # padding is masked
     mask = np.zeros((len(rows), T), bool)
     for b, row in enumerate(rows):
         n = len(row.input_ids)
         ids[b, :n], types[b, :n], mask[b, :n] = row.input_ids, row.token_type_ids, True
-    labels = torch.tensor([row.label for row in rows])              # int64 or float32
+    labels = torch.tensor([row.label for row in rows])               # int64 or float32
     return tuple(t.to(device) for t in (*map(torch.from_numpy, (ids, types, mask)), labels))
 
 
@@ -283,18 +405,33 @@ def load(directory):
         """One text or a list, and as many second texts -> three [B, T] tensors."""
         if isinstance(texts, str):
             texts, pairs = [texts], [pairs]
+        if not len(texts):
+            raise UserError("no texts to encode")
         pairs = pairs or [None] * len(texts)
         examples = [Example(*both, 0) for both in zip(texts, pairs, strict=True)]
         return collate(encode_examples(examples), range(len(examples)))[:3]
     return load_bert(directory), encode_texts
 
 
+def predict(model, directory, examples, autocast, batch_size=32):
+    """For every Example of an iterable, as soon as its batch is computed, yield the label's name
+    and {name: probability}; of a regression, the score and {}."""
+    device, names = model.classifier.weight.device, model.config.labels
+    names = names or tuple(map(str, range(model.num_labels)))
+    encode_examples, examples = encoder(directory), iter(examples)
+    while batch := list(itertools.islice(examples, batch_size)):
+        encoded = encode_examples([example._replace(label=0) for example in batch])
+        *inputs, _ = collate(encoded, range(len(batch)), device)
+        with torch.inference_mode(), autocast():
+            logits = finite(model(*inputs).float().cpu())            # [B, num_labels]
+        for row in logits:
+            if model.config.problem_type == "regression":
+                yield row.item(), {}
+            else:
+                yield names[row.argmax()], dict(zip(names, row.softmax(0).tolist()))
+
+
 PREFIX_MEMORY = 2**30    # bytes of hidden states that a scorer keeps for architectures to come
-
-
-def batch_tokens(device):
-    """Tokens of a batch in evaluation: a CPU's caches like small ones."""
-    return 2**11 if device.type == "cpu" else 2**15
 
 
 def scorer(model, parts, metric, device, autocast):
@@ -305,35 +442,61 @@ def scorer(model, parts, metric, device, autocast):
     compute them once: `kept` holds, per batch, the hidden states before each layer, as many as
     PREFIX_MEMORY allows; those used longest ago go first. The result is the same to the bit.
     """
-    made = [[collate(part, indices, device)
-             for indices in token_batches(part, batch_tokens(device))] for part in parts]
-    tokens = sum(inputs[0].numel() for part in made for inputs in part)
-    most = PREFIX_MEMORY // (4 * tokens * model.config.hidden_size)
+    tokens = 2**11 if device.type == "cpu" else 2**15                # a CPU's caches like few
+    made = [[collate(part, indices, device) for indices in token_batches(part, tokens)]
+            for part in parts]
+    held = sum(inputs[0].numel() for part in made for inputs in part)
+    most = PREFIX_MEMORY // (4 * held * model.config.hidden_size)
     kept = [[{} for _ in part] for part in made]
+    model = cast_once(model, device, autocast).eval()
 
     def logits(inputs, arch, kept):
-        """Logits of one batch, as float32; keeps its hidden states and forgets the oldest."""
-        result = model(*inputs, arch, kept).float()
-        layers = model.config.layers(arch)
-        for prefix in [layers[:i] for i in range(arch.depth) if layers[:i] in kept]:
-            kept[prefix] = kept.pop(prefix)                          # the last in a dict's order
+        """Logits [B, num_labels] of one batch, as `model.forward` computes them, from the longest
+        prefix of layers that is kept on; keeps the new ones and forgets the oldest."""
+        layers, mask = model.config.layers(arch), inputs[2][:, None, None, :]
+        start = max((i for i in range(arch.depth) if layers[:i] in kept), default=0)
+        x = kept[layers[:start]] if layers[:start] in kept else model.embed(*inputs[:2])
+        for n, (i, H, F_) in enumerate(layers[start:], start):
+            kept[layers[:n]] = x = kept.pop(layers[:n], x)           # the youngest of the dict
+            x = model.layers[i](x, mask, H, F_, last=n + 1 == arch.depth)
         for prefix in list(kept)[:max(0, len(kept) - most)]:
             del kept[prefix]
-        return result
+        return model.head(x).float()
 
     def score(arch):
         """{metric: %} of one architecture."""
         results = []
-        model.eval()
+        model.check(arch)
         with torch.inference_mode(), autocast():
             for part, keep in zip(made, kept):
                 found = [logits(inputs, arch, k) for (*inputs, _), k in zip(part, keep)]
                 labels = torch.cat([labels for *_, labels in part])
                 results.append(scores(metric, labels.cpu().numpy(),
-                                      torch.cat(found).cpu().numpy()))
+                                      finite(torch.cat(found).cpu()).numpy()))
         named = {k + "_mismatched" * i: v for i, r in enumerate(results) for k, v in r.items()}
         return named | {"score": float(np.mean([r["score"] for r in results]))}
     return score
+
+
+def cast_once(model, device, autocast):
+    """The model itself, or where autocast would cast its weights to bf16 in every call, a copy that
+    has them in bf16: the same logits. The classifier stays in fp32."""
+    with autocast():
+        if not torch.is_autocast_enabled(device.type):
+            return model
+    model = deepcopy(model)
+    for module in model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.bfloat16()
+    model.pooler.bfloat16()
+    return model
+
+
+def finite(logits):
+    """The logits, unless they are not numbers: UserError."""
+    if not torch.isfinite(logits).all():
+        raise UserError("the model's logits are not finite: its weights overflow in this precision")
+    return logits
 
 
 def load_trained(directory, task):
@@ -342,69 +505,6 @@ def load_trained(directory, task):
     if labels != task.labels:
         raise UserError(f"{directory} knows the labels {labels}, but the data has {task.labels}")
     return load_bert(directory, task.num_labels)
-
-
-def trained_length(directory):
-    """Tokens per example that a model was trained with, from its run.json; else its positions."""
-    path, most = Path(directory) / "run.json", BertConfig.load(directory).max_position_embeddings
-    length = read_json(path).get("max_length") if path.exists() else most
-    if type(length) is not int or length < 3:
-        raise UserError(f"{path} was not written by train or search: it has no valid max_length")
-    return min(length, most)
-
-
-def predict(model, directory, examples, autocast, batch_size):
-    """For every Example of an iterable, as soon as its batch is computed, yield the label's name
-    and {name: probability}; of a regression, the score and {}."""
-    device, names = model.classifier.weight.device, model.config.labels
-    names = names or tuple(map(str, range(model.num_labels)))
-    if len(names) != model.num_labels:
-        raise UserError(f"{directory} names {len(names)} labels, but has {model.num_labels} logits")
-    encode_examples, examples = encoder(directory), iter(examples)
-    while batch := list(itertools.islice(examples, batch_size)):
-        encoded = encode_examples([example._replace(label=0) for example in batch])
-        *inputs, _ = collate(encoded, range(len(batch)), device)
-        with torch.inference_mode(), autocast():
-            logits = model(*inputs).float().cpu()                   # [B, num_labels]
-        for row in logits:
-            if model.num_labels == 1:
-                yield row.item(), {}
-            else:
-                yield names[row.argmax()], dict(zip(names, row.softmax(0).tolist()))
-
-
-def read_texts(file, name):
-    """Yield an Example per line of a binary file: one text, or two with a tab between them."""
-    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 2), b""), 1):
-        where = f"{name}, line {number}"
-        if len(line.rstrip(b"\r\n")) > LONGEST_LINE:
-            raise UserError(f"{where}: more than {LONGEST_LINE:,} bytes")
-        try:
-            one, *two = line.decode().rstrip("\r\n").split("\t")
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: not UTF-8") from None
-        if len(two) > 1:
-            raise UserError(f"{where}: {len(two)} tabs; a line is one text, or two with a tab "
-                            "between them")
-        yield Example(one, *(two or [None]), 0)
-
-
-def submit(model, directory, task, source, out, overwrite, autocast):
-    """Write the files that gluebenchmark.com takes for a task (MNLI: two) into `out`, from the
-    test.tsv in `source`; `model` is that of `directory`."""
-    names = {"MNLI": {"test_matched.tsv": "MNLI-m.tsv", "test_mismatched.tsv": "MNLI-mm.tsv"}}
-    files = {Path(out) / name: read_test(Path(source) / test)
-             for test, name in names.get(task, {"test.tsv": f"{task}.tsv"}).items()}
-    if there := [path for path in files if path.exists() and not overwrite]:
-        raise UserError(f"{there[0]} exists: choose another --out, or replace it with --overwrite")
-    for path, examples in files.items():
-        found = predict(model, directory, examples, autocast, 32)
-        rows = ["index\tprediction"] + [
-            f"{example.label}\t" + (label if shares else f"{min(5, max(0, label)):.3f}")
-            for example, (label, shares) in zip(examples, found)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, ("\n".join(rows) + "\n").encode())
-        print(f"wrote {path}: {len(examples)} predictions")
 
 
 # --------------------------------------------------------------------------------------------------

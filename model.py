@@ -3,26 +3,27 @@
 After Devlin et al. 2019 (the model) and YOCO-BERT, Sec. 3.2 (the elasticity). A *super-BERT* is an
 `ElasticBert` called with its largest architecture; a *sub-BERT* is `d` layers of it, the first or
 evenly spaced ones (`kept_layers`), in each of them the first `h` heads and the first `k` FFN
-neurons. The architecture is an argument of `forward`: nothing is selected beforehand, what is
-sliced off is not computed, and hidden states are kept only where the caller passes a dict for them.
-Hidden size, embeddings, pooler and classifier are shared by every architecture. `extract` copies a
-slice into a stand-alone model of the same class. Unlike the usual implementations the tensors have
-short names here and Hugging Face's names on disk; one explicit map stands between them.
+neurons. The architecture is an argument of `forward`: nothing is selected beforehand, and what is
+sliced off is not computed. `masked` computes the same for several architectures in one pass of
+fixed shapes, which suits a GPU: slicing is masking with the zeros not computed. Hidden size,
+embeddings, pooler and classifier are shared by every architecture. `extract` copies a slice into a
+stand-alone model of the same class. The tensors have short names here and Hugging Face's names on
+disk; one explicit map stands between them.
 
 Letters: B batch, T tokens, C hidden size, H heads kept, D head size, F FFN neurons kept.
 """
 
 import ctypes
-import io
+import functools
+import hashlib
 import json
-import logging
 import os
 import platform
-import random
 import re
 import statistics
 import sys
 import time
+import unicodedata
 from collections import namedtuple
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,7 +31,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
@@ -41,10 +41,32 @@ class UserError(ValueError):
 
 
 # --------------------------------------------------------------------------------------------------
-# Configuration and search space
+# Configuration
 # --------------------------------------------------------------------------------------------------
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+GELU_TANH = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": GELU_TANH,
+               "gelu_pytorch_tanh": GELU_TANH, "relu": F.relu}
+# Fields of config.json that would compute something else with any other value.
+ONLY = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False,
+        "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
+CHOICES = {"hidden_act": list(ACTIVATIONS), "depth_keeps": ["first", "even"],
+           "problem_type": [None, "regression", "single_label_classification"]}
+# Fields that change no logit; those for generating text stand in every file of older versions.
+HARMLESS = set("""
+    architectures transformers_version _name_or_path name_or_path torch_dtype dtype use_bfloat16
+    gradient_checkpointing use_cache output_past output_attentions output_hidden_states return_dict
+    torchscript tf_legacy_loss tie_word_embeddings tie_encoder_decoder finetuning_task
+    task_specific_params label2id num_labels tokenizer_class prefix pad_token_id bos_token_id
+    eos_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id directionality
+    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
+    cross_attention_hidden_size attn_implementation _attn_implementation_autoset model_name language
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens chunk_size_feed_forward
+    """.split())
 
 
 @dataclass
@@ -63,44 +85,44 @@ class BertConfig:
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float = None           # None: as hidden_dropout_prob
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
+    problem_type: str | None = None            # "regression": the one logit is the answer
     id2label: dict | None = None               # {"0": name, ...}: label names travel with the model
     depth_keeps: str = "first"                 # the layers of a smaller depth, or "even"ly spaced
     layer_heads: list | None = None            # a sub-BERT's heads, one number per layer
     layer_ffn_sizes: list | None = None        # a sub-BERT's FFN sizes, one number per layer
 
     def __post_init__(self):
-        for field in (f for f in fields(self) if f.type in (int, float)):
-            value, whole = getattr(self, field.name), field.type is int
-            low, high = {"num_hidden_layers": (1, 1000), "initializer_range": (0, 100)}.get(
-                field.name, (1, 10**6) if whole else (0, 0.999))
-            if type(value) not in (int, field.type) or not low <= value <= high:
-                raise UserError(f"config: {field.name} is {value!r}, not a{' whole' * whole} "
-                                f"number from {low} to {high}")
+        for field in fields(self):
+            value, legal = getattr(self, field.name), None
+            if field.type is int and not (type(value) is int and 1 <= value <= 10**6):
+                legal = "a whole number from 1 to 1000000"
+            elif field.type is float and value is not field.default and not (
+                    type(value) in (int, float) and 0 <= value < 1):
+                legal = "a number from 0 to less than 1"
+            elif field.name in CHOICES and value not in CHOICES[field.name]:
+                legal = " or ".join(map(repr, CHOICES[field.name]))
+            if legal:
+                raise UserError(f"{field.name} is {value!r}, not {legal}")
         if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"config: {self.num_attention_heads} heads do not divide the hidden "
-                            f"size {self.hidden_size}")
-        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
-            raise UserError(f"config: hidden_act {self.hidden_act!r} is not one of "
-                            f"{', '.join(ACTIVATIONS)}")
-        if self.depth_keeps not in ("first", "even"):
-            raise UserError(f"config: depth_keeps is {self.depth_keeps!r}, not 'first' or 'even'")
+            raise UserError(f"{self.num_attention_heads} heads do not divide the hidden size "
+                            f"{self.hidden_size}")
         if self.id2label is not None and not (
-                isinstance(self.id2label, dict)
-                and all(isinstance(v, str) and v.isprintable() for v in self.labels)
-                and len(self.labels) == len(self.id2label)):
-            raise UserError('config: id2label must be {"0": name, "1": name, ...}')
+                isinstance(self.id2label, dict) and len(self.labels) == len(self.id2label)):
+            raise UserError('id2label must be {"0": name, "1": name, ...}, the names all different '
+                            "and without control characters")
         for name, largest in (("layer_heads", self.num_attention_heads),
                               ("layer_ffn_sizes", self.intermediate_size)):
             sizes = getattr(self, name)
             if sizes is not None and not (
                     isinstance(sizes, list) and len(sizes) == self.num_hidden_layers
                     and all(type(s) is int and 1 <= s <= largest for s in sizes)):
-                raise UserError(f"config: {name} must be {self.num_hidden_layers} whole numbers "
-                                f"from 1 to {largest}, one per layer")
+                raise UserError(f"{name} must be {self.num_hidden_layers} whole numbers from 1 to "
+                                f"{largest}, one per layer")
         if count_params(self, self.arch) > 10**9:
-            raise UserError("config: more than 10^9 parameters")
+            raise UserError("more than 10^9 parameters")
 
     @property
     def head_size(self):
@@ -114,31 +136,47 @@ class BertConfig:
         return Arch(self.layer_heads or [self.num_attention_heads] * d,
                     self.layer_ffn_sizes or [self.intermediate_size] * d)
 
+    @property
+    def labels(self):
+        """Label names in the order of the logits; () where none are known, or none that can be."""
+        names = self.id2label or {}
+        found = [names.get(str(i)) for i in range(len(names))]
+        legal = all(map(is_label, found)) and len(set(found)) == len(found)
+        return tuple(found) if legal else ()
+
     def layers(self, arch):
         """(index, heads, FFN size) of each layer that `arch` runs, a tuple."""
         return tuple(zip(kept_layers(self.depth_keeps, self.num_hidden_layers, arch.depth), *arch))
 
-    @property
-    def labels(self):
-        """Label names in the order of the logits; () where none are known."""
-        names = self.id2label or {}
-        return tuple(names[str(i)] for i in range(len(names)) if str(i) in names)
-
     @classmethod
     def load(cls, directory):
-        """Read `directory`/config.json. Fields without a meaning here are ignored; those that would
-        change the computation (another model type, relative positions, a decoder) are refused."""
+        """Read `directory`/config.json. A field that changes what is computed is computed here or
+        refused by name, and so is one that nobody here knows."""
         path = Path(directory) / "config.json"
         found = read_json(path, f"does not exist: {directory} is not a BERT directory")
-        for name, only in (("model_type", "bert"), ("position_embedding_type", "absolute"),
-                           ("is_decoder", False), ("add_cross_attention", False)):
-            if found.get(name, only) != only:
-                raise UserError(f"{path}: {name} is {found[name]!r}; only {only!r} is supported")
+        own = [field.name for field in fields(cls)]
+        for name, value in found.items():
+            if name in ONLY and (value or ONLY[name]) != ONLY[name]:
+                raise UserError(f"{path}: {name} is {value!r}; only {ONLY[name]!r} is supported")
+            if name not in own and name not in ONLY and name not in HARMLESS:
+                raise UserError(f"{path}: unknown field {name!r}, which may change what the model "
+                                "computes: remove it if it does not")
         try:
-            return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
+            return cls(**{name: found[name] for name in own if name in found})
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
+
+def is_label(name):
+    """Whether a text can name a label: not empty, and no character that breaks or steers a line.
+    (Joiners and blanks of all scripts are text.)"""
+    return isinstance(name, str) and name != "" and not any(
+        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Architectures and the search space
+# --------------------------------------------------------------------------------------------------
 
 def kept_layers(rule, layers, depth):
     """Which of so many layers a sub-BERT of `depth` has, by the rule "first" or "even".
@@ -146,9 +184,10 @@ def kept_layers(rule, layers, depth):
     >>> list(kept_layers("first", 6, 4)), list(kept_layers("even", 6, 4))
     ([0, 1, 2, 3], [0, 2, 3, 5])
     """
+    if rule == "first":
+        return range(depth)
     # DIFFERS from Sec. 3.2: "even" keeps them evenly spaced, and the last always.
-    return range(depth) if rule == "first" else [(i + 1) * layers // depth - 1
-                                                 for i in range(depth)]
+    return [(i + 1) * layers // depth - 1 for i in range(depth)]
 
 
 class Arch(namedtuple("Arch", "heads ffn_sizes")):
@@ -196,10 +235,9 @@ class SearchSpace:
 
     @classmethod
     def for_config(cls, config):
-        """BERT-base's choices (Sec. 4, Search Space Setups), as fractions of any BERT's size. For a
-        sub-BERT, whose layers differ: the space with just that one architecture."""
+        """BERT-base's choices (Sec. 4, Search Space Setups), as fractions of any BERT's size."""
         if config.layer_heads or config.layer_ffn_sizes:
-            return OneArch(config.arch)
+            raise UserError("a sub-BERT is one architecture: there is nothing smaller inside it")
 
         def part(size, *fractions):
             return [max(1, round(size * f)) for f in fractions]
@@ -247,28 +285,6 @@ class SearchSpace:
         for i, h, k in zip(kept_layers(self.depth_keeps, len(layers), arch.depth), *arch):
             layers[i] = self.ffn_sizes.index(k) * len(self.heads) + self.heads.index(h)
         return [self.depths.index(arch.depth)] + layers
-
-
-class OneArch(SearchSpace):
-    """The space of one architecture, to be fine-tuned as it is: every variable has one category."""
-
-    def __init__(self, only):
-        super().__init__([only.depth], [max(only.heads)], [max(only.ffn_sizes)])
-        self.only = only
-
-    def arch(self, choices):
-        """The one architecture."""
-        return self.only
-
-    def check(self, arch):
-        """Raise UserError unless `arch` is the one."""
-        if arch != self.only:
-            raise UserError(f"{arch} is not the only architecture here, {self.only}")
-
-    def choices(self, arch):
-        """Its choices, all 0."""
-        self.check(arch)
-        return [0] * len(self.categories)
 
 
 def count_params(config, arch):
@@ -338,9 +354,10 @@ class Layer(nn.Module):
         self.dropout = config.hidden_dropout_prob
         self.attention_dropout = config.attention_probs_dropout_prob
 
-    def forward(self, x, mask, H, F_, last=False):
+    def forward(self, x, mask, H, F_, last=False, keep=None):
         """x [B, T, C], mask [B, 1, 1, T] bool, H heads and F_ neurons of the front -> [B, T, C], or
-        [B, 1, C] of the last layer, out of which only [CLS] goes to the pooler."""
+        [B, 1, C] of the last layer, out of which only [CLS] goes to the pooler. keep: of each
+        example, which of those heads [B, H] and neurons [B, F] count; the others become zero."""
         B, T, C = x.shape
         p, p_attention = (self.dropout, self.attention_dropout) if self.training else (0.0, 0.0)
 
@@ -348,11 +365,15 @@ class Layer(nn.Module):
             return front_linear(x, linear, H * self.D).view(B, -1, H, self.D).transpose(1, 2)
         key, value = split(x, self.key), split(x, self.value)            # [B, H, T, D]
         x = x[:, :1] if last else x                                      # [B, Q, C], Q = 1 or T
-        a = attention(split(x, self.query), key, value, mask, p_attention)
+        a = attention(split(x, self.query), key, value, mask, p_attention)   # [B, H, Q, D]
+        if keep:
+            a = a * keep[0][:, :, None, None]
         a = a.transpose(1, 2).reshape(B, -1, H * self.D)                 # [B, Q, H*D]
         a = front_linear(a, self.attention_out, n_in=H * self.D)         # [B, Q, C]
         x = self.attention_norm(x + dropout(a, p))
         f = self.activation(front_linear(x, self.ffn_in, F_))            # [B, Q, F]
+        if keep:
+            f = f * keep[1][:, None, :]
         f = front_linear(f, self.ffn_out, n_in=F_)                       # [B, Q, C]
         return self.ffn_norm(x + dropout(f, p))
 
@@ -383,41 +404,74 @@ class ElasticBert(nn.Module):
     def check(self, arch):
         """Raise UserError unless `arch` has whole numbers from 1 to what the model has."""
         own = self.config.arch
-        if arch.depth > own.depth or not all(
-                type(n) is int and 1 <= n <= most for i, *wanted in self.config.layers(arch)
-                for n, most in zip(wanted, (own.heads[i], own.ffn_sizes[i]))):
+        fits = arch.depth <= own.depth and all(
+            type(n) is int and 1 <= n <= most for i, *wanted in self.config.layers(arch)
+            for n, most in zip(wanted, (own.heads[i], own.ffn_sizes[i])))
+        if not fits:
             raise UserError(f"architecture [{arch}] does not fit into the model's [{own}]")
 
-    def forward(self, input_ids, token_type_ids, attention_mask, arch=None, kept=None):
+    def forward(self, input_ids, token_type_ids, attention_mask, arch=None):
         """Logits of the sub-BERT `arch` (None: the whole model).
 
-        Args: three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding);
-            `kept`, a dict in which the call leaves the hidden states before each layer: a later
-            call with the same batch and dict (in eval mode, with the same weights) starts at the
-            first layer that differs.
+        Args: three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding).
         Returns: [B, num_labels]. Raises UserError where `arch` or T exceeds what the model has.
         """
-        config, arch = self.config, arch or self.config.arch
-        T = input_ids.shape[1]
-        if T > config.max_position_embeddings:
-            raise UserError(f"{T} tokens; the model has {config.max_position_embeddings} positions")
+        arch = arch or self.config.arch
         self.check(arch)
-        p = config.hidden_dropout_prob if self.training else 0.0
+        x = self.embed(input_ids, token_type_ids)                        # [B, T, C]
         mask = attention_mask.bool()[:, None, None, :]                   # [B, 1, 1, T]
-        layers = config.layers(arch)                                     # (index, H, F) of each
-        start = max((i for i in range(arch.depth) if kept and layers[:i] in kept), default=0)
-        x = kept.get(layers[:start]) if kept else None                   # [B, T, C]
-        if x is None:
-            x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:T]
-                 + self.token_type_embeddings(token_type_ids))
-            x = dropout(self.embedding_norm(x), p)
-        for i in range(start, arch.depth):
-            index, H, F_ = layers[i]
-            if kept is not None:
-                kept[layers[:i]] = x
-            x = self.layers[index](x, mask, H, F_, last=i + 1 == arch.depth)
-        pooled = torch.tanh(self.pooler(x[:, 0]))                        # [B, C] from [CLS]
-        return self.classifier(dropout(pooled, p))                       # [B, num_labels]
+        for n, (i, H, F_) in enumerate(self.config.layers(arch), 1):
+            x = self.layers[i](x, mask, H, F_, last=n == arch.depth)
+        return self.head(x)                                              # [B, num_labels]
+
+    def masked(self, input_ids, token_type_ids, attention_mask, sizes):
+        """What `forward` gives for several architectures, in one pass over the whole model: every
+        example is there once per architecture, and what an architecture lacks is a zero (heads,
+        neurons) or is passed by (layers). Nothing in it depends on the architectures' values.
+
+        Args: three [B, T] tensors as above; sizes [lambda, L, 2], as `layer_sizes` makes them.
+        Returns: [lambda, B, num_labels].
+        """
+        n, B = len(sizes), len(input_ids)
+        x = self.embed(input_ids.repeat(n, 1), token_type_ids.repeat(n, 1))      # [n*B, T, C]
+        mask = attention_mask.bool().repeat(n, 1)[:, None, None, :]      # [n*B, 1, 1, T]
+        sizes = sizes.repeat_interleave(B, 0)                            # [n*B, L, 2]
+        for i, (layer, H, F_) in enumerate(zip(self.layers, *self.config.arch)):
+            h, k = sizes[:, i, :1], sizes[:, i, 1:]                      # [n*B, 1] each
+            keep = (torch.arange(H, device=h.device) < h,                # [n*B, H]
+                    torch.arange(F_, device=k.device) < k)               # [n*B, F]
+            y = layer(x, mask, H, F_, last=i + 1 == len(self.layers), keep=keep)
+            x = torch.where(h[:, :, None] > 0, y, x[:, :y.shape[1]])     # its input, if not there
+        return self.head(x).view(n, B, -1)                               # [n, B, num_labels]
+
+    def embed(self, input_ids, token_type_ids):
+        """Two [B, T] tensors -> the hidden states before the first layer, [B, T, C]."""
+        T, most = input_ids.shape[1], self.config.max_position_embeddings
+        if T > most:
+            raise UserError(f"{T} tokens; the model has {most} positions")
+        x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:T]
+             + self.token_type_embeddings(token_type_ids))
+        return dropout(self.embedding_norm(x), self.config.hidden_dropout_prob * self.training)
+
+    def head(self, x):
+        """Hidden states after the last layer, [B, 1 or T, C] -> logits [B, num_labels]."""
+        config = self.config
+        p = config.classifier_dropout
+        p = (config.hidden_dropout_prob if p is None else p) * self.training
+        pooled = dropout(torch.tanh(self.pooler(x[:, 0])), p)            # [B, C] from [CLS]
+        # In fp32 whatever the precision: bf16 would round a regression's answers.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.classifier(pooled.float())
+
+
+def layer_sizes(config, archs, device=None):
+    """Architectures as one tensor for `masked`, int64 [len(archs), L, 2]: heads and FFN size of
+    each layer of the model, 0 and 0 where an architecture does not have it."""
+    sizes = torch.zeros(len(archs), config.num_hidden_layers, 2, dtype=torch.int64)
+    for row, arch in zip(sizes, archs):
+        for i, *pair in config.layers(arch):
+            row[i] = torch.tensor(pair)
+    return sizes.to(device)
 
 
 def extract(model, arch):
@@ -485,41 +539,56 @@ def hf_name(name):
     return f"{HF_NAMES[path[0]]}.{kind}"
 
 
-def load_bert(directory, num_labels=None):
+def load_bert(directory, num_labels=None, labels=None):
     """ElasticBert from the config.json and model.safetensors of Hugging Face or `save_bert`, with
     `num_labels` labels (None: as many as the classifier in the file has).
 
-    Strict: the names and shapes must be exactly those of the model. Only the pre-training heads
-    `cls.*` and the buffer `position_ids` are ignored, `bert.` may be missing, and a classifier that
-    the file does not have is initialised at random, with a line that says so.
-    Raises UserError that names the first tensor at fault.
+    labels: the names to train on, () for regression. A classifier of the same names in another
+    order is permuted, one of other names is replaced by a new one. Without `labels` the model is to
+    be used as it is, and must be complete. Strict: the names and shapes must be exactly those of
+    the model, but for the pre-training heads `cls.*`, the buffer `position_ids`, a missing prefix
+    `bert.`, and prefixes that wrappers add; what is new is initialised at random, with a line that
+    says so. Raises UserError that names the first tensor at fault.
     """
-    config, path = BertConfig.load(directory), Path(directory) / "model.safetensors"
-    try:
-        raw = safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (SafetensorError, ValueError, OverflowError, RuntimeError) as error:
-        raise UserError(f"{path} is not a complete safetensors file ({error})") from None
+    config = BertConfig.load(directory)
+    path, raw = read_tensors(directory)
     tensors = {}
     for name, tensor in raw.items():
+        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         if not name.startswith("cls.") and not name.endswith("embeddings.position_ids"):
             bare = name.startswith(("embeddings.", "encoder.", "pooler."))
             tensors["bert." + name if bare else name] = tensor
 
-    if num_labels is None:
-        classifier = tensors.get("classifier.bias")
-        if classifier is None or classifier.dim() != 1 or not len(classifier):
-            raise UserError(f"{path} has no classifier: it was not fine-tuned")
-        num_labels = len(classifier)
+    classifier = tensors.get("classifier.weight")                        # [num_labels, C] or None
+    if classifier is None and num_labels is None:
+        raise UserError(f"{path} has no classifier: it was not fine-tuned")
+    num_labels = num_labels or len(classifier)
+    if labels is not None and classifier is not None:
+        if labels and sorted(labels) == sorted(config.labels):
+            order = [config.labels.index(name) for name in labels]
+            for name in ("classifier.weight", "classifier.bias"):
+                tensors[name] = tensors[name][order]
+        elif labels or len(classifier) != 1:
+            say(f"{path} has a classifier for other labels, "
+                f"{', '.join(config.labels) or 'without names'}: it is not used")
+            del tensors["classifier.weight"], tensors["classifier.bias"]
+    if labels is not None:
+        config.id2label = {str(i): name for i, name in enumerate(labels)} or None
+        config.problem_type = None if labels else "regression"
+
     with torch.device("meta"):                    # no memory before the shapes are checked
         model = ElasticBert(config, num_labels)
-    if not any(name.startswith("classifier.") for name in tensors):
-        print(f"{path} has no classifier: a new one for {num_labels} label(s) is initialised")
-        new = torch.empty(num_labels, config.hidden_size).normal_(std=config.initializer_range)
-        tensors |= {"classifier.weight": new, "classifier.bias": torch.zeros(num_labels)}
+    new = ["classifier"] if "classifier.weight" not in tensors else []
+    if new and classifier is None and "bert.pooler.dense.weight" not in tensors:
+        new.append("pooler")                      # of a model of masked words
+    for name in new:
+        size = getattr(model, name).weight.shape
+        say(f"{path}: a new {name} is initialised, {size[1]} -> {size[0]}")
+        weight = torch.empty(size).normal_(std=config.initializer_range)
+        tensors[hf_name(name + ".weight")] = weight
+        tensors[hf_name(name + ".bias")] = torch.zeros(size[0])
     state = {}
     for name, like in model.state_dict().items():
         tensor = tensors.pop(hf_name(name), None)
@@ -530,42 +599,77 @@ def load_bert(directory, num_labels=None):
                             f"expected {list(like.shape)}")
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise UserError(f"{path}: tensor {hf_name(name)} is not all finite numbers")
-        state[name] = tensor.to(torch.float32, copy=True)     # not a map of the file
+        state[name] = tensor.to(torch.float32, copy=True)                # not a map of the file
     if tensors:
         raise UserError(f"{path}: unknown tensor {min(tensors)}")
+    if labels is None and config.problem_type != "regression" and num_labels == 1:
+        raise UserError(f'{path} has one logit, and its config.json no "problem_type": write '
+                        '"regression" there if the logit is the answer')
+    if config.problem_type == "regression" and num_labels > 1 or (
+            config.labels and len(config.labels) != num_labels > 1):
+        raise UserError(f"{path} has {num_labels} logits, which its config.json contradicts: see "
+                        "problem_type and id2label")
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
+def weight_files(directory):
+    """The safetensors files of a BERT directory: one, or those that an index names."""
+    index = Path(directory) / "model.safetensors.index.json"
+    if not index.exists():
+        return [Path(directory) / "model.safetensors"]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise UserError(f"{index} has no weight_map of file names")
+    return [Path(directory) / name for name in sorted(set(names.values()))]
+
+
+def read_tensors(directory):
+    """(the path to name in errors, {name: tensor}) of a directory's weights."""
+    tensors, paths = {}, weight_files(directory)
+    for path in paths:
+        try:
+            tensors |= safetensors.torch.load_file(path)
+        except FileNotFoundError:
+            pickled = path.with_name("pytorch_model.bin").exists()
+            raise UserError(f"{path} does not exist" + (
+                "; pytorch_model.bin does: convert it with transformers' from_pretrained(...)"
+                ".save_pretrained(...)" if pickled else "")) from None
+        except (SafetensorError, ValueError, OverflowError, RuntimeError) as error:
+            raise UserError(f"{path} is not a complete safetensors file ({error})") from None
+    return paths[0], tensors
+
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json",
+                   "special_tokens_map.json")
+
+
+def tokenizer_files(directory):
+    """{name: bytes} of a BERT directory's tokenizer, to be written beside another model."""
+    paths = [Path(directory) / name for name in TOKENIZER_FILES]
+    return {path.name: path.read_bytes() for path in paths if path.exists()}
+
+
 def save_bert(model, directory, tokenizer=None):
     """Write config.json and model.safetensors, which `load_bert` reads back bit for bit; and, so
-    that the directory stands alone, the tokenizer of another BERT directory."""
+    that the directory stands alone, a tokenizer's files, {name: bytes}."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert",
               **{k: v for k, v in asdict(model.config).items() if v is not None}}
-    if not model.config.id2label:
+    if model.config.id2label:
+        config["label2id"] = {name: i for i, name in enumerate(model.config.labels)}
+    else:
         config["num_labels"] = model.num_labels   # for others, who would take two for granted
-    if model.num_labels == 1:
-        config["problem_type"] = "regression"
     write_file(Path(directory) / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     tensors = {hf_name(n): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
     write_file(Path(directory) / "model.safetensors",
                safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, directory)
-
-
-def copy_tokenizer(source, directory):
-    """Copy the tokenizer of one BERT directory to another."""
-    for name in ("vocab.txt", "tokenizer_config.json"):
-        if Path(source, name).exists():
-            write_file(Path(directory, name), Path(source, name).read_bytes())
-        else:                                     # of a result that is being replaced
-            Path(directory, name).unlink(missing_ok=True)
+    for name, content in (tokenizer or {}).items():
+        write_file(Path(directory) / name, content)
 
 
 # --------------------------------------------------------------------------------------------------
-# Where it computes
+# Where it computes, and how long that takes
 # --------------------------------------------------------------------------------------------------
 
 def arithmetic(device="auto", precision="auto"):
@@ -573,9 +677,9 @@ def arithmetic(device="auto", precision="auto"):
     where its hardware has units for it, else fp32. UserError where the device is missing. Also
     calls `keep_memory`."""
     keep_memory()
-    mps = torch.backends.mps.is_available() and not dist.is_initialized()    # gloo has none
-    here = dict(cuda=torch.cuda.is_available(), mps=mps, cpu=True)
-    name = next(n for n in here if here[n]) if device == "auto" else device
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
+    name = [n for n in here if here[n]][0] if device == "auto" else device
     if not here[name]:
         raise UserError(f"--device {name}: this machine has none")
     if name == "cuda":
@@ -611,170 +715,25 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
-    if status.exists():                                              # Linux
-        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
-    try:
-        import resource
-    except ImportError:                                              # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10 if status.exists() else 0
 
 
-# --------------------------------------------------------------------------------------------------
-# Latency
-# --------------------------------------------------------------------------------------------------
-
-def milliseconds(jobs, autocast):
-    """Median milliseconds of functions that return a tensor: 20 rounds after 3 to warm up, in each
-    of which all take their turn, so that a disturbance meets all of them."""
-    times = [[] for _ in jobs]
+def latency(models, B, T, autocast):
+    """Milliseconds that B sequences of T tokens take each of some models: medians of 20 rounds
+    after 3 to warm up, in each of which all take their turn, so that a disturbance meets all."""
+    ids = torch.ones(B, T, dtype=torch.int64, device=models[0].pooler.weight.device)
+    times = [[] for _ in models]
     with torch.inference_mode(), autocast():
         for _ in range(23):
-            for job, seconds in zip(jobs, times):
+            for model, seconds in zip(models, times):
                 start = time.perf_counter()
-                job().flatten()[0].item()                                # waits for the device
+                model(ids, ids - 1, ids)[0, 0].item()                    # waits for the device
                 seconds.append(time.perf_counter() - start)
     return [1000 * statistics.median(seconds[3:]) for seconds in times]
 
 
-def latency(models, B, T, autocast):
-    """Milliseconds that B sequences of T tokens take each of some models."""
-    ids = torch.ones(B, T, dtype=torch.int64, device=models[0].pooler.weight.device)
-    return milliseconds([lambda m=m: m(ids, ids - 1, ids) for m in models], autocast)
-
-
-class LatencyTable:
-    """Predicts T(m), the milliseconds that B sequences of T tokens take, as a sum: embeddings and
-    head, plus for each layer the time of its operation (heads, FFN size). The last layer, which
-    computes [CLS] alone, has times of its own. The sum is scaled to fit 20 whole architectures.
-    ms: these times, set by `measure` or taken from another rank or run."""
-
-    def __init__(self, model, B, T, autocast):
-        if T > model.config.max_position_embeddings:
-            raise UserError(f"{T} tokens to time; the model has "
-                            f"{model.config.max_position_embeddings} positions: give "
-                            "--latency-length")
-        self.model, self.B, self.T, self.autocast = model.eval(), B, T, autocast
-        self.space = SearchSpace.for_config(model.config)
-        self.operations = [(h, k) for k in self.space.ffn_sizes for h in self.space.heads]
-
-    def measure(self):
-        """Set `ms`: layer, one for each operation; last, the same for the last layer; rest; scale.
-        """
-        model, B, T = self.model, self.B, self.T
-        device, n = model.pooler.weight.device, len(self.operations)
-        x = torch.randn(B, T, model.config.hidden_size, device=device)   # [B, T, C]
-        mask = torch.ones(B, 1, 1, T, dtype=torch.bool, device=device)
-        ids = torch.ones(B, T, dtype=torch.int64, device=device)
-        single = [extract(model, Arch([h], [k])) for h, k in self.operations]
-        jobs = [lambda s=s, h=h, k=k, last=last: s.layers[0](x, mask, h, k, last)
-                for last in (False, True) for s, (h, k) in zip(single, self.operations)]
-        *ms, whole = milliseconds([*jobs, lambda: single[0](ids, ids - 1, ids)], self.autocast)
-        self.ms = dict(layer=ms[:n], last=ms[n:], rest=[max(0.0, whole - ms[n])], scale=[1.0])
-        predicted, measured = self.check(seed=0)
-        self.ms["scale"] = [statistics.median(m / p for m, p in zip(measured, predicted))]
-
-    def __call__(self, arch):
-        """T(m), predicted."""
-        *layers, last = [self.operations.index(pair) for pair in zip(*arch)]
-        ms = self.ms["rest"][0] + sum(self.ms["layer"][i] for i in layers) + self.ms["last"][last]
-        return self.ms["scale"][0] * ms
-
-    def whole(self, archs):
-        """T(m) of several, each extracted and measured whole."""
-        models = [extract(self.model, arch) for arch in archs]
-        for model in models:                                             # large, and read alike
-            model.word_embeddings = self.model.word_embeddings
-        return latency(models, self.B, self.T, self.autocast)
-
-    def check(self, seed):
-        """Predicted and measured T(m) of 20 architectures of the space, two lists."""
-        rng = random.Random(seed)
-        archs = [self.space.arch([rng.randrange(n) for n in self.space.categories])
-                 for _ in range(20)]
-        return [self(arch) for arch in archs], self.whole(archs)
-
-
 # --------------------------------------------------------------------------------------------------
-# Export: the model as others load it
-# --------------------------------------------------------------------------------------------------
-
-def export_bert(model, directory, form, tokenizer, batches):
-    """Write `model` into `directory` as others load it, without this file, and the tokenizer of the
-    BERT directory `tokenizer`. Returns the greatest difference between its logits and those of what
-    was written, read back, over `batches` of three [B, T] tensors each.
-
-    form "hf": a Hugging Face directory; "onnx": model.onnx; "torch": model.pt2, of torch.export.
-    The last two take int64 tensors of any B and T. Raises UserError where a package is missing, or
-    where the logits differ by 1e-3: then the model is not kept.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    exported = write_export(model, directory, form)
-    copy_tokenizer(tokenizer, directory)
-    with torch.inference_mode():
-        difference = torch.stack([(exported(*inputs) - model(*inputs)).abs().max()
-                                  for inputs in batches]).max().item()   # not a number stays so
-    if not difference < 1e-3:
-        for path in directory.glob("model.*"):
-            path.unlink()
-        raise UserError(f"the export does not compute what the model does: its logits differ by "
-                        f"{difference:.1e}; it is not kept")
-    return difference
-
-
-def write_export(model, directory, form):
-    """Write the model; a function that computes its logits from what was written."""
-    if form == "hf":
-        save_bert(widened(model), directory)
-        return load_bert(directory)
-    path = directory / ("model.onnx" if form == "onnx" else "model.pt2")
-    if form == "onnx":
-        try:
-            import onnx, onnxruntime, onnxscript                     # noqa: E401, F401
-        except ImportError:
-            raise UserError("ONNX needs three packages: pip install onnx onnxruntime "
-                            "onnxscript") from None
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)     # it misses torchvision
-        program = torch.onnx.export(traced(model), dynamo=True, verbose=False,
-                                    input_names=INPUTS, output_names=["logits"])
-        write_file(path, program.model_proto.SerializeToString())
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return lambda *inputs: torch.from_numpy(session.run(["logits"], dict(zip(
-            INPUTS, (x.long().numpy() for x in inputs))))[0])
-    torch.export.save(traced(model), buffer := io.BytesIO())
-    write_file(path, buffer.getvalue())
-    loaded = torch.export.load(path).module()
-    return lambda *inputs: loaded(*(x.long() for x in inputs))
-
-
-INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
-
-
-def traced(model):
-    """torch.export's program of the whole model, for any number of sequences and tokens."""
-    sizes = {0: torch.export.Dim("batch", min=1, max=2**15), 1: torch.export.Dim(
-        "tokens", min=1, max=model.config.max_position_embeddings)}
-    # Three tensors: one, passed three times, would become a single input.
-    inputs = tuple(torch.ones(2, 3, dtype=torch.int64) for _ in INPUTS)
-    return torch.export.export(model.eval(), inputs, strict=False,
-                               dynamic_shapes={name: sizes for name in INPUTS})
-
-
-def widened(model):
-    """The same function at full width, as stock BERTs have it: the heads and neurons that a
-    sub-BERT dropped are there as zeros; its dropped layers are not."""
-    full = ElasticBert(replace(model.config, layer_heads=None, layer_ffn_sizes=None),
-                       model.num_labels)
-    own = model.state_dict()
-    for name, tensor in full.state_dict().items():                       # into the front corners
-        tensor.zero_()[tuple(slice(n) for n in own[name].shape)] = own[name]
-    return full.eval()
-
-
-# --------------------------------------------------------------------------------------------------
-# Files
+# Files, and what is said
 # --------------------------------------------------------------------------------------------------
 
 def read_json(path, otherwise="does not exist"):
@@ -791,20 +750,17 @@ def read_json(path, otherwise="does not exist"):
 
 
 def write_file(path, data):
-    """Write bytes so that `path` holds the old content or the new one, also after a power cut."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    """Write bytes so that `path` holds the old content or the new one, never a part."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        with suppress(OSError):                   # the new name, too, has to reach the disk,
-            directory = os.open(temporary.parent, os.O_RDONLY)    # where directories have fsync
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+    except OSError as error:
+        error.filename = str(path)                # a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -813,3 +769,21 @@ def write_json(path, **fields):
     """Write a JSON object, one field per line."""
     rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
     write_file(path, f"{{\n{rows}\n}}\n".encode())
+
+
+def fingerprint(*paths):
+    """The sha256 of the names and contents of those of some files that exist."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        if path.exists():
+            with open(path, "rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def say(text):
+    """Print a line. Where nobody reads any more, the work goes on in silence."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
