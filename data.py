@@ -12,12 +12,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+# First of all model, which says how torch's threads wait.
+from model import BertConfig, UserError, is_label, load_bert, read_json, say
+
 import numpy as np
 import tokenizers
 import torch
 from torch import nn
-
-from model import BertConfig, UserError, is_label, load_bert, read_json, say
 
 # sentence2: None without a pair; label: an index into Task.labels, or a float for regression
 Example = namedtuple("Example", "sentence1 sentence2 label")

@@ -29,6 +29,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+# Threads that wait for work must not keep busy a core that others want: read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -144,6 +147,11 @@ class BertConfig:
         legal = all(map(is_label, found)) and len(set(found)) == len(found)
         return tuple(found) if legal else ()
 
+    def name_labels(self, labels):
+        """Take over a task's label names, () for regression."""
+        self.id2label = {str(i): name for i, name in enumerate(labels)} or None
+        self.problem_type = None if labels else "regression"
+
     def layers(self, arch):
         """(index, heads, FFN size) of each layer that `arch` runs, a tuple."""
         return tuple(zip(kept_layers(self.depth_keeps, self.num_hidden_layers, arch.depth), *arch))
@@ -155,6 +163,8 @@ class BertConfig:
         path = Path(directory) / "config.json"
         found = read_json(path, f"does not exist: {directory} is not a BERT directory")
         own = [field.name for field in fields(cls)]
+        if path.with_name("log.jsonl").exists() and not path.with_name("run.json").exists():
+            raise UserError(f"{directory} is unfinished: go on with --resume")
         for name, value in found.items():
             if name in ONLY and (value or ONLY[name]) != ONLY[name]:
                 raise UserError(f"{path}: {name} is {value!r}; only {ONLY[name]!r} is supported")
@@ -575,8 +585,7 @@ def load_bert(directory, num_labels=None, labels=None):
                 f"{', '.join(config.labels) or 'without names'}: it is not used")
             del tensors["classifier.weight"], tensors["classifier.bias"]
     if labels is not None:
-        config.id2label = {str(i): name for i, name in enumerate(labels)} or None
-        config.problem_type = None if labels else "regression"
+        config.name_labels(labels)
 
     with torch.device("meta"):                    # no memory before the shapes are checked
         model = ElasticBert(config, num_labels)

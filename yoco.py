@@ -50,6 +50,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+# First of all model, which says how torch's threads wait.
+from model import (BertConfig, ElasticBert, SearchSpace, UserError, arithmetic, count_flops,
+                   count_params, extract, fingerprint, hardware, latency, layer_sizes, load_bert,
+                   peak_memory, read_json, reorder, save_bert, say, tokenizer_files, weight_files,
+                   write_file, write_json, TOKENIZER_FILES)
+
 import numpy as np
 import safetensors.torch
 import tokenizers
@@ -58,10 +64,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
-from model import (BertConfig, ElasticBert, SearchSpace, UserError, arithmetic, count_flops,
-                   count_params, extract, fingerprint, hardware, latency, layer_sizes, load_bert,
-                   peak_memory, read_json, reorder, save_bert, say, tokenizer_files, weight_files, TOKENIZER_FILES,
-                   write_file, write_json)
 
 try:
     import fcntl
@@ -269,12 +271,6 @@ class Settings:
                                      "hardware has it, else fp32", choices=("auto", "fp32", "bf16"))
 
 
-# What measurement recommends sorts heads and neurons by importance and learns from a teacher.
-RECIPES = {
-    "paper": dict(stages="progressive", reorder=False, distill=False, depth_keeps="first"),
-    "best": dict(stages="all", reorder=True, distill=True, depth_keeps="even")}
-
-
 @dataclasses.dataclass
 class TrainSettings(Settings):
     """Train a super-BERT on a data directory."""
@@ -284,35 +280,39 @@ class TrainSettings(Settings):
     out: str = setting("", "directory to write; without it superbert/<name of the data directory>")
     overwrite: bool = setting(False, "replace what --out holds")
     resume: bool = setting(False, "continue an interrupted run from its last checkpoint")
-    recipe: str = setting("paper", "paper: the paper's; best: what measurement recommends, which is "
-                                   "--stages all --reorder --distill --depth-keeps even",
-                          choices=tuple(RECIPES))
+    recipe: str = setting("paper", "paper: the paper's; best: what measurement recommends, --stages "
+                                   "all --reorder --distill --depth-keeps even",
+                          choices=("paper", "best"))
     strategy: str = setting("ee", "ee: the controller decides; exploit: always P_theta; explore: "
-                                  "always pi, theta fixed; noise: ee whose losses are permuted "
-                                  "before they rank, a control",
-                            choices=("ee", "exploit", "explore", "noise"))
+                                  "always pi, theta fixed; noise: a control, ee with permuted "
+                                  "losses", choices=("ee", "exploit", "explore", "noise"))
     stages: str = setting(None, "progressive: open the space step by step; all: the largest alone, "
-                                "then the whole space at once; largest: the largest alone, which "
-                                "is plain fine-tuning", choices=("progressive", "all", "largest"))
+                                "then everything; largest: the largest alone, which is plain "
+                                "fine-tuning", choices=("progressive", "all", "largest"))
     reorder: bool = setting(None, "before smaller sub-BERTs open, sort heads and neurons, the most "
                                   "important first")
     distill: bool = setting(None, "learn from the labels and from the logits of the largest as it "
                                   "was when smaller sub-BERTs opened")
     depth_keeps: str = setting(None, "the layers of a smaller depth: the first ones (paper), or "
-                                     "evenly spaced ones and always the last",
-                               choices=("first", "even"))
-    epochs: float = setting(0.0, "epochs in all, shared out over the stages like those of the "
-                                 "authors' table; 0: that table's", low=0)
-    lr: float = setting(0.0, "learning rate at the start of each stage; 0: the paper's", low=0)
+                                     "evenly spaced ones and the last", choices=("first", "even"))
+    epochs: float = setting(0.0, "in all, shared out over the stages as in the table; 0: its own", 0)
+    lr: float = setting(0.0, "learning rate at the start of each stage; 0: the paper's", 0)
     # CHOICE: 32; the paper prints none.  AUTHORS: 8
-    batch_size: int = setting(32, "examples per step, of all ranks together", low=1)
-    max_length: int = setting(128, "tokens per example; the rest is cut off", low=8)
-    archs_per_step: int = setting(2, "lambda: architectures sampled per step", low=1)
-    delta: float = setting(1.0, "length of a step of theta in the Fisher norm", low=0)
-    controller_interval: int = setting(0, "steps between updates of K; 0: 20 an epoch", low=0)
-    holdout: float = setting(0.1, "share of train held out for selection", low=0, high=0.9)
-    checkpoint_every: int = setting(500, "steps between checkpoints", low=1)
-    seed: int = setting(0, "seed of everything random", low=0)
+    batch_size: int = setting(32, "examples per step, of all ranks together", 1)
+    max_length: int = setting(128, "tokens per example; the rest is cut off", 8)
+    archs_per_step: int = setting(2, "lambda: architectures sampled per step", 1)
+    delta: float = setting(1.0, "length of a step of theta in the Fisher norm", 0)
+    controller_interval: int = setting(0, "steps between updates of K; 0: 20 an epoch", 0)
+    holdout: float = setting(0.1, "share of train held out for selection", 0, 0.9)
+    checkpoint_every: int = setting(500, "steps between checkpoints", 1)
+    seed: int = setting(0, "seed of everything random", 0)
+
+
+RECIPES = {
+    "paper": {"stages": "progressive", "reorder": False, "distill": False, "depth_keeps": "first"},
+    "best": {"stages": "all", "reorder": True, "distill": True, "depth_keeps": "even"}}
+CONTROLLERS = {"ee": exploit_probability, "noise": exploit_probability,
+               "exploit": lambda P: 1.0, "explore": lambda P: 0.0}
 
 
 def train(settings):
@@ -371,7 +371,7 @@ def train(settings):
         ranked = rng.permutation(losses) if settings.strategy == "noise" else losses
         if settings.strategy != "explore":
             P.step([space.choices(arch) for arch in archs], ranked, settings.delta)      # 10
-        report(run, progress, t + 1, stages, stage, losses, K, P, space, model.config)
+        report(run, progress, t + 1, stage, losses, K, P, space, model.config)
         if (stop or (t + 1) % settings.checkpoint_every == 0) and t + 1 < steps:
             save(run, t + 1, K, model, adam, P, rng, teacher)
             stop_if(stop)
@@ -385,13 +385,10 @@ def train(settings):
     result = run.finish(device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
                         data=settings.data, train=fingerprint(f"{settings.data}/train.tsv"),
                         held_out=split, max_length=max_length, lr=lr, steps=steps, holdout=scores,
-                        theta=lists(P.theta), wrote=inputs_of(run.path))
-    tell_scores(scores, named, model.config, task)
+                        theta=[theta.tolist() for theta in P.theta])
+    for name, found in scores.items():
+        say(f"hold-out, {name}: {in_words(model.config, named[name], found)}")
     return result
-
-
-CONTROLLERS = {"ee": exploit_probability, "noise": exploit_probability,
-               "exploit": lambda P: 1.0, "explore": lambda P: 0.0}
 
 
 def weight_gradient(model, batch, archs, autocast, teacher=None):
@@ -413,23 +410,6 @@ def weight_gradient(model, batch, archs, autocast, teacher=None):
             total = (total + task_loss(logits, wanted)) / 2
         (total * count / len(archs)).backward()                                          # Eq. 5
     return [loss[arch].detach() for arch in archs]
-
-
-def masked_gradient(model, batch, sizes, autocast, teacher=None):
-    """The same for a GPU, in one pass of shapes that no architecture changes. sizes: what
-    `layer_sizes` makes of the architectures, [lambda, L, 2]. Returns the losses, [lambda]."""
-    *inputs, labels = batch
-    wanted = taught(teacher, inputs, autocast)
-    with autocast():
-        logits = model.masked(*inputs, sizes).float()                # [lambda, B, num_labels]
-    losses = totals = torch.stack([task_loss(one, labels) for one in logits])
-    if teacher:
-        H, F_ = model.config.num_attention_heads, model.config.intermediate_size
-        is_largest = ((sizes[..., 0] == H) & (sizes[..., 1] == F_)).all(1)   # [lambda]
-        distilled = torch.stack([task_loss(one, wanted) for one in logits])
-        totals = torch.where(is_largest, losses, (losses + distilled) / 2)
-    totals.mean().backward()                                                             # Eq. 5
-    return losses.detach()
 
 
 def taught(teacher, inputs, autocast):
@@ -508,14 +488,14 @@ class SearchSettings(Settings):
                                    "searched one after the other, with one memo of scores")
     max_flops: list = setting((), "budget: FLOPs of encoder and pooler at 128 tokens, likewise")
     max_latency: list = setting((), "budget: milliseconds on this machine, as 12, 12ms or 0.5x")
-    latency_batch: int = setting(1, "sequences that are timed together", low=1)
-    latency_length: int = setting(128, "their tokens", low=1)
-    evaluations: int = setting(1000, "architectures to ask for, for each budget", low=1)
-    archs_per_step: int = setting(2, "lambda: architectures sampled per step", low=1)
-    delta: float = setting(1.0, "length of a step of theta in the Fisher norm", low=0)
+    latency_batch: int = setting(1, "sequences that are timed together", 1)
+    latency_length: int = setting(128, "their tokens", 1)
+    evaluations: int = setting(1000, "architectures to ask for, for each budget", 1)
+    archs_per_step: int = setting(2, "lambda: architectures sampled per step", 1)
+    delta: float = setting(1.0, "length of a step of theta in the Fisher norm", 0)
     select_on: str = setting("holdout", "the data that selects; dev, as in the paper, makes the "
                                         "dev score optimistic", choices=("holdout", "dev"))
-    seed: int = setting(0, "seed of the sampling", low=0)
+    seed: int = setting(0, "seed of the sampling", 0)
 
 
 def search(settings):
@@ -561,19 +541,22 @@ def search(settings):
         if run.finished:                                 # before this --resume
             continue
         if best is None:
-            raise UserError(f"nothing kept {budget:.4g} {UNITS[kind]} when measured again")
+            raise UserError(f"nothing kept {budget:.4g} {UNITS[kind]} when it was measured again")
         dev = data.scorer(model, devs, task.metric, device, autocast)(best)
         save_bert(extract(model, best), run.path, tokenizer)
-        result = run.finish(device, autocast, **{name: trained[name] for name in (
+        run.finish(device, autocast, **{name: trained[name] for name in (
                        "task", "metric", "pairs", "data", "train", "held_out", "max_length")},
                    superbert=superbert, unit=UNITS[kind], budget=budget, cost=cost(best),
-                   full_cost=cost(largest), arch=best._asdict(), params=count_params(
-                       model.config, best), flops=count_flops(model.config, best), dev=dev,
-                   selected_on=settings.select_on, selection_score=memo[best],
-                   evaluations_asked=settings.evaluations, evaluations_run=len(run.records()),
-                   wrote=inputs_of(run.path))
-        tell_found(result, best, model.config)
-    return tell_budgets(runs)
+                   full_cost=cost(largest), arch=best._asdict(), selected_on=settings.select_on,
+                   params=count_params(model.config, best), flops=count_flops(model.config, best),
+                   selection_score=memo[best], dev=dev, evaluations_asked=settings.evaluations,
+                   evaluations_run=len(run.records()) - 1)
+        optimistic = " (optimistic: dev selected it)" if settings.select_on == "dev" else ""
+        say(f"found: {best}, {cost(best):,.6g} of {budget:,.6g} {UNITS[kind]}; score "
+            f"{memo[best]:.2f} on {settings.select_on}, which selects; evaluations: "
+            f"{settings.evaluations} asked, {len(run.records()) - 1} run\n  dev{optimistic}: "
+            f"{in_words(model.config, best, dev)}")
+    return [run.result() for run in runs]
 
 
 def best_fit(memo, cost, budget):
@@ -603,52 +586,45 @@ def evaluate(settings):
     model = data.load_trained(settings.model, task).to(device)
     devs = [data.encode(part, settings.model) for part in task.devs]
     score = data.scorer(model, devs, task.metric, device, autocast)
-    archs, full = {"sub-BERT": model.config.arch}, None
+    named, T = {"sub-BERT": model.config.arch}, min(128, model.config.max_position_embeddings)
     if "theta" in run:
-        archs = landmarks(SearchSpace.for_config(model.config), run["theta"])
-        full = model.config.arch
-    results, T = [], min(128, model.config.max_position_embeddings)
-    for name, arch in archs.items():
-        results.append(score(arch))
+        named = landmarks(SearchSpace.for_config(model.config), run["theta"])
+    results = {name: score(arch) for name, arch in named.items()}
+    for name, arch in named.items():
         ms, = latency([extract(model, arch)], 1, T, autocast)
-        say(f"{name}: {arch}\n  {costs_in_words(model.config, arch, full)}\n"
-            f"  latency {ms:.2f} ms: one sequence of {T} tokens, {hardware(device)}\n"
-            f"  dev of {task.name}: {in_words(results[-1])}")
-    say(f"always the most frequent answer: {data.majority(task):.2f} on dev")
-    return results[0]
+        say(f"{name}: {arch}\n  {in_words(model.config, arch, results[name])}\n  latency {ms:.2f} "
+            f"ms: one sequence of {T} tokens, {hardware(device)}")
+    say(f"on dev of {task.name}; always the most frequent answer: {data.majority(task):.2f}")
+    return next(iter(results.values()))
 
 
 # --------------------------------------------------------------------------------------------------
-# Budgets and words
+# Budgets and costs
 # --------------------------------------------------------------------------------------------------
 
 UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
 
 
 def wished(settings):
-    """The kind of budget that is asked for, and the budgets as typed."""
-    given = {kind: getattr(settings, f"max_{kind}") for kind in UNITS}
-    given = {kind: texts for kind, texts in given.items() if texts}
+    """The kind of budget that is asked for, and the budgets as typed, in small letters."""
+    given = [kind for kind in UNITS if getattr(settings, f"max_{kind}")]
     if len(given) != 1:
         raise UserError("name one kind of budget: --max-params, --max-flops or --max-latency")
-    (kind, texts), = given.items()
-    # Blanks may stand before a unit: "60 M".
-    joined = re.sub(r"(?<=[\d.])\s+(?=[a-z])", "", " ".join(texts).lower())
-    return kind, list(dict.fromkeys(joined.split()))
+    texts = " ".join(getattr(settings, f"max_{given[0]}")).lower()
+    # A blank may stand before a unit: "60 M".
+    return given[0], list(dict.fromkeys(re.sub(r"(?<=[\d.])\s+(?=[a-z])", "", texts).split()))
 
 
 def parse_budget(text, least, full, unit):
-    """'60000000', '60e6', '60M' or '0.5x' (of T(M)), of milliseconds '12ms', in either case -> Omega.
-    least, full: T(m) of the smallest and of the largest architecture. UserError where nothing
-    fits; a budget that bounds nothing is said to."""
-    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?)\s*(k|m|g|b|x|ms)?",
-                         text.strip().lower())
-    scales = {None: 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "x": full}
+    """'60000000', '60e6', '60M', '0.5x' (of T(M)), or of milliseconds '12' or '12ms' -> Omega.
+    least, full: T(m) of the smallest and of the largest. UserError where nothing fits."""
+    scales = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "x": full}
     if unit == "ms":
-        scales = {None: 1, "ms": 1, "x": full}
-    budget = float(match[1]) * scales[match[2]] if match and match[2] in scales else 0
+        scales = {"": 1, "ms": 1, "x": full}
+    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?) ?([a-z]*)", text.strip().lower())
+    budget = float(match[1]) * scales.get(match[2], 0) if match else 0
     if budget <= 0:
-        raise UserError(f"{text!r} is not a positive budget in {unit} such as "
+        raise UserError(f"{text!r} is not a positive budget in {unit}, such as "
                         + ("12, 12ms or 0.5x" if unit == "ms" else "60000000, 60e6, 60M or 0.5x"))
     if least >= budget:
         raise UserError(f"no sub-BERT has T(m) < {budget:,.12g} {unit}: the smallest has "
@@ -659,9 +635,9 @@ def parse_budget(text, least, full, unit):
 
 
 def costs(kind, settings, model, autocast, spent):
-    """T(m) as a function of an architecture, and the function that measures it again and keeps the
-    larger value. A latency is measured once, of the extracted model. spent: {arch: what is known},
-    which grows."""
+    """T(m) as a function of an architecture, and another that measures it again and keeps the
+    larger value. A latency is measured once, of the extracted model. spent: {arch: T(m)}, as far as
+    known; it grows."""
     if kind != "latency":
         count = {"params": count_params, "flops": count_flops}[kind]
         return (lambda arch: count(model.config, arch),) * 2
@@ -671,101 +647,52 @@ def costs(kind, settings, model, autocast, spent):
                         f"{model.config.max_position_embeddings} positions")
 
     def measure_again(arch):
-        """Milliseconds of B sequences of T tokens: the larger of this time and of those before."""
-        ms, = latency([extract(model, arch)], B, T, autocast)
-        spent[arch] = max(ms, spent.get(arch, 0.0))
+        """Milliseconds of B sequences of T tokens: the most of this time and those before."""
+        spent[arch] = max(spent.get(arch, 0.0), *latency([extract(model, arch)], B, T, autocast))
         return spent[arch]
     return lambda arch: spent[arch] if arch in spent else measure_again(arch), measure_again
 
 
 def one_each(settings, superbert, kind, wishes):
     """The settings of a search for each budget alone, with the directory that it writes."""
-    parts, name = [], Path(superbert).resolve().name
+    parts = []
     for wish in wishes:
         ending = wish if kind == "params" else f"{wish}-{kind}"
-        out = f"subbert/{name}-{ending}"
+        out = f"subbert/{Path(superbert).resolve().name}-{ending}"
         if settings.out:
             out = settings.out if len(wishes) == 1 else f"{settings.out}/{ending}"
-        budgets = {f"max_{each}": [wish] if each == kind else [] for each in UNITS}
-        parts.append(dataclasses.replace(settings, model=superbert, out=out, **budgets))
+        parts.append(dataclasses.replace(settings, model=superbert, out=out,
+                                         **{f"max_{kind}": [wish]}))
     return parts
-
-
-def recorded(runs, space):
-    """What the logs of interrupted searches hold: {arch: ACC(m) in %}, {arch: T(m)}."""
-    memo, spent = {}, {}
-    for run in runs:
-        with reading(run.path / "log.jsonl"):
-            for record in run.records():
-                arch = space.arch(record["choices"])
-                memo[arch], spent[arch] = record["score"], record["cost"]
-    return memo, spent
-
-
-def tell_scores(scores, named, config, task):
-    """Say what the landmarks of a super-BERT score."""
-    if scores:
-        say("scores on the hold-out, weights as they are (always giving the most frequent answer: "
-            f"{data.majority(task):.2f} on dev):")
-    for name, result in scores.items():
-        say(f"  {name:12}{count_params(config, named[name]):>13,} parameters  {in_words(result)}")
-
-
-def tell_found(result, arch, config):
-    """Say what a search has found."""
-    optimistic = "  (optimistic: dev selected it)" if result["selected_on"] == "dev" else ""
-    say(f"found: {arch}\n  {costs_in_words(config, arch, config.arch)}\n"
-        f"  {result['cost']:,.6g} of {result['budget']:,.6g} {result['unit']}\n"
-        f"  score {result['selection_score']:.2f} on {result['selected_on']}, which selects\n"
-        f"  dev: {in_words(result['dev'])}{optimistic}\n"
-        f"  evaluations: {result['evaluations_asked']} asked, {result['evaluations_run']} run")
-
-
-def tell_budgets(runs):
-    """Say of several budgets what was found for each. Returns what their run.json say."""
-    results = [run.result() for run in runs]
-    if len(runs) > 1:
-        say(f"{'T(m) <':>14}{'parameters':>14}{'FLOPs':>18}{'selection':>11}{'dev':>8}  directory")
-        for run, result in zip(runs, results):
-            say(f"{result['budget']:>14,.6g}{result['params']:>14,}{result['flops']:>18,}"
-                f"{result['selection_score']:>11.2f}{result['dev']['score']:>8.2f}  {run.path}")
-    return results
 
 
 def landmarks(space, theta):
     """The architectures by which a super-BERT is judged."""
-    return {"largest": space.largest(), "most likely": space.arch([int(np.argmax(t))
-            for t in theta]), "smallest": space.smallest()}
+    modes = [int(np.argmax(variable)) for variable in theta]
+    return {"largest": space.largest(), "most likely": space.arch(modes),
+            "smallest": space.smallest()}
 
 
-def in_words(result):
-    """{metric: %} in one line."""
-    return "  ".join(f"{name} {value:.2f}" for name, value in result.items())
-
-
-def costs_in_words(config, arch, full=None):
-    """Parameters and FLOPs in one line, with their shares of the architecture `full`."""
-    parts = []
-    for name, count, note in (("parameters", count_params, "without the classifier"),
-                              ("FLOPs", count_flops, "at 128 tokens")):
-        share = f" ({100 * count(config, arch) / count(config, full):.1f}%)" if full else ""
-        parts.append(f"{name} {count(config, arch):,}{share}, {note}")
-    return "; ".join(parts)
+def in_words(config, arch, result):
+    """Parameters, FLOPs and {metric: %} in one line; shares are of the largest of `config`."""
+    params, flops = count_params(config, arch), count_flops(config, arch)
+    part = params / count_params(config, config.arch), flops / count_flops(config, config.arch)
+    return (f"{params:,} parameters ({part[0]:.3f}x)  {flops / 1e9:.3g} GFLOPs ({part[1]:.3f}x)  "
+            + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
 
 
 # --------------------------------------------------------------------------------------------------
-# What train and search begin with, and what they say
+# What a training begins with, and what it reports
 # --------------------------------------------------------------------------------------------------
 
 def complete(settings):
-    """Settings of train with nothing left open: the recipe's, and the directories chosen by
-    default."""
-    chosen = {name: value for name, value in RECIPES[settings.recipe].items()
-              if getattr(settings, name) is None}
+    """Settings of train with nothing left open: the recipe's, and the directories by default."""
     own = Path(settings.data, "config.json").exists()
-    bert = settings.bert or (settings.data if own else "bert-base-uncased")
-    out = settings.out or f"superbert/{Path(settings.data).resolve().name}"
-    settings = dataclasses.replace(settings, bert=bert, out=out, **chosen)
+    settings = dataclasses.replace(
+        settings, bert=settings.bert or (settings.data if own else "bert-base-uncased"),
+        out=settings.out or f"superbert/{Path(settings.data).resolve().name}",
+        **{name: value for name, value in RECIPES[settings.recipe].items()
+           if getattr(settings, name) is None})
     if settings.stages == "largest" and (settings.reorder or settings.distill):
         raise UserError("--stages largest trains one architecture: --reorder and --distill are for "
                         "those smaller than the largest")
@@ -776,47 +703,46 @@ def inputs_of(*directories):
     """The fingerprint of all that is read in data and BERT directories."""
     names = ("train.tsv", "dev.tsv", "dev_matched.tsv", "dev_mismatched.tsv", "config.json",
              *TOKENIZER_FILES)
-    return fingerprint(*(path for directory in directories for path in (
-        *(Path(directory, name) for name in names), *weight_files(directory))))
+    paths = []
+    for directory in directories:
+        paths += [Path(directory, name) for name in names] + weight_files(directory)
+    return fingerprint(*paths)
 
 
 def initial_model(settings, task):
     """The pretrained BERT; or one from random weights, where the data directory has a config.json
     of its own without weights."""
-    name = Path(settings.bert).name
-    if name in ("bert-base-uncased", "all-MiniLM-L6-v2") and not Path(settings.bert).exists():
-        raise UserError(f"there is no directory {settings.bert}; run: python -m glue.download "
-                        f"{name} (or name another BERT with --bert)")
-    if settings.bert == settings.data and not weight_files(settings.bert)[0].exists():
-        model = ElasticBert(BertConfig.load(settings.bert), task.num_labels)
-        model.config.id2label = {str(i): name for i, name in enumerate(task.labels)} or None
-        model.config.problem_type = None if task.labels else "regression"
+    bert = Path(settings.bert)
+    if bert.name in ("bert-base-uncased", "all-MiniLM-L6-v2") and not bert.exists():
+        raise UserError(f"there is no directory {bert}; run: python -m glue.download {bert.name} "
+                        "(or name another BERT with --bert)")
+    if settings.bert == settings.data and not weight_files(bert)[0].exists():
+        model = ElasticBert(BertConfig.load(bert), task.num_labels)
+        model.config.name_labels(task.labels)
     else:
-        model = load_bert(settings.bert, task.num_labels, task.labels)
+        model = load_bert(bert, task.num_labels, task.labels)
     model.config.depth_keeps = settings.depth_keeps
     return model
 
 
 def holdout_split(settings):
-    """(share, seed) of the hold-out. What --bert has learned from must not select: where it was
+    """[share, seed] of the hold-out. What --bert has learned from must not select: where it was
     trained on the same train.tsv, its hold-out stays."""
     path = Path(settings.bert) / "run.json"
     before = read_json(path) if path.exists() else {}
-    if before.get("train") == fingerprint(f"{settings.data}/train.tsv"):
-        return before["held_out"]
-    return [settings.holdout, settings.seed]
+    same = before.get("train") == fingerprint(f"{settings.data}/train.tsv")
+    return before["held_out"] if same else [settings.holdout, settings.seed]
 
 
 def introduce(task, kept, held, examples, settings, max_length, model, space, steps):
     """Say, before a training starts, what was understood and how long it will be."""
     unk = data.load_tokenizer(settings.bert).token_to_id("[UNK]")
+    weights = sum(w.numel() for w in model.parameters())
     for line in data.describe(task, kept, held, examples, unk, max_length):
         say(line)
-    weights = sum(w.numel() for w in model.parameters())
     say(f"{count_params(model.config, space.largest()):,} parameters, {space.size():.1e} "
         f"architectures; {steps} steps, {steps * settings.batch_size / len(kept):.3g} epochs; a "
-        f"checkpoint takes {(12 + 4 * bool(settings.distill)) * weights / 1e6:,.1f} MB"
-        + ("" if held else "; without a hold-out, search will need --select-on dev"))
+        f"checkpoint takes {(12 + 4 * settings.distill) * weights / 1e6:,.1f} MB")
 
 
 def finite(losses, norm, t, stage, lr, archs):
@@ -830,23 +756,6 @@ def finite(losses, norm, t, stage, lr, archs):
     return losses
 
 
-def report(run, progress, done, stages, stage, losses, K, P, space, config):
-    """Log every tenth step, and show where the training is; theta is logged fifty times."""
-    if done % 10 and done < progress.total:
-        return
-    tops = [theta.max() for theta in P.theta if (theta > 0).sum() > 1] or [1.0]
-    mode, floor = space.arch(P.most_likely()), exploit_floor(P)
-    record = dict(step=done, stage=stage.name, loss=np.mean(losses), K=K, floor=floor,
-                  entropy=P.entropy(), top_probability=np.mean(tops),
-                  most_likely_params=count_params(config, mode), ms=progress.ms(done))
-    every = 10 * math.ceil(progress.total / 500)
-    if done % every == 0 or done == progress.total:
-        record["theta"] = [[round(p, 4) for p in theta] for theta in lists(P.theta)]
-    run.log(**record)
-    progress.show(done, f"stage {stages.index(stage) + 1}/{len(stages)} ({stage.name})  loss "
-                        f"{np.mean(losses):.3f}  K {K:.2f} (floor {floor:.2f})")
-
-
 def exploit_floor(P):
     """The K that theta_min still leaves when every variable of P has collapsed."""
     collapsed = P.uniform()
@@ -855,13 +764,23 @@ def exploit_floor(P):
     return exploit_probability(collapsed)
 
 
-def lists(arrays):
-    """Arrays as lists, for JSON."""
-    return [array.tolist() for array in arrays]
+def report(run, progress, done, stage, losses, K, P, space, config):
+    """Log every tenth step, and theta fifty times in all; show where the training is."""
+    if done % 10 and done < progress.total:
+        return
+    loss, floor, ms = float(np.mean(losses)), exploit_floor(P), progress.ms(done)
+    tops = [theta.max() for theta in P.theta if (theta > 0).sum() > 1] or [1.0]
+    record = dict(step=done, stage=stage.name, loss=loss, K=K, floor=floor, entropy=P.entropy(),
+                  top_probability=float(np.mean(tops)), ms=ms, most_likely_params=count_params(
+                      config, space.arch(P.most_likely())))
+    if done % (10 * math.ceil(progress.total / 500)) == 0 or done == progress.total:
+        record["theta"] = [theta.round(4).tolist() for theta in P.theta]
+    run.log(**record)
+    progress.show(done, f"stage {stage.name}  loss {loss:.3f}  K {K:.2f} (floor {floor:.2f})")
 
 
 class Progress:
-    """Where the work stands: one updating line on a terminal, elsewhere a line every 30 seconds."""
+    """Where the work stands: a line every ten seconds, and one at the end."""
 
     def __init__(self, done, total):
         self.first, self.total = done, total
@@ -873,15 +792,12 @@ class Progress:
 
     def show(self, done, text):
         """Say that `done` of the steps are done. What cannot be said must not cost the run."""
-        terminal, now = sys.stderr.isatty(), time.perf_counter()
-        if terminal or done == self.total or now - self.shown > 30:
+        now = time.perf_counter()
+        if now - self.shown > 10 or done == self.total:
             self.shown, left = now, round((self.total - done) * self.ms(done) / 1000)
-            line = f"{done}/{self.total}  {text}  {self.ms(done):.0f} ms/step"
-            start, end = ("\r\033[K", "") if terminal else ("", "\n")
-            end = "\n" if done == self.total else end
             with contextlib.suppress(OSError):
-                print(f"{start}{line}  {left // 60}:{left % 60:02} left", end=end, file=sys.stderr,
-                      flush=True)
+                print(f"{done}/{self.total}  {text}  {self.ms(done):.0f} ms/step  {left // 60}:"
+                      f"{left % 60:02} left", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -894,26 +810,26 @@ class Run:
 
     def __init__(self, settings, *reads):
         self.path, self.started = Path(settings.out), time.perf_counter()
+        self.log_path = self.path / "log.jsonl"
         self.checkpoint = self.path / "checkpoint.safetensors"
-        for source in reads:
-            if Path(source).resolve() == self.path.resolve():
-                raise UserError(f"--out {self.path} is what the command reads: choose another")
-        # What must be the same where a run goes on.
-        self.settings = {name: value for name, value in dataclasses.asdict(settings).items()
-                         if name not in ("out", "overwrite", "resume")}
-        self.settings["world_size"] = world_size()
-        self.inputs = inputs_of(*reads)
+        kept = {name: value for name, value in dataclasses.asdict(settings).items()
+                if name not in ("out", "overwrite", "resume")}
+        self.begun = dict(settings=kept, inputs=inputs_of(*reads), world_size=world_size())
         self.finished = (self.path / "run.json").exists()
-        unfinished = (self.path / "log.jsonl").exists() and not self.finished
-        foreign = not unfinished and not self.finished and (self.path / "config.json").exists()
-        what = ("a finished result: choose another --out" if self.finished else
-                "an unfinished run: go on with --resume" if unfinished else
-                "another model: choose another --out" if foreign else "")
+        holds = None
+        if self.finished:
+            holds = "a finished result: choose another --out"
+        elif self.log_path.exists():
+            holds = "an unfinished run: go on with --resume"
+        elif (self.path / "config.json").exists():
+            holds = "another model: choose another --out"
+        self.resumed = settings.resume and self.log_path.exists()
+        if self.path.resolve() in [Path(source).resolve() for source in reads]:
+            raise UserError(f"--out {self.path} is what the command reads: choose another")
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
-        if what and not settings.overwrite and (foreign or not settings.resume):
-            raise UserError(f"{self.path} holds {what}, or replace it with --overwrite")
-        self.resumed = settings.resume and (unfinished or self.finished)
+        if holds and not (self.resumed or settings.overwrite):
+            raise UserError(f"{self.path} holds {holds}, or replace it with --overwrite")
         if world_size() > 1:
             dist.barrier()                                           # all have looked
         if rank() == 0:
@@ -921,10 +837,10 @@ class Run:
 
     def open(self):
         """Lock the directory, and clear it unless the run goes on. The log's first line says what
-        the run began with."""
+        the run began with; that must not have changed."""
         self.path.mkdir(parents=True, exist_ok=True)
         # Unbuffered, so that a full disk is noticed here, not when Python exits.
-        self.log_file = open(self.path / "log.jsonl", "ab", buffering=0)
+        self.log_file = open(self.log_path, "ab", buffering=0)
         try:
             if fcntl:                                                # free again when the run ends
                 fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -933,89 +849,84 @@ class Run:
                             "another --out") from None
         for path in self.path.glob(".*.tmp"):                        # of a run that was killed
             path.unlink()
-        begun = dict(settings=self.settings, inputs=self.inputs)
-        before = self.records(header=True) if self.resumed else []
-        if before:
-            for name, now in [*self.settings.items(), ("inputs", self.inputs)]:
-                then = before[0] | before[0]["settings"]
-                if then.get(name) != now:
+        before = self.records()[:1] if self.resumed else []
+        for record in before:
+            then, now = ({**begun, **begun["settings"]} for begun in (record, self.begun))
+            for name in now:
+                if name != "settings" and then.get(name) != now[name]:
                     raise UserError(f"{self.path} was started with {name} = {then.get(name)!r}, "
-                                    f"not {now!r}")
-            return
-        for name in ("run.json", "checkpoint.safetensors", "config.json", "model.safetensors",
-                     *TOKENIZER_FILES):
-            (self.path / name).unlink(missing_ok=True)
-        self.log_file.truncate(0)
-        self.finished = self.resumed = False
-        self.log(**begun)
+                                    f"not {now[name]!r}")
+        if not before:                                               # old results go first
+            for name in ("run.json", "checkpoint.safetensors", "config.json", "model.safetensors",
+                         *TOKENIZER_FILES):
+                (self.path / name).unlink(missing_ok=True)
+            self.log_file.truncate(0)
+            self.finished = self.resumed = False
+            self.log(**self.begun)
 
     def log(self, **record):
         """Append one line to log.jsonl, written at once."""
-        if rank() == 0:
-            line = json.dumps(record).encode() + b"\n"
-            try:
-                while line:                                          # a full disk takes a part,
-                    line = line[self.log_file.write(line):]          # then none
-            except OSError as error:
-                error.filename = str(self.path / "log.jsonl")
-                raise
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            while line and rank() == 0:                              # a full disk takes a part,
+                line = line[self.log_file.write(line):]              # then none
+        except OSError as error:
+            error.filename = str(self.log_path)
+            raise
 
-    def result(self):
-        """What run.json says."""
-        say(f"{self.path} is finished")
-        return read_json(self.path / "run.json")
-
-    def records(self, header=False):
-        """The log's whole lines, without the first unless `header`; a part of a line is cut off."""
-        path = self.path / "log.jsonl"
-        with reading(path):
-            content = path.read_bytes()
-            whole = content[:content.rfind(b"\n") + 1]
-            if whole != content:
-                self.log_file.truncate(len(whole))
-            return [json.loads(line) for line in whole.splitlines()][0 if header else 1:]
-
-    def forget(self):
-        """Cut the log to its first line."""
-        if rank() == 0:
-            self.log_file.truncate(len(self.path.joinpath("log.jsonl").read_bytes().split(
-                b"\n")[0]) + 1)
+    def records(self):
+        """The log's whole lines; a part of one, as a crash leaves it, is cut off."""
+        with reading(self.log_path):
+            whole, end, part = self.log_path.read_bytes().rpartition(b"\n")
+            if part:
+                self.log_file.truncate(len(whole + end))
+            return [json.loads(line) for line in whole.splitlines()]
 
     def write_checkpoint(self, tensors, **state):
         """Replace the checkpoint. The log that it belongs to is on the disk before it."""
         if rank() == 0:
             os.fsync(self.log_file.fileno())
-            state |= dict(log_bytes=self.log_file.tell(),
+            state |= dict(log_bytes=self.log_path.stat().st_size,
                           seconds=time.perf_counter() - self.started)
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-            write_file(self.checkpoint, safetensors.torch.save(tensors, {"state":
-                                                                         json.dumps(state)}))
+            write_file(self.checkpoint,
+                       safetensors.torch.save(tensors, {"state": json.dumps(state)}))
 
     def read_checkpoint(self):
-        """(tensors, state) of the checkpoint; the log is cut to what it was then."""
-        with safetensors.safe_open(self.checkpoint, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            state = json.loads(file.metadata()["state"])
+        """(tensors, state) of the checkpoint, None where there is none; cuts the log to what it was
+        then."""
+        if not self.checkpoint.exists():
+            found, end = None, self.log_path.read_bytes().index(b"\n") + 1
+        else:
+            with safetensors.safe_open(self.checkpoint, "pt") as file:
+                found = ({name: file.get_tensor(name) for name in file.keys()},
+                         json.loads(file.metadata()["state"]))
+            end = found[1]["log_bytes"]
+            self.started -= found[1]["seconds"]
         if rank() == 0:
-            self.log_file.truncate(state["log_bytes"])
-        self.started -= state["seconds"]
-        return tensors, state
+            self.log_file.truncate(end)
+        return found
 
     def finish(self, device, autocast, **facts):
         """Write run.json, which makes the result final, and drop the checkpoint."""
         with autocast():
             bf16 = torch.is_autocast_enabled(device.type)            # what "auto" has chosen
-        seconds, memory = round(time.perf_counter() - self.started, 1), round(peak_memory(device))
-        facts |= dict(settings=self.settings, inputs=self.inputs, seconds=seconds,
-                      peak_memory_mib=memory, hardware=hardware(device),
-                      precision="bf16" if bf16 else "fp32", versions=dict(
-                          python=platform.python_version(), torch=torch.__version__,
-                          numpy=np.__version__, tokenizers=tokenizers.__version__),
+        facts |= dict(**self.begun, seconds=round(time.perf_counter() - self.started, 1),
+                      peak_memory_mib=round(peak_memory(device)), hardware=hardware(device),
+                      precision="bf16" if bf16 else "fp32", wrote=inputs_of(self.path), versions={
+                          "python": platform.python_version(), "torch": torch.__version__,
+                          "numpy": np.__version__, "tokenizers": tokenizers.__version__},
                       finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         write_json(self.path / "run.json", **facts)
         self.checkpoint.unlink(missing_ok=True)
-        say(f"wrote {self.path}; {seconds:.0f} s, {memory} MiB at the peak")
+        say(f"wrote {self.path}; {facts['seconds']:.0f} s, {facts['peak_memory_mib']} MiB at the "
+            "peak")
         return facts
+
+    def result(self):
+        """What run.json says."""
+        say(f"{self.path} is finished")
+        return read_json(self.path / "run.json")
 
 
 @contextlib.contextmanager
@@ -1025,69 +936,85 @@ def reading(path):
         yield
     except (safetensors.SafetensorError, ArithmeticError, AttributeError, LookupError,
             RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:100]}): begin anew "
-                        "with --overwrite") from None
+        raise UserError(f"{path} is damaged ({str(error)[:100]}): begin anew with --overwrite"
+                        ) from None
+
+
+def recorded(runs, space):
+    """What the logs of interrupted searches hold: {arch: ACC(m) in %}, {arch: T(m)}."""
+    memo, spent = {}, {}
+    for run in runs:
+        with reading(run.log_path):
+            for record in run.records()[1:]:
+                arch = space.arch(record["choices"])
+                memo[arch], spent[arch] = record["score"], record["cost"]
+    return memo, spent
 
 
 def save(run, t, K, model, adam, P, rng, teacher):
     """Write everything that step t depends on; `restore` reads it back."""
-    nets = {"model": model} | ({"teacher": teacher} if teacher else {})
-    tensors = {f"{kind}.{name}": w for kind, net in nets.items()
-               for name, w in net.state_dict().items()}
+    tensors = {f"model.{name}": w for name, w in model.state_dict().items()}
+    if teacher:
+        tensors |= {f"teacher.{name}": w for name, w in teacher.state_dict().items()}
     for i, moments in adam.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{name}": moment for name, moment in moments.items()}
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all())]
-    everyone = [None] * world_size()                                 # each rank has its own
-    if world_size() > 1:
-        dist.all_gather_object(everyone, states)
-    for n, own in enumerate(everyone if world_size() > 1 else [states]):
-        tensors |= {f"rng.{n}.{i}": value for i, value in enumerate(own)}
-    run.write_checkpoint(tensors, t=t, K=K, theta=lists(P.theta), rng=rng.bit_generator.state)
+    tensors["rng"] = torch.get_rng_state()           # of rank 0: after a resumption all have it
+    if torch.cuda.is_available():
+        tensors["cuda_rng"] = torch.cuda.get_rng_state()
+    run.write_checkpoint(tensors, t=t, K=K, theta=[theta.tolist() for theta in P.theta],
+                         rng=rng.bit_generator.state)
 
 
 def restore(run, model, adam, P, rng):
-    """The inverse of `save`: sets model, adam, P and rng, and returns t, K and the teacher. Without
-    a checkpoint, what a new run begins with."""
-    if not run.checkpoint.exists():
-        run.forget()
-        return 0, 1.0, None
+    """The inverse of `save`: sets model, adam, P and rng; returns t, K and the teacher. Without a
+    checkpoint, what a new run begins with."""
     with reading(run.checkpoint):
-        tensors, state = run.read_checkpoint()
-        P.theta = [np.array(theta) for theta in state["theta"]]
-        rng.bit_generator.state = state["rng"]
-        own, *gpus = [tensors[f"rng.{rank()}.{i}"] for i in range(sum(
-            name.startswith(f"rng.{rank()}.") for name in tensors))]
-        torch.set_rng_state(own)
-        torch.cuda.set_rng_state_all(gpus)
-        parts = {"model": {}, "teacher": {}}
-        moments = {}
+        found = run.read_checkpoint()
+        if not found:
+            return 0, 1.0, None
+        tensors, state = found
+        parts, moments, weights = {"model": {}, "teacher": {}}, {}, list(model.parameters())
         for name, tensor in tensors.items():
-            kind, rest = name.split(".", 1)
+            kind, _, rest = name.partition(".")
             if kind in parts:
                 parts[kind][rest] = tensor
             elif kind == "adam":
                 i, moment = rest.split(".")
+                if tensor.dim() and tensor.shape != weights[int(i)].shape:
+                    raise ValueError(f"{name} has another shape than its weight")
                 moments.setdefault(int(i), {})[moment] = tensor
         model.load_state_dict(parts["model"])
-        for w, i in zip(model.parameters(), range(10**6)):
-            if any(m.dim() and m.shape != w.shape for m in moments.get(i, {}).values()):
-                raise ValueError("a moment has another shape than its weight")
-        adam.load_state_dict({"state": moments,
-                              "param_groups": adam.state_dict()["param_groups"]})
-        teacher = None
-        if parts["teacher"]:
-            teacher = copy.deepcopy(model).eval()
+        adam.load_state_dict(adam.state_dict() | {"state": moments})
+        P.theta, rng.bit_generator.state = [*map(np.array, state["theta"])], state["rng"]
+        torch.set_rng_state(tensors["rng"])
+        if "cuda_rng" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["cuda_rng"])
+        teacher = copy.deepcopy(model).eval() if parts["teacher"] else None
+        if teacher:
             teacher.load_state_dict(parts["teacher"])
     return state["t"], state["K"], teacher
 
 
 def read_run(directory):
-    """The run.json of a finished train or search."""
+    """The run.json of a finished train or search, unless what it wrote has changed since."""
     path = Path(directory) / "run.json"
     run = read_json(path, "does not exist: no finished train or search")
-    if not {"data", "max_length", "held_out", "wrote"} <= set(run):
+    if not {"data", "max_length", "held_out", "wrote", "train"} <= set(run):
         raise UserError(f"{path} was not written by train or search of this version")
+    if run["wrote"] != inputs_of(directory):
+        raise UserError(f"{directory} is not what its run.json tells of: make it again")
     return run
+
+
+def read_superbert(directory):
+    """(run.json, task) of a super-BERT that can be searched."""
+    run = read_run(directory)
+    if run["settings"].get("stages", "largest") == "largest":
+        raise UserError(f"{directory} is one architecture: there is nothing to search")
+    if run["train"] != fingerprint(f"{run['data']}/train.tsv"):
+        raise UserError(f"{run['data']}/train.tsv has changed since the training of {directory}: "
+                        "its hold-out is lost, so train again")
+    return run, data.load_task(run["data"])
 
 
 def latest_superbert():
@@ -1104,23 +1031,26 @@ def latest_superbert():
     return max(found)[1]
 
 
-def read_superbert(directory):
-    """(run.json, task) of a super-BERT; UserError where it is none, or no longer what was trained.
-    """
-    run = read_run(directory)
-    if "theta" not in run or run["settings"]["stages"] == "largest":
-        raise UserError(f"{directory} is one architecture: there is nothing to search")
-    if run["wrote"] != inputs_of(directory):
-        raise UserError(f"{directory} is not what its training wrote: train it again")
-    if run["train"] != fingerprint(f"{run['data']}/train.tsv"):
-        raise UserError(f"{run['data']}/train.tsv has changed since the training of {directory}: "
-                        "its hold-out is lost, so train again")
-    return run, data.load_task(run["data"])
-
-
 # --------------------------------------------------------------------------------------------------
 # Many at once: a GPU's graphs, and ranks
 # --------------------------------------------------------------------------------------------------
+
+def masked_gradient(model, batch, sizes, autocast, teacher=None):
+    """The same for a GPU, in one pass of shapes that no architecture changes. sizes: what
+    `layer_sizes` makes of the architectures, [lambda, L, 2]. Returns the losses, [lambda]."""
+    *inputs, labels = batch
+    wanted = taught(teacher, inputs, autocast)
+    with autocast():
+        logits = model.masked(*inputs, sizes).float()                # [lambda, B, num_labels]
+    losses = totals = torch.stack([task_loss(one, labels) for one in logits])
+    if teacher:
+        H, F_ = model.config.num_attention_heads, model.config.intermediate_size
+        is_largest = ((sizes[..., 0] == H) & (sizes[..., 1] == F_)).all(1)   # [lambda]
+        distilled = torch.stack([task_loss(one, wanted) for one in logits])
+        totals = torch.where(is_largest, losses, (losses + distilled) / 2)
+    totals.mean().backward()                                                             # Eq. 5
+    return losses.detach()
+
 
 def graphed_gradient():
     """A function like `weight_gradient` for a GPU: `masked_gradient`, recorded once for each shape
@@ -1244,7 +1174,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv):
     """Command-line words -> (settings, function): one flag for every field of the settings."""
-    parser = Parser("yoco.py", description=__doc__.split("\n\n")[1], allow_abbrev=False)
+    parser = Parser("yoco.py", description=__doc__.split("\n\n")[1])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (kind, _) in COMMANDS.items():
         sub = commands.add_parser(name, help=kind.__doc__, description=kind.__doc__,
