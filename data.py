@@ -10,10 +10,12 @@ import itertools
 from collections import Counter, namedtuple
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # First of all model, which says how torch's threads wait.
-from model import BertConfig, UserError, is_label, load_bert, read_json, say
+from model import (BertConfig, UserError, is_label, layer_sizes, load_bert, read_json, record,
+                   say)
 
 import numpy as np
 import tokenizers
@@ -118,12 +120,17 @@ def read_examples(path, labels=None):
 def read_table(path, test=False):
     """The Format of a TSV file and its rows: (line, sentence1, sentence2 or None, label); of a test
     file the column `index` (None without one) stands in the label's place."""
-    path, rows = Path(path), read_rows(path)
+    rows = read_rows(Path(path))
     columns, first = rows[0], 1
-    kind = next((f for f in FORMATS if {f.sentence1, f.sentence2, f.label if not test else None}
-                 - {None} <= set(columns)), None)
-    if kind is None and len(columns) == 4 and columns[1] in COLA.labels:
+    kind = None
+    for one in FORMATS:
+        needed = [one.sentence1, one.sentence2] + ([] if test else [one.label])
+        if kind is None and all(name is None or name in columns for name in needed):
+            kind = one
+    if kind is None and len(columns) == 4 and columns[1] in COLA.labels and columns[2] in ("", "*"):
         kind, first, columns = COLA, 0, COLA_COLUMNS
+    if {"label", "score"} <= set(columns) and not test:
+        raise UserError(f"{path} has a column label and a column score: leave one of them out")
     if kind is None:
         raise UserError(f"{path}: the header {columns[:8]} fits no GLUE format; a file of your own "
                         "needs sentence, label or sentence1, sentence2, label (or score)")
@@ -291,7 +298,10 @@ def word_pieces(path, known):
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8") from None
     vocab = {word.removesuffix("\r"): i for i, word in enumerate(words)}
-    if "[PAD]" not in vocab or sum(word.startswith("\u2581") for word in vocab) > len(vocab) / 10:
+    for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
+        if token not in vocab:
+            raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
+    if sum(word.startswith("\u2581") for word in vocab) > len(vocab) / 10:
         raise UserError(f"{path} is not the vocabulary of a BERT's WordPiece")
     config = known["tokenizer_config.json"]
     # Where nobody says so, a vocabulary with capitals is a cased one.
@@ -451,32 +461,54 @@ def scorer(model, parts, metric, device, autocast):
     kept = [[{} for _ in part] for part in made]
     model = cast_once(model, device, autocast).eval()
 
-    def logits(inputs, arch, kept):
-        """Logits [B, num_labels] of one batch, as `model.forward` computes them, from the longest
-        prefix of layers that is kept on; keeps the new ones and forgets the oldest."""
-        layers, mask = model.config.layers(arch), inputs[2][:, None, None, :]
-        start = max((i for i in range(arch.depth) if layers[:i] in kept), default=0)
-        x = kept[layers[:start]] if layers[:start] in kept else model.embed(*inputs[:2])
+    def sliced(p, b, arch):
+        """Logits [B, num_labels] of batch b of part p, as `model.forward` computes them, from the
+        longest prefix of layers that is kept on; keeps the new ones and forgets the oldest."""
+        ids, types, mask, _ = made[p][b]
+        layers, keep = model.config.layers(arch), kept[p][b]
+        start = max((i for i in range(arch.depth) if layers[:i] in keep), default=0)
+        x = keep[layers[:start]] if layers[:start] in keep else model.embed(ids, types)
         for n, (i, H, F_) in enumerate(layers[start:], start):
-            kept[layers[:n]] = x = kept.pop(layers[:n], x)           # the youngest of the dict
-            x = model.layers[i](x, mask, H, F_, last=n + 1 == arch.depth)
-        for prefix in list(kept)[:max(0, len(kept) - most)]:
-            del kept[prefix]
-        return model.head(x).float()
+            keep[layers[:n]] = x = keep.pop(layers[:n], x)           # the youngest of the dict
+            x = model.layers[i](x, mask[:, None, None, :], H, F_, last=n + 1 == arch.depth)
+        for prefix in list(keep)[:max(0, len(keep) - most)]:
+            del keep[prefix]
+        return model.head(x)
+
+    forward = replayed(model, made, autocast) if device.type == "cuda" else sliced
 
     def score(arch):
         """{metric: %} of one architecture."""
         results = []
         model.check(arch)
         with torch.inference_mode(), autocast():
-            for part, keep in zip(made, kept):
-                found = [logits(inputs, arch, k) for (*inputs, _), k in zip(part, keep)]
+            for p, part in enumerate(made):
+                found = [forward(p, b, arch).float() for b in range(len(part))]
                 labels = torch.cat([labels for *_, labels in part])
                 results.append(scores(metric, labels.cpu().numpy(),
                                       finite(torch.cat(found).cpu()).numpy()))
         named = {k + "_mismatched" * i: v for i, r in enumerate(results) for k, v in r.items()}
         return named | {"score": float(np.mean([r["score"] for r in results]))}
     return score
+
+
+def replayed(model, made, autocast):
+    """A function (part, batch, arch) -> logits for a GPU: the masked pass over every batch, recorded
+    once as a CUDA graph and replayed. The logits are those of the slices but for rounding."""
+    sizes = layer_sizes(model.config, [model.config.arch], made[0][0][0].device)    # [1, L, 2]
+    pool, graphs = torch.cuda.graph_pool_handle(), []
+    with torch.inference_mode(), autocast():
+        for part in made:
+            graphs.append([record(partial(model.masked, *inputs, sizes), pool)
+                           for *inputs, _ in part])
+
+    def forward(p, b, arch):
+        """Logits [B, num_labels] of batch b of part p; the next call may overwrite them."""
+        sizes.copy_(layer_sizes(model.config, [arch]))
+        graph, logits = graphs[p][b]
+        graph.replay()
+        return logits[0].clone()
+    return forward
 
 
 def cast_once(model, device, autocast):

@@ -109,28 +109,23 @@ class BertConfig:
                 legal = " or ".join(map(repr, CHOICES[field.name]))
             if legal:
                 raise UserError(f"{field.name} is {value!r}, not {legal}")
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"{self.num_attention_heads} heads do not divide the hidden size "
-                            f"{self.hidden_size}")
+        heads, neurons = self.num_attention_heads, self.intermediate_size
+        if self.hidden_size % heads:
+            raise UserError(f"{heads} heads do not divide the hidden size {self.hidden_size}")
         if self.id2label is not None and not (
                 isinstance(self.id2label, dict) and len(self.labels) == len(self.id2label)):
             raise UserError('id2label must be {"0": name, "1": name, ...}, the names all different '
                             "and without control characters")
-        for name, largest in (("layer_heads", self.num_attention_heads),
-                              ("layer_ffn_sizes", self.intermediate_size)):
-            sizes = getattr(self, name)
+        for sizes, most in ((self.layer_heads, heads), (self.layer_ffn_sizes, neurons)):
             if sizes is not None and not (
                     isinstance(sizes, list) and len(sizes) == self.num_hidden_layers
-                    and all(type(s) is int and 1 <= s <= largest for s in sizes)):
-                raise UserError(f"{name} must be {self.num_hidden_layers} whole numbers from 1 to "
-                                f"{largest}, one per layer")
+                    and all(type(size) is int and 1 <= size <= most for size in sizes)):
+                raise UserError(f"layer_heads and layer_ffn_sizes must be {self.num_hidden_layers} "
+                                f"whole numbers, from 1 to {heads} and {neurons}")
+        self.head_size = self.hidden_size // heads                   # D, the same in every layer
         if count_params(self, self.arch) > 10**9:
             raise UserError("more than 10^9 parameters")
 
-    @property
-    def head_size(self):
-        """D: the same in every layer and for every number of heads."""
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def arch(self):
@@ -240,8 +235,6 @@ class SearchSpace:
         self.depth_keeps = depth_keeps
         self.depths, self.heads, self.ffn_sizes = (
             tuple(sorted(set(sizes))) for sizes in (depths, heads, ffn_sizes))   # ascending
-        if not all(sizes and sizes[0] >= 1 for sizes in (self.depths, self.heads, self.ffn_sizes)):
-            raise UserError("SearchSpace: depths, heads and ffn_sizes each need a positive number")
 
     @classmethod
     def for_config(cls, config):
@@ -578,12 +571,12 @@ def load_bert(directory, num_labels=None, labels=None):
     if labels is not None and classifier is not None:
         if labels and sorted(labels) == sorted(config.labels):
             order = [config.labels.index(name) for name in labels]
-            for name in ("classifier.weight", "classifier.bias"):
+            for name in {"classifier.weight", "classifier.bias"} & set(tensors):
                 tensors[name] = tensors[name][order]
         elif labels or len(classifier) != 1:
             say(f"{path} has a classifier for other labels, "
                 f"{', '.join(config.labels) or 'without names'}: it is not used")
-            del tensors["classifier.weight"], tensors["classifier.bias"]
+            tensors = {n: t for n, t in tensors.items() if not n.startswith("classifier.")}
     if labels is not None:
         config.name_labels(labels)
 
@@ -725,6 +718,21 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10 if status.exists() else 0
+
+
+def record(compute, pool=None):
+    """(CUDA graph, result) of a function without arguments that computes on tensors which stay
+    where they are: `graph.replay()` computes the result anew, without launching every kernel."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):                # what libraries load at their first use
+        for _ in range(2):
+            compute()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = compute()
+    return graph, result
 
 
 def latency(models, B, T, autocast):

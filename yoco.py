@@ -53,7 +53,7 @@ from pathlib import Path
 # First of all model, which says how torch's threads wait.
 from model import (BertConfig, ElasticBert, SearchSpace, UserError, arithmetic, count_flops,
                    count_params, extract, fingerprint, hardware, latency, layer_sizes, load_bert,
-                   peak_memory, read_json, reorder, save_bert, say, tokenizer_files, weight_files,
+                   peak_memory, read_json, record, reorder, save_bert, say, tokenizer_files, weight_files,
                    write_file, write_json, TOKENIZER_FILES)
 
 import numpy as np
@@ -514,11 +514,12 @@ def search(settings):
     score = data.scorer(model, selects, task.metric, device, autocast)
     largest, smallest = space.largest(), space.smallest()
     kind, wishes = wished(settings)
-    runs = [Run(part, trained["data"], superbert)
-            for part in one_each(settings, superbert, kind, wishes)]
-    memo, spent = recorded(runs, space)                  # arch -> ACC(m) in %; arch -> T(m)
+    parts = one_each(settings, superbert, kind, wishes)
+    logs = [part.out for part in parts] if settings.resume else []
+    memo, spent = recorded(logs, space)                  # arch -> ACC(m) in %; arch -> T(m)
     cost, measure_again = costs(kind, settings, model, autocast, spent)
     budgets = [parse_budget(wish, cost(smallest), cost(largest), UNITS[kind]) for wish in wishes]
+    runs = [Run(part, trained["data"], superbert) for part in parts]
 
     for run, budget in zip(runs, budgets):
         P, rng = Categorical(space.categories), np.random.default_rng(settings.seed)
@@ -550,11 +551,11 @@ def search(settings):
                    full_cost=cost(largest), arch=best._asdict(), selected_on=settings.select_on,
                    params=count_params(model.config, best), flops=count_flops(model.config, best),
                    selection_score=memo[best], dev=dev, evaluations_asked=settings.evaluations,
-                   evaluations_run=len(run.records()) - 1)
+                   evaluations_run=len(read_log(run.path)) - 1)
         optimistic = " (optimistic: dev selected it)" if settings.select_on == "dev" else ""
         say(f"found: {best}, {cost(best):,.6g} of {budget:,.6g} {UNITS[kind]}; score "
             f"{memo[best]:.2f} on {settings.select_on}, which selects; evaluations: "
-            f"{settings.evaluations} asked, {len(run.records()) - 1} run\n  dev{optimistic}: "
+            f"{settings.evaluations} asked, {len(read_log(run.path)) - 1} run\n  dev{optimistic}: "
             f"{in_words(model.config, best, dev)}")
     return [run.result() for run in runs]
 
@@ -608,7 +609,7 @@ UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
 def wished(settings):
     """The kind of budget that is asked for, and the budgets as typed, in small letters."""
     given = [kind for kind in UNITS if getattr(settings, f"max_{kind}")]
-    if len(given) != 1:
+    if len(given) != 1 or not "".join(getattr(settings, f"max_{given[0]}")).strip():
         raise UserError("name one kind of budget: --max-params, --max-flops or --max-latency")
     texts = " ".join(getattr(settings, f"max_{given[0]}")).lower()
     # A blank may stand before a unit: "60 M".
@@ -791,13 +792,18 @@ class Progress:
         return 1000 * (time.perf_counter() - self.start) / max(1, done - self.first)
 
     def show(self, done, text):
-        """Say that `done` of the steps are done. What cannot be said must not cost the run."""
+        """Say that `done` of the steps are done."""
         now = time.perf_counter()
         if now - self.shown > 10 or done == self.total:
             self.shown, left = now, round((self.total - done) * self.ms(done) / 1000)
-            with contextlib.suppress(OSError):
-                print(f"{done}/{self.total}  {text}  {self.ms(done):.0f} ms/step  {left // 60}:"
-                      f"{left % 60:02} left", file=sys.stderr, flush=True)
+            tell(f"{done}/{self.total}  {text}  {self.ms(done):.0f} ms/step  {left // 60}:"
+                 f"{left % 60:02} left")
+
+
+def tell(text):
+    """Print to stderr. What nobody hears, or a full disk does not take, must not cost a run."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -814,7 +820,8 @@ class Run:
         self.checkpoint = self.path / "checkpoint.safetensors"
         kept = {name: value for name, value in dataclasses.asdict(settings).items()
                 if name not in ("out", "overwrite", "resume")}
-        self.begun = dict(settings=kept, inputs=inputs_of(*reads), world_size=world_size())
+        begun = dict(settings=kept, inputs=inputs_of(*reads), world_size=world_size())
+        self.begun = json.loads(json.dumps(begun))                   # as it is read back
         self.finished = (self.path / "run.json").exists()
         holds = None
         if self.finished:
@@ -849,20 +856,27 @@ class Run:
                             "another --out") from None
         for path in self.path.glob(".*.tmp"):                        # of a run that was killed
             path.unlink()
-        before = self.records()[:1] if self.resumed else []
-        for record in before:
-            then, now = ({**begun, **begun["settings"]} for begun in (record, self.begun))
-            for name in now:
-                if name != "settings" and then.get(name) != now[name]:
-                    raise UserError(f"{self.path} was started with {name} = {then.get(name)!r}, "
-                                    f"not {now[name]!r}")
-        if not before:                                               # old results go first
+        before = read_log(self.path) if self.resumed else []
+        if before:
+            self.compare(before[0])
+            content = self.log_path.read_bytes()                     # without a part of a line, as
+            self.log_file.truncate(content.rindex(b"\n") + 1)        # a crash may leave it
+        else:                                                        # old results go first
             for name in ("run.json", "checkpoint.safetensors", "config.json", "model.safetensors",
                          *TOKENIZER_FILES):
                 (self.path / name).unlink(missing_ok=True)
             self.log_file.truncate(0)
             self.finished = self.resumed = False
             self.log(**self.begun)
+
+    def compare(self, before):
+        """Refuse, by name, the first thing that is not what it was when the run began."""
+        with reading(self.log_path):
+            then, now = before | before["settings"], self.begun | self.begun["settings"]
+        for name in now:
+            if name != "settings" and then.get(name) != now[name]:
+                raise UserError(f"{self.path} was started with {name} = {then.get(name)!r}, not "
+                                f"{now[name]!r}")
 
     def log(self, **record):
         """Append one line to log.jsonl, written at once."""
@@ -873,14 +887,6 @@ class Run:
         except OSError as error:
             error.filename = str(self.log_path)
             raise
-
-    def records(self):
-        """The log's whole lines; a part of one, as a crash leaves it, is cut off."""
-        with reading(self.log_path):
-            whole, end, part = self.log_path.read_bytes().rpartition(b"\n")
-            if part:
-                self.log_file.truncate(len(whole + end))
-            return [json.loads(line) for line in whole.splitlines()]
 
     def write_checkpoint(self, tensors, **state):
         """Replace the checkpoint. The log that it belongs to is on the disk before it."""
@@ -934,20 +940,30 @@ def reading(path):
     """Own files are trusted; a damaged one ends in one line."""
     try:
         yield
+    except UserError:
+        raise
     except (safetensors.SafetensorError, ArithmeticError, AttributeError, LookupError,
             RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({str(error)[:100]}): begin anew with --overwrite"
                         ) from None
 
 
-def recorded(runs, space):
+def read_log(directory):
+    """The whole lines of a run's log; none where there is no log."""
+    path = Path(directory, "log.jsonl")
+    with reading(path):
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+
+def recorded(directories, space):
     """What the logs of interrupted searches hold: {arch: ACC(m) in %}, {arch: T(m)}."""
     memo, spent = {}, {}
-    for run in runs:
-        with reading(run.log_path):
-            for record in run.records()[1:]:
-                arch = space.arch(record["choices"])
-                memo[arch], spent[arch] = record["score"], record["cost"]
+    for directory in directories:
+        with reading(f"{directory}/log.jsonl"):
+            for line in read_log(directory)[1:]:
+                arch = space.arch(line["choices"])
+                memo[arch], spent[arch] = float(line["score"]), float(line["cost"])
     return memo, spent
 
 
@@ -999,7 +1015,7 @@ def read_run(directory):
     """The run.json of a finished train or search, unless what it wrote has changed since."""
     path = Path(directory) / "run.json"
     run = read_json(path, "does not exist: no finished train or search")
-    if not {"data", "max_length", "held_out", "wrote", "train"} <= set(run):
+    if not {"data", "max_length", "held_out", "wrote", "train", "settings"} <= set(run):
         raise UserError(f"{path} was not written by train or search of this version")
     if run["wrote"] != inputs_of(directory):
         raise UserError(f"{directory} is not what its run.json tells of: make it again")
@@ -1063,7 +1079,13 @@ def graphed_gradient():
         key = batch[0].shape, teacher is not None
         if key not in graphs:
             fixed = [tensor.clone() for tensor in (*batch, sizes)]   # a graph's inputs stay put
-            graphs[key] = fixed, *record(model, fixed, autocast, teacher)
+
+            def compute():
+                """Fresh gradients; the losses [lambda]."""
+                model.zero_grad()
+                return masked_gradient(model, fixed[:-1], fixed[-1], autocast, teacher)
+            graph, losses = record(compute)
+            graphs[key] = fixed, graph, losses, [w.grad for w in model.parameters()]
         fixed, graph, losses, grads = graphs[key]
         for mine, new in zip(fixed, (*batch, sizes)):
             mine.copy_(new)
@@ -1076,23 +1098,6 @@ def graphed_gradient():
                 layer.zero_grad()
         return list(losses)
     return gradient
-
-
-def record(model, fixed, autocast, teacher):
-    """(CUDA graph, losses, gradients) of `masked_gradient` on inputs that stay where they are."""
-    *batch, sizes = fixed
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):                                   # what is loaded at first use
-        for _ in range(2):
-            model.zero_grad()
-            masked_gradient(model, batch, sizes, autocast, teacher)
-    torch.cuda.current_stream().wait_stream(aside)
-    model.zero_grad()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        losses = masked_gradient(model, batch, sizes, autocast, teacher)
-    return graph, losses, [w.grad for w in model.parameters()]
 
 
 def rank():
@@ -1211,8 +1216,7 @@ def hear(number, _):
     SIGNALS.append(number)
     if len(SIGNALS) > 1 and world_size() == 1:
         raise KeyboardInterrupt
-    with contextlib.suppress(OSError):
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+    tell("\nstopping after this step; once more stops at once")
 
 
 def main(argv=None):
@@ -1240,7 +1244,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")
     except (Stopped, KeyboardInterrupt) as stop:
         number = stop.args[0] if stop.args else (SIGNALS or [signal.SIGINT])[0]
-        print("\nstopped; the same command with --resume goes on", file=sys.stderr)
+        tell("\nstopped; the same command with --resume goes on")
         return 128 + number
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         text = str(error)
@@ -1251,7 +1255,7 @@ def main(argv=None):
         elif not isinstance(error, UserError):
             raise
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
-        print(f"yoco.py: error: {text[:1000]}", file=sys.stderr)
+        tell(f"yoco.py: error: {text[:1000]}")
         return 2
     finally:
         for number, handler in before.items():

@@ -5,14 +5,18 @@ from it) and Hugging Face at a fixed commit; README.md beside this file tells wh
 under which terms they stand. Standard library only.
 
 A final name only ever holds a whole, checked file: bytes arrive in NAME.part and are renamed after
-the check; a .part that an interruption leaves behind is continued by the next run. What is already
-there is never replaced without --overwrite.
+the check; a .part that an interruption leaves behind is continued by the next run. While another
+process works on it, a download has a .part of its own. What is already there is never replaced
+without --overwrite.
 """
 import argparse
+import contextlib
 import hashlib
 import http.client
+import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -22,6 +26,11 @@ import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                                     # Windows: one download at a time
+    fcntl = None
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
@@ -82,6 +91,11 @@ TOP_FOLDER = r"(?!__MACOSX|original|\.)[^/]+"           # the one folder of a GL
 TRIES = 5           # connections per file before a download that keeps breaking off is given up
 PAUSE = 1.0         # seconds before the second of them; every further wait is as much longer
 TIMEOUT = 30        # seconds without a byte that count as a broken connection
+SLOWEST = 1000      # bytes a second: less than that on average, TIMEOUT after its start, likewise
+UNCHECKED = 10**6   # bytes that a file may have whose checksum is not known
+KINDS = {           # such files are JSON objects, with one of these fields
+    "config.json": {"hidden_size"},
+    "tokenizer_config.json": {"do_lower_case", "model_max_length", "tokenizer_class"}}
 
 
 class DownloadError(Exception):
@@ -107,13 +121,47 @@ def check(path, name, size=None, sha256=None):
     found = path.stat().st_size
     if size is not None and found != size:
         raise DownloadError(f"{name} has {found} bytes instead of {size}")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 not in (None, digest):
-        raise DownloadError(f"{name} has the sha256 {digest[:16]}… instead of {sha256[:16]}…")
-    # its checksum is not known, so at least: not another kind of config, nor a log-in page
-    if name == "config.json" and b'"hidden_size"' not in path.read_bytes():
-        raise DownloadError("config.json is not that of a BERT")
+    if sha256 is not None:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != digest:
+            raise DownloadError(f"{name} has the sha256 {digest[:16]}… instead of {sha256[:16]}…")
+    elif name in KINDS:                                 # at least no log-in page, nor a part
+        if found > UNCHECKED:
+            raise DownloadError(f"{name} has more than {UNCHECKED} bytes")
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict) or not KINDS[name] & set(content):
+            raise DownloadError(f"{name} is not that of a BERT")
+
+
+@contextlib.contextmanager
+def part_of(path):
+    """The file to download `path` into: PATH.part, which a download that stops midway leaves; or,
+    where another process works on that, one of our own, deleted then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    if part.is_symlink() or part.exists() and not part.is_file():
+        raise DownloadError(f"{part} is not a plain file: remove it")
+    with open(part, "ab") if fcntl else contextlib.nullcontext() as lock:
+        if fcntl and not ours(part, lock):
+            part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+        try:
+            yield part
+        finally:
+            if part.exists() and (part.name != path.name + ".part" or not part.stat().st_size):
+                part.unlink()
+
+
+def ours(part, lock):
+    """Whether the open file `lock` is still what is called `part`, and no other process has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(lock.fileno()), part.stat())   # not renamed since
+    except OSError:
+        return False
 
 
 def connect(url, start):
@@ -141,10 +189,10 @@ def receive(url, part, size, start):
             return "another range came than the one asked for"
         done = start if response.status == 206 else 0   # 200: the server sends all of it again
         length = response.headers.get("Content-Length", "")
-        total = done + int(length) if length.isdecimal() else size
-        part.parent.mkdir(parents=True, exist_ok=True)
+        total = done + int(length) if re.fullmatch("[0-9]{1,15}", length) else size
+        most, before, began = size or UNCHECKED, done, time.monotonic()
         with open(part, "ab" if done else "wb") as file:
-            while done != total and (size is None or done <= size):   # of what is too long, no more
+            while done != total and done <= most:       # of what is too long, no more
                 try:
                     block = response.read1(1 << 18)     # read() would lose what came before a break
                 except (OSError, http.client.HTTPException) as error:
@@ -152,10 +200,13 @@ def receive(url, part, size, start):
                 if not block:
                     break
                 done += file.write(block)
-                show(f"{part.stem}: {done / 1e6:.1f} of {(total or done) / 1e6:.1f} MB")
+                seconds = time.monotonic() - began
+                if seconds > TIMEOUT and done - before < SLOWEST * seconds:
+                    return f"too slow, {done - before} bytes in {seconds:.0f} seconds"
+                show(f"{Path(url).name}: {done / 1e6:.1f} of {(total or done) / 1e6:.1f} MB")
             file.flush()
             os.fsync(file.fileno())
-    short = total and done < min(total, size or total)  # http.client is silent about an early end
+    short = total and done < min(total, most)           # http.client is silent about an early end
     return f"closed after {done} of {total} bytes" if short else ""
 
 
@@ -181,7 +232,7 @@ def download(url, part, size=None, sha256=None):
         raise DownloadError(f"{url}: broke off {TRIES} times ({problem}); "
                             "the same command goes on from there")
     try:
-        check(part, part.stem, size, sha256)
+        check(part, Path(url).name, size, sha256)
     except DownloadError as error:
         part.unlink()
         raise DownloadError(f"{url}: {error}; deleted") from None
@@ -236,10 +287,10 @@ def write(name, files, directory, overwrite):
     """Write {file: bytes}, each in one step: whole and checked, or not at all."""
     written = [file for file in files if overwrite or not (directory / file).exists()]
     for file in written:
-        temporary = directory / (file + ".tmp")
+        temporary = directory / f".{file}.{secrets.token_hex(4)}.tmp"
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as out:
+            with open(temporary, "xb") as out:
                 out.write(files[file])
                 out.flush()
                 os.fsync(out.fileno())
@@ -252,15 +303,16 @@ def write(name, files, directory, overwrite):
 
 def get_task(name, directory, mirror, overwrite):
     """Download a task's archive (MRPC: three sources) and write its TSV files."""
-    parts = []
-    for url, *known in SOURCES[name]:
-        parts.append(directory / (Path(url).name + ".part"))
-        download(f"{mirror}/{Path(url).name}" if mirror else url, parts[-1], *known)
-    files = (build_mrpc(*[part.read_bytes() for part in parts]) if name == "MRPC" else
-             unzip(parts[0], SPLITS[name]))
-    written = write(name, files, directory, overwrite)
-    for part in parts:
-        part.unlink()
+    with contextlib.ExitStack() as stack:
+        parts = []
+        for url, *known in SOURCES[name]:
+            parts.append(stack.enter_context(part_of(directory / Path(url).name)))
+            download(f"{mirror}/{Path(url).name}" if mirror else url, parts[-1], *known)
+        files = (build_mrpc(*[part.read_bytes() for part in parts]) if name == "MRPC" else
+                 unzip(parts[0], SPLITS[name]))
+        written = write(name, files, directory, overwrite)
+        for part in parts:
+            part.unlink()
     return written
 
 
@@ -269,16 +321,17 @@ def get_model(name, directory, mirror, overwrite):
     written = []
     for url, *known in SOURCES[name]:
         path = directory / Path(url).name
-        part = directory / (path.name + ".part")
-        if overwrite or not path.exists():
+        if path.exists() and not overwrite:
+            continue
+        with part_of(path) as part:
             try:
                 download(f"{mirror}/{name}/{path.name}" if mirror else url, part, *known)
             except Missing:
-                if path.name == OPTIONAL:
-                    continue
-                raise
-            os.replace(part, path)
-            written.append(path.name)
+                if path.name != OPTIONAL:
+                    raise
+            else:
+                os.replace(part, path)
+                written.append(path.name)
     return written
 
 

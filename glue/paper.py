@@ -1,29 +1,31 @@
-"""The paper's tables and figures on real data, with seeds and intervals, MiniLM as the model.
+"""The paper's tables on real data, with seeds and intervals, from MiniLM.
 
-    python -m glue.paper run [--tasks MRPC RTE] [--variants plain yoco] [--seeds 0 1 2]
-    python -m glue.paper table 1|2|3|4|5|ablation|defaults|methods [--tasks MRPC ...]
-    python -m glue.paper figure 2|3
+    python -m glue.paper run [--tasks MRPC RTE] [--variants core 4] [--seeds 0 1 2]
+    python -m glue.paper table choose|core|1|3|4|5|ablation|methods|matters [--tasks MRPC ...]
 
-A cell is one task, variant and seed. `run` writes each as one small JSON file under glue/results/;
-what is there is skipped, and what was interrupted resumes. The same command may run several times
-at once, since a cell that another process works on is skipped too. `table` and `figure` (which
-needs matplotlib) read those files alone. In a cell, `commit` is that of the process that finished
-it, `seconds` are those of its training and of each search, without the time between a stop and
-`--resume`, and `passes` are examples times architectures drawn, without the teacher's forward.
+A cell is one task, variant and seed; `run` writes each as one JSON file under glue/results/. What
+is there is skipped, what was interrupted goes on, and what another process works on is left to it:
+so the same command may run several times at once, on one GPU as well. `table` reads those files
+alone. A variant is a name below, or a table's: all that stand in it. `lr=5e-5`, `epochs=3` and
+`length=0.5` (of the authors' epochs) may follow a name; else --lr and --epochs hold, or CHOSEN.
 
-What a cell does: the full MiniLM is fine-tuned (`plain`), the start of every variant with its seed;
-from it `--steps` steps train a super-BERT; a search on the hold-out finds one sub-BERT with less
-than 0.75 and one with less than 0.5 of the *encoder's* parameters (MiniLM's embeddings are half of
-it and not elastic, so the paper's ratios of all parameters are out of reach); dev is read once for
-each. What a variant needs are flags of `train` and `search`. MiniLM's figures (6 layers x 384) are
-not comparable with BERT-base's.
+What a cell does: one `train` from the pretrained BERT; one `search` on the hold-out, which finds a
+sub-BERT with less than 0.75 and one with less than 0.5 of the *encoder's* parameters (MiniLM's
+embeddings are half of it and not elastic); dev is read once for each. 20 architectures drawn
+uniformly tell, on the hold-out, what the super-BERT is worth without a search. HAT and OFA search
+by HAT's evolution, which stands here. `seconds` are those of one process, training and searches.
+MiniLM's figures (6 layers x 384) are not comparable with BERT-base's.
 """
 
 import contextlib
+import dataclasses
+import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,269 +33,98 @@ import torch
 import data
 import yoco
 from model import (Arch, BertConfig, SearchSpace, UserError, arithmetic, count_flops, count_params,
-                   extract, load_bert, read_json, save_bert, write_json)
+                   extract, fingerprint, hardware, load_bert, read_json, save_bert,
+                   tokenizer_files, write_json)
 
 try:
     import fcntl
 except ImportError:                                                  # Windows: one process only
     fcntl = None
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("MRPC", "RTE", "CoLA", "STS-B", "SST-2")
 SHARES = (0.75, 0.5)                                # budgets, of the encoder's parameters
-PLAIN_EPOCHS = {"SST-2": 1}                         # else 3
-HOLDOUT = {"SST-2": 0.02}                           # else 0.1: of SST-2 6,735 sentences
-COMMON = ["--lr", "1e-4", "--batch-size", "32"]     # MiniLM wants more than the paper's 2e-5
-PRECISION = "fp32"                                  # on every machine: tables compare the cells
-SMALL_DELTA = 69 ** -0.5                            # theta of MiniLM has 3 + 6 x 11 dimensions
+HOLDOUT = {"SST-2": 0.02}                           # else 0.1: of SST-2 1,347 sentences
+BATCH, DRAWN = 32, 300                              # examples a step; architectures of `matters`
+# What holds where nothing else is said, for fine-tuning and for each recipe.
+CHOSEN = {"plain": "lr=1e-4 epochs=3", "paper": "lr=1e-4 length=1", "best": "lr=1e-4 length=1"}
 
-BEST = "--reorder --distill --depth-keeps even --stages all"
-
-# variant: flags of train | flags of search
-ELASTIC = {
-    "yoco": ("", ""),
-    "exploit only": ("--strategy exploit", ""),
-    "explore only": ("--strategy explore", ""),
-    "permuted losses": ("--shuffle", ""),
-    "HAT": ("--strategy explore --stages all", "--method evolution"),
-    "OFA": ("--strategy explore --distill", "--method evolution"),
-    "reorder": ("--reorder", ""),
-    "distill": ("--distill", ""),
-    "even": ("--depth-keeps even", ""),
-    "all stages at once": ("--stages all", ""),
-    "reorder + distill": ("--reorder --distill", ""),
-    "reorder + distill + even": ("--reorder --distill --depth-keeps even", ""),
-    "best": (BEST, ""),
-    "best, frozen teacher": (f"{BEST} --freeze-teacher", ""),
-    "best, frozen teacher, long": (f"{BEST} --freeze-teacher", ""),
-    "best, frozen teacher, tenfold": (f"{BEST} --freeze-teacher", ""),
-    "best, exploit only": (f"{BEST} --strategy exploit", ""),
-    "best, explore only": (f"{BEST} --strategy explore", ""),
-    "best, permuted losses": (f"{BEST} --shuffle", ""),
-    "small delta": (f"--delta {SMALL_DELTA:.4f}", ""),
-    "lambda 4": ("--archs-per-step 4", ""),
-    "lambda 4, small delta": (f"--archs-per-step 4 --delta {SMALL_DELTA:.4f}", ""),
-}
-LENGTH = {"lambda 4": 0.5, "lambda 4, small delta": 0.5,             # of --steps; else 1
-          "best, frozen teacher, long": 3, "best, frozen teacher, tenfold": 10}
-RATES = ("2e-4", "2e-5", "2e-6", "2e-7")
-
-
-def tuned(variant):
-    """The variants that fine-tune the sub-BERT that another found, one for each rate."""
-    return [f"{variant}, tuned {rate}" for rate in RATES]
-
-
+PLAIN = ("plain", "truncated")                      # all layers; the first half of them, alone
+ELASTIC = {                                         # flags of train
+    "paper": "--recipe paper", "best": "--recipe best",
+    "HAT": "--strategy explore --stages all", "OFA": "--strategy explore --distill",
+    "best no-reorder": "--recipe best --no-reorder",
+    "best no-distill": "--recipe best --no-distill",
+    "best first": "--recipe best --depth-keeps first",
+    "best progressive": "--recipe best --stages progressive"}
+for name in ("exploit", "explore", "noise"):
+    ELASTIC[f"paper {name}"] = f"--recipe paper --strategy {name}"
+    ELASTIC[f"best {name}"] = f"--recipe best --strategy {name}"
+TUNED = {variant: [f"{variant} tuned {rate}" for rate in ("2e-4", "2e-5", "2e-6", "2e-7")]
+         for variant in ("paper", "best", "HAT", "OFA")}             # what they found, fine-tuned
 BANDS = {"A": (0.18, 0.36), "B": (0.36, 0.55), "C": (0.55, 0.73), "D": (0.73, 0.91)}
 METHODS = ("sng", "evolution", "random")
-METHOD_EVALUATIONS = 60
-# Without elasticity: the first 3 layers, 3 of 6 evenly spaced, fine-tuned as they are. Then what
-# needs the super-BERT of a variant: fine-tuning its sub-BERT, Fig. 3's methods, Tab. 1's bands.
-OTHERS = (["plain", "first layers", "even layers", "methods", "methods of best", "bands",
-           "bands of best"]
-          + tuned("yoco") + tuned("best") + tuned("HAT") + tuned("OFA"))
+GRID = {recipe: [f"{recipe} lr={lr} length={length}" for lr in ("2e-5", "5e-5", "1e-4")
+                 for length in (1, 0.5, 0.25)] for recipe in ("paper", "best")}
+GRID["plain"] = [f"plain lr={lr} epochs={n}" for lr in ("2e-5", "5e-5", "1e-4") for n in (3, 10)]
+GROUPS = {                                          # table: its variants
+    "choose": [*GRID["plain"], *GRID["paper"], *GRID["best"]],
+    "core": [*PLAIN, "paper", "best"],
+    "3": ["paper", "HAT", "OFA", *TUNED["HAT"], *TUNED["OFA"]],
+    "4": ["paper", "paper exploit", "paper explore", "paper noise",
+          "best", "best exploit", "best explore", "best noise"],
+    "5": ["paper", *TUNED["paper"], "best", *TUNED["best"]],
+    "ablation": ["best", "best no-reorder", "best no-distill", "best first", "best progressive",
+                 "paper"],
+    "1": ["bands of paper", "bands of best"],
+    "methods": ["matters of paper", "matters of best"],
+    "matters": ["matters of paper", "matters of best"]}
 
 
 # --------------------------------------------------------------------------------------------------
-# Cells
+# Statistics, of {seed: value}
 # --------------------------------------------------------------------------------------------------
 
-class Cell:
-    """One task, variant and seed: what it needs, its commands, and the facts that it keeps."""
-
-    def __init__(self, task, variant, seed, options):
-        self.task, self.variant, self.seed, self.options = task, variant, seed, options
-        self.steps = options.steps
-        self.name = f"{task}-{variant}-{self.steps}-{seed}".replace(",", "").replace(" ", "_")
-        self.data, self.holdout = f"{options.data}/{task}", HOLDOUT.get(task, 0.1)
-
-    @property
-    def path(self):
-        """The JSON file of the result."""
-        return RESULTS / f"paper-{self.name}.json"
-
-    def out(self, kind=""):
-        """A directory for a model of this cell."""
-        return f"{self.options.work}/{self.name}{kind}"
-
-    def other(self, variant):
-        """The cell of another variant, finished first."""
-        cell = Cell(self.task, variant, self.seed, self.options)
-        cell.ensure(needed=True)
-        return cell
-
-    def ensure(self, needed=False):
-        """Fill the cell, unless it is filled or another process is at it. needed: wait for that
-        process; and fill it anew where its models are no longer there."""
-        Path(self.options.work).mkdir(parents=True, exist_ok=True)
-        RESULTS.mkdir(exist_ok=True)
-        with open(self.out(".lock"), "w") as lock:
-            try:
-                if fcntl:
-                    fcntl.flock(lock, fcntl.LOCK_EX | (0 if needed else fcntl.LOCK_NB))
-            except BlockingIOError:
-                return
-            if self.path.exists() and (not needed or Path(self.out(), "run.json").exists()):
-                return
-            print(f"--- {self.name}", flush=True)
-            self.commit = commit()
-            write_json(self.path, **self.fill())
-
-    def fill(self):
-        """Do the work; the facts of the cell."""
-        if self.variant in ("plain", "first layers", "even layers"):
-            return self.plain()
-        if self.variant.startswith("methods"):
-            return self.methods()
-        if self.variant.startswith("bands"):
-            return self.bands()
-        if ", tuned " in self.variant:
-            return self.tuned()
-        return self.elastic()
-
-    def train(self, bert, *flags):
-        """Run `train`, or take what is there; its run.json."""
-        return self.command(self.out(), "train", "--data", self.data, "--bert", bert, *COMMON,
-                            "--holdout", str(self.holdout), *flags)
-
-    def search(self, out, model, *flags):
-        """Run `search`, likewise."""
-        return self.command(out, "search", "--model", model, "--evaluations",
-                            str(self.options.evaluations), *flags)
-
-    def command(self, out, *words):
-        """Run a command of yoco.py to its end; its run.json."""
-        if status := yoco.main([*words, "--seed", str(self.seed), "--precision", PRECISION,
-                                "--out", out, "--resume"]):
-            sys.exit(status)
-        return read_json(Path(out) / "run.json")
-
-    def facts(self, run, **more):
-        """What every cell says, from the run.json of its training."""
-        kept = {k: v for k, v in run["settings"].items() if k not in ("data", "bert")}   # paths
-        drawn = kept["archs_per_step"] if "most likely" in run["holdout"] else 1
-        return dict(task=self.task, variant=self.variant, seed=self.seed, steps=run["steps"],
-                    passes=run["steps"] * kept["batch_size"] * drawn, commit=self.commit,
-                    seconds=run["seconds"], hardware=run["hardware"], precision=run["precision"],
-                    versions=run["versions"], settings=kept, **more)
-
-    def plain(self):
-        """Fine-tuning without elasticity, of MiniLM or of some of its layers."""
-        bert, epochs = self.options.bert, PLAIN_EPOCHS.get(self.task, 3)
-        if self.variant != "plain":
-            torch.manual_seed(self.seed)                             # the classifier
-            full = load_bert(bert, data.load_task(self.data).num_labels)
-            full.config.depth_keeps = self.variant.split()[0]
-            n, heads = full.config.num_hidden_layers // 2, full.config.num_attention_heads
-            cut = extract(full, Arch([heads] * n, [full.config.intermediate_size] * n))
-            save_bert(cut, self.out("-cut"), bert)
-            bert = self.out("-cut")
-        scale = epochs / yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])[2][-1]
-        run = self.train(bert, "--stages", "largest", "--epochs", f"{scale:.6f}")
-        config = BertConfig.load(self.out())
-        return self.facts(run, scores=[dict(
-            budget=1.0 if self.variant == "plain" else 0.5, arch=config.arch._asdict(),
-            params=count_params(config, config.arch), flops=count_flops(config, config.arch),
-            holdout=run["holdout"]["largest"], dev=scorer(self.out())(config.arch))])
-
-    def elastic(self):
-        """Train a super-BERT, search it under both budgets."""
-        start, (train, search) = self.other("plain").out(), ELASTIC[self.variant]
-        config = BertConfig.load(start)                              # of the same sizes
-        kept, _ = data.split_holdout(data.load_task(self.data).train, self.holdout, self.seed)
-        per_epoch = math.ceil(len(kept) / self.options.batch_size)
-        last = yoco.make_stages(SearchSpace.for_config(config), self.task, per_epoch)[-1]
-        scale = self.steps * LENGTH.get(self.variant, 1) / (last.first + last.steps)
-        run = self.train(start, "--epochs", f"{scale:.6f}", "--batch-size",
-                         str(self.options.batch_size), *train.split())
-        scores = [dict(budget=1.0, arch=config.arch._asdict(), holdout=run["holdout"]["largest"],
-                       dev=scorer(self.out())(config.arch))]
-        for wanted in SHARES:
-            found = self.search(self.out(f"-{wanted}"), self.out(), "--max-params",
-                                str(budget(config, wanted)), *search.split())
-            scores.append(dict(budget=wanted, **self.found(found, config)))
-        return self.facts(run, uniform=uniform(self.out(), 20), scores=scores,
-                          most_likely=run["holdout"]["most likely"])
-
-    def found(self, run, config):
-        """What is kept of a search, from its run.json."""
-        arch = Arch(**run["arch"])
-        return dict(share=share(config, arch), arch=run["arch"], params=run["params"],
-                    flops=run["flops"], holdout={"score": run["selection_score"]}, dev=run["dev"],
-                    asked=run["evaluations_asked"], run=run["evaluations_run"],
-                    seconds=run["seconds"])
-
-    def tuned(self):
-        """Ten more epochs for the sub-BERT that a variant found under the smaller budget."""
-        variant, rate = self.variant.split(", tuned ")
-        source = self.other(variant).out(f"-{SHARES[-1]}")
-        config = BertConfig.load(source)
-        scale = 10 / yoco.EPOCHS.get(self.task, yoco.EPOCHS["default"])[2][-1]
-        run = self.train(source, "--lr", rate, "--epochs", f"{scale:.6f}")
-        return self.facts(run, scores=[dict(
-            budget=SHARES[-1], arch=config.arch._asdict(),
-            params=count_params(config, config.arch), flops=count_flops(config, config.arch),
-            holdout=run["holdout"]["largest"], dev=scorer(self.out())(config.arch))])
-
-    def methods(self):
-        """Fig. 3: what three methods find in one super-BERT, by evaluations."""
-        model = self.other("best" if "best" in self.variant else "yoco").out()
-        config, curves = BertConfig.load(model), {}
-        space, limit = SearchSpace.for_config(config), budget(config, SHARES[-1])
-        for method in METHODS:
-            out = self.out(f"-{method}")
-            run = self.search(out, model, "--method", method, "--max-params", str(limit),
-                              "--evaluations", str(METHOD_EVALUATIONS))
-            known, curve = {}, []                        # [asked, best so far, mean of ten best]
-            for asked, scores in yoco.scores_of(out, space):
-                known |= {m: s for m, s in scores.items() if count_params(config, m) < limit}
-                best = sorted(known.values())[-10:]
-                curve.append([asked, best[-1], float(np.mean(best))] if best else [])
-            curves[method] = dict(curve=curve, **self.found(run, config))
-        return self.facts(read_json(Path(model) / "run.json"), methods=curves)
-
-    def bands(self):
-        """Tab. 1 and Fig. 2: the best in every band of sizes, of one super-BERT, one memo."""
-        model = self.other("best" if "best" in self.variant else "yoco").out()
-        config, memo, scores, seconds = BertConfig.load(model), {}, [], 0
-        for band, (_, high) in BANDS.items():
-            out = self.out(f"-{band}")
-            if not Path(out, "run.json").exists():
-                yoco.search(yoco.SearchSettings(
-                    model=model, out=out, max_params=str(budget(config, high)), seed=self.seed,
-                    evaluations=self.options.evaluations, precision=PRECISION, resume=True), memo)
-            seconds += read_json(Path(out) / "run.json")["seconds"]
-            memo |= yoco.scores_in(out, SearchSpace.for_config(config))
-        dev = scorer(model)
-        for band, (low, high) in BANDS.items():
-            inside = {m: s for m, s in memo.items() if low <= share(config, m) < high}
-            best = yoco.best_fit(inside, lambda m: count_params(config, m), math.inf)
-            if best:
-                scores.append(dict(band=band, share=share(config, best), arch=best._asdict(),
-                                   params=count_params(config, best), dev=dev(best),
-                                   flops=count_flops(config, best), holdout={"score": memo[best]}))
-        return self.facts(read_json(Path(model) / "run.json"), scores=scores, evaluated=len(memo)
-                          ) | dict(seconds=seconds)
+# Two-sided 95% quantiles of Student's t for 1 ... 9 degrees of freedom; the last serves for more.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def scorer(directory, on="dev"):
-    """A function arch -> {metric: %} of a model that `train` or `search` wrote, on "dev" or on the
-    "holdout" of its training."""
-    run = yoco.read_run(directory)
-    task = data.load_task(run["data"])
-    parts = task.devs if on == "dev" else [data.split_holdout(task.train, *run["held_out"])[1]]
-    parts = [data.encode(part, directory) for part in parts]
-    device, autocast = arithmetic("auto", PRECISION)
-    model = data.load_trained(directory, task).to(device)
-    return data.scorer(model, parts, task.metric, device, autocast)
+def mean_and_deviation(found):
+    """The mean, and the sample standard deviation: not a number for a single value."""
+    x = list(found.values())
+    return float(np.mean(x)), float(np.std(x, ddof=1)) if len(x) > 1 else math.nan
 
 
-def uniform(directory, count):
-    """The mean hold-out score of so many architectures drawn uniformly, always the same ones."""
-    space, rng = SearchSpace.for_config(BertConfig.load(directory)), np.random.default_rng(0)
-    pi, score = yoco.Categorical(space.categories), scorer(directory, "holdout")
-    return float(np.mean([score(space.arch(pi.sample(rng)))["score"] for _ in range(count)]))
+def paired_difference(found, reference):
+    """The mean difference over common seeds, and half of its 95% interval; None below two seeds."""
+    less = {seed: found[seed] - reference[seed] for seed in found if seed in reference}
+    if len(less) < 2:
+        return None
+    mean, deviation = mean_and_deviation(less)
+    return mean, T95[min(len(less) - 2, 8)] * deviation / math.sqrt(len(less))
 
+
+def spread(found):
+    """'mean ± sample standard deviation (seeds)'; empty where nothing is known."""
+    if not found:
+        return ""
+    mean, deviation = mean_and_deviation(found)
+    around = "" if math.isnan(deviation) else f" ± {deviation:.1f}"
+    return f"{mean:.1f}{around} ({len(found)})"
+
+
+def difference(found, reference):
+    """'difference [its 95% interval]', likewise."""
+    result = paired_difference(found, reference)
+    if result is None:
+        return ""
+    mean, half = result
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
+# --------------------------------------------------------------------------------------------------
+# Sizes, and the searches that are not the paper's
+# --------------------------------------------------------------------------------------------------
 
 def fixed(config):
     """Parameters of embeddings and pooler: what a layer costs, taken off a model of one layer."""
@@ -313,325 +144,509 @@ def budget(config, part):
     return round(rest + part * (count_params(config, config.arch) - rest))
 
 
+def propose_random(space, fits, rng):
+    """An architecture drawn uniformly among those that fit."""
+    pi = yoco.Categorical(space.categories)
+    for _ in range(10_000):
+        arch = space.arch(pi.sample(rng))
+        if fits(arch):
+            return arch
+    return space.smallest()
+
+
+def propose_evolution(space, fits, rng, past, evaluations):
+    """HAT's next architecture (Wang et al. 2020): the first generation, 125, is drawn at random;
+    the parents of later ones, of 100 each, are the 25 best of all complete generations. past:
+    {arch: score} of this search."""
+    # CHOICE: the three shrink in proportion where fewer than 1000 evaluations are asked for; a
+    # generation counts distinct architectures.
+    size = min(1, evaluations / 1000)
+    first, later, best = (max(1, round(n * size)) for n in (125, 100, 25))
+    if len(past) < first:
+        return propose_random(space, fits, rng)
+    born = list(past)[:first + (len(past) - first) // later * later]
+    parents = sorted(born, key=lambda arch: -past[arch])[:best]
+    pi = yoco.Categorical(space.categories)
+    for _ in range(10_000):
+        one, two = (space.choices(parents[i]) for i in rng.integers(len(parents), size=2))
+        # Half of the time a mutation, every choice drawn anew with p = 0.3, else a crossover.
+        drawn, mutates = pi.sample(rng), rng.random() < 0.5
+        child = []
+        for mine, theirs, new in zip(one, two, drawn):
+            if rng.random() < (0.3 if mutates else 0.5):
+                mine = new if mutates else theirs
+            child.append(new if mine is None else mine)  # a layer that the parent has not
+        if fits(space.arch(child)):
+            return space.arch(child)
+    return space.smallest()
+
+
+def search_by(method, space, fits, score, memo, evaluations, seed):
+    """{arch: score} of the architectures asked for by "evolution" or "random". memo: scores known
+    already, which grows."""
+    rng, past = np.random.default_rng(seed), {}
+    for _ in range(evaluations):
+        if method == "random":
+            arch = propose_random(space, fits, rng)
+        else:
+            arch = propose_evolution(space, fits, rng, past, evaluations)
+        if arch not in memo:
+            memo[arch] = score(arch)["score"]
+        past[arch] = memo[arch]
+    return past
+
+
+# --------------------------------------------------------------------------------------------------
+# Cells
+# --------------------------------------------------------------------------------------------------
+
+class Failed(Exception):
+    """A command of yoco.py ended with a status, its argument."""
+
+
+def split_variant(variant):
+    """'best lr=5e-5' -> ('best', {'lr': '5e-5'}); UserError where there is no such variant."""
+    base = " ".join(word for word in variant.split() if "=" not in word)
+    given = dict(word.split("=", 1) for word in variant.split() if "=" in word)
+    known = [*PLAIN, *ELASTIC, *GROUPS["1"], *GROUPS["matters"], *sum(TUNED.values(), [])]
+    if base not in known or not set(given) <= {"lr", "epochs", "length"}:
+        raise UserError(f"no variant {variant!r}; there are {', '.join(known)}")
+    return base, given
+
+
+def opened(directory, options):
+    """A trained directory as what it needs to be scored or trained further."""
+    run, encode = yoco.read_run(directory), data.encoder(directory)
+    device, autocast = arithmetic(options.device, options.precision)
+    task = data.load_task(run["data"])
+    kept, held = data.split_holdout(task.train, *run["held_out"])
+    model = data.load_trained(directory, task).to(device)
+    return SimpleNamespace(
+        run=run, device=device, autocast=autocast, metric=task.metric, model=model, kept=kept,
+        encode=encode, parts={"holdout": [held], "dev": task.devs})
+
+
+def scorers(it):
+    """{"holdout", "dev": a function arch -> {metric: %}} of the model of what was opened."""
+    return {on: data.scorer(it.model, [it.encode(part) for part in parts], it.metric, it.device,
+                            it.autocast) for on, parts in it.parts.items()}
+
+
+class Cell:
+    """One task, variant and seed: what it needs, its commands, and the facts that it keeps."""
+
+    def __init__(self, task, variant, seed, options):
+        self.task, self.variant, self.seed, self.options = task, variant, seed, options
+        self.base, self.given = split_variant(variant)
+        self.name = f"{task}-{variant}-{seed}".replace(" ", "_")
+        self.path = Path(options.results) / f"paper-{self.name}.json"
+        self.out = f"{options.work}/{self.name}"                     # where its models go
+
+    def ensure(self, needed=False):
+        """Fill the cell, unless it is filled or another process is at it. needed: wait for that
+        process; and fill it anew where its model is no longer there."""
+        for path in (Path(self.out), self.path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.out + ".lock", "w") as lock:
+            try:
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX | (0 if needed else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return
+            if self.path.exists() and (not needed or Path(self.out, "run.json").exists()):
+                return
+            print(f"--- {self.name}", flush=True)
+            fill = self.elastic if self.base in ELASTIC else {
+                "plain": self.plain, "truncated": self.plain, "bands": self.bands,
+                "matters": self.matters}.get(self.base.split()[0], self.tuned)
+            if " tuned " in self.base:
+                fill = self.tuned
+            start, begun = time.perf_counter(), commit()
+            facts = fill()
+            if self.base not in PLAIN and self.base not in ELASTIC:
+                facts["seconds"] = time.perf_counter() - start
+            write_json(self.path, task=self.task, variant=self.variant, seed=self.seed,
+                       commit=begun, **facts)
+
+    def other(self, variant):
+        """The cell of another variant, finished first."""
+        cell = Cell(self.task, variant, self.seed, self.options)
+        cell.ensure(needed=True)
+        return cell
+
+    def command(self, *words):
+        """Run a command of yoco.py to its end."""
+        status = yoco.main([*words, "--seed", str(self.seed), "--device", self.options.device,
+                            "--precision", self.options.precision, "--resume"])
+        if status:
+            raise Failed(status)
+
+    def train(self, bert, *flags):
+        """Run `train`, or take what is there; what was trained, opened."""
+        wanted = {"plain": "plain", "truncated": "plain"}.get(self.base, self.base.split()[0])
+        wanted = split_variant("plain " + CHOSEN.get(wanted, CHOSEN["paper"]))[1]
+        options = {"lr": self.options.lr, "epochs": self.options.epochs}
+        for given in ({name: value for name, value in options.items() if value}, self.given):
+            if "epochs" in given:
+                wanted.pop("length", None)
+            wanted |= given
+        if "length" in wanted:
+            space = SearchSpace.for_config(BertConfig.load(bert))
+            last = yoco.make_stages(space, self.task, 1)[-1]         # a step stands for an epoch
+            wanted["epochs"] = float(wanted["length"]) * (last.first + last.steps)
+        self.command("train", "--data", f"{self.options.data}/{self.task}", "--bert", bert,
+                     "--out", self.out, "--lr", str(wanted["lr"]), "--epochs",
+                     str(wanted["epochs"]), "--batch-size", str(BATCH), "--holdout",
+                     str(HOLDOUT.get(self.task, 0.1)), *flags)
+        return opened(self.out, self.options)
+
+    def search(self, model, budgets):
+        """Run `search` for several budgets; their run.json, and all its {arch: score}."""
+        out, memo = self.out + "-found", {}
+        self.command("search", "--model", model, "--out", out, "--evaluations",
+                     str(self.options.evaluations), "--max-params", *map(str, budgets))
+        paths = [Path(out, str(b)) for b in budgets] if len(budgets) > 1 else [Path(out)]
+        space = SearchSpace.for_config(BertConfig.load(model))
+        for path in paths:
+            for line in (path / "log.jsonl").read_text().splitlines()[1:]:
+                record = json.loads(line)
+                memo[space.arch(record["choices"])] = record["score"]
+        return [read_json(path / "run.json") for path in paths], memo
+
+    def facts(self, run, **more):
+        """What every cell says, from the run.json of its training."""
+        settings = {name: value for name, value in run["settings"].items()
+                    if name not in ("data", "bert")}                 # paths
+        kept = ("steps", "seconds", "hardware", "precision", "versions")
+        return dict(**{name: run[name] for name in kept}, settings=settings,
+                    evaluations=self.options.evaluations) | more
+
+    def plain(self):
+        """Fine-tuning without elasticity, of the BERT or of the first half of its layers."""
+        bert, part = self.options.bert, 1.0
+        if self.base == "truncated":
+            task = data.load_task(f"{self.options.data}/{self.task}")
+            torch.manual_seed(self.seed)                             # the classifier
+            model, part = load_bert(bert, task.num_labels, task.labels), SHARES[-1]
+            half = model.config.num_hidden_layers // 2
+            cut = extract(model, Arch(*(sizes[:half] for sizes in model.config.arch)))
+            cut.config = dataclasses.replace(cut.config, layer_heads=None, layer_ffn_sizes=None)
+            save_bert(cut, self.out + "-cut", tokenizer_files(bert))
+            bert = self.out + "-cut"
+        it = self.train(bert, "--stages", "largest")
+        return self.facts(it.run, scores=[row(part, it.model.config, it.model.config.arch,
+                                              it.run["holdout"]["largest"], scorers(it))])
+
+    def elastic(self):
+        """Train a super-BERT, search it under both budgets."""
+        it, start = self.train(self.options.bert, *ELASTIC[self.base].split()), time.perf_counter()
+        config, score, asked = it.model.config, scorers(it), self.options.evaluations
+        space, limits = SearchSpace.for_config(config), [budget(config, part) for part in SHARES]
+        pi, rng = yoco.Categorical(space.categories), np.random.default_rng(0)
+        uniform = [score["holdout"](space.arch(pi.sample(rng)))["score"] for _ in range(20)]
+        scores = [row(1.0, config, config.arch, it.run["holdout"]["largest"], score)]
+        if self.base in ("HAT", "OFA"):
+            memo, found = {}, []
+            for limit in limits:
+                past = search_by("evolution", space, lambda m: count_params(config, m) < limit,
+                                 score["holdout"], memo, asked, self.seed)
+                best = yoco.best_fit(past, lambda m: count_params(config, m), limit)
+                found.append((best, past[best]))
+        else:
+            found = [(Arch(**one["arch"]), one["selection_score"])
+                     for one in self.search(self.out, limits)[0]]
+        for part, (arch, holdout) in zip(SHARES, found):
+            scores.append(row(part, config, arch, {"score": holdout}, score))
+        return self.facts(it.run, seconds=it.run["seconds"] + time.perf_counter() - start,
+                          uniform=float(np.mean(uniform)), scores=scores)
+
+    def tuned(self):
+        """Ten more epochs for the sub-BERT that a variant found under the smaller budget."""
+        variant, rate = self.base.split(" tuned ")
+        cell = self.other(variant)
+        it, arch = opened(cell.out, self.options), read_json(cell.path)["scores"][-1]["arch"]
+        it.model = model = extract(it.model, Arch(**arch)).train()
+        examples, steps = it.encode(it.kept), 10 * math.ceil(len(it.kept) / BATCH)
+        adam, gradient = yoco.new_adam(model), yoco.weight_gradient
+        if it.device.type == "cuda":
+            gradient = yoco.graphed_gradient()
+        torch.manual_seed(self.seed)                                 # dropout
+        for t, indices in zip(range(steps), data.batches(examples, BATCH, self.seed)):
+            batch = data.collate(examples, indices, it.device)
+            gradient(model, batch, [model.config.arch], it.autocast)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.param_groups[0]["lr"] = float(rate) * (1 - t / steps)
+            adam.step()
+        score = scorers(it)
+        scores = [row(SHARES[-1], model.config, model.config.arch,
+                      score["holdout"](model.config.arch), score)]
+        # In `settings` are those of what it began from.
+        return self.facts(it.run, steps=steps, hardware=hardware(it.device), scores=scores)
+
+    def bands(self):
+        """Tab. 1: the best in every band of sizes, of one super-BERT, one memo."""
+        source = self.other(self.base.split()[-1]).out
+        it, scores = opened(source, self.options), []
+        config, score = it.model.config, scorers(it)
+        _, memo = self.search(source, [budget(config, high) for _, high in BANDS.values()])
+        for band, (low, high) in BANDS.items():
+            inside = {m: s for m, s in memo.items() if low <= share(config, m) < high}
+            best = yoco.best_fit(inside, lambda m: count_params(config, m), math.inf)
+            if best:
+                scores.append(row(band, config, best, {"score": memo[best]}, score))
+        return self.facts(it.run, evaluated=len(memo), scores=scores)
+
+    def matters(self):
+        """Fig. 3, and whether a search matters: what three methods find under the smaller budget,
+        and both scores of architectures drawn at random under it."""
+        source = self.other(self.base.split()[-1]).out
+        it, found, memo = opened(source, self.options), {}, {}
+        config, score, rng = it.model.config, scorers(it), np.random.default_rng(self.seed)
+        space, limit = SearchSpace.for_config(config), budget(config, SHARES[-1])
+
+        def fits(arch):
+            return count_params(config, arch) < limit
+        drawn = [propose_random(space, fits, rng) for _ in range(DRAWN)]
+        pairs = [[score[on](arch)["score"] for on in ("holdout", "dev")] for arch in drawn]
+        for method in METHODS:
+            if method == "sng":
+                past = {m: s for m, s in self.search(source, [limit])[1].items() if fits(m)}
+            else:                                   # another seed than that of the drawn ones
+                past = search_by(method, space, fits, score["holdout"], memo,
+                                 self.options.evaluations, self.seed + 1000)
+            best = yoco.best_fit(past, lambda m: count_params(config, m), limit)
+            found[method] = row(method, config, best, {"score": past[best]}, score) | {
+                "ten_best": float(np.mean(sorted(past.values())[-10:]))}
+        sizes = [sum(map(len, parts)) for parts in it.parts.values()]
+        return self.facts(it.run, sizes=sizes, drawn=pairs, methods=found)
+
+
+def row(budget, config, arch, holdout, score):
+    """The facts of one architecture; its dev score is taken here."""
+    return dict(budget=budget, arch=arch._asdict(), params=count_params(config, arch),
+                flops=count_flops(config, arch), holdout=holdout, dev=score["dev"](arch))
+
+
 def commit():
-    """The commit of this code, "+" where files other than results differ from it; "" outside a
-    repository."""
+    """The commit of this code, "+" where files other than results differ from it; outside a
+    repository what tells the sources apart."""
     def git(*words):
-        return subprocess.run(["git", *words], cwd=RESULTS.parents[1], capture_output=True,
-                              text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True,
+                              check=True).stdout.strip()
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         differs = git("status", "--porcelain", "--untracked-files=no", "--", ":!glue/results")
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(differs)
-    return ""
+        return git("rev-parse", "--short", "HEAD") + ("+" if differs else "")
+    names = ("yoco.py", "model.py", "data.py", "glue/paper.py")
+    return "sources " + fingerprint(*(ROOT / name for name in names))[:12]
 
 
 # --------------------------------------------------------------------------------------------------
-# Tables and figures, from the JSON files alone
+# Tables, from the JSON files alone
 # --------------------------------------------------------------------------------------------------
 
-# Two-sided 95% quantiles of Student's t for 1 ... 9 degrees of freedom; the last serves for more.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MEAN = "mean of tasks"
 
 
-def load(steps, tasks=None, variants=None, seeds=None):
-    """{(task, variant): {seed: facts}} of the cells with so many steps, all or those named;
-    UserError where they were not all run with one batch size and one number of evaluations."""
-    cells, kinds = {}, set()
-    for path in sorted(RESULTS.glob(f"paper-*-{steps}-*.json")):
+def load(options):
+    """{(task, variant): {seed: facts}} of all cells, or of the tasks and seeds named; what each
+    method of `matters` found is a cell as well. UserError where seeds were not run alike."""
+    cells = {}
+    for path in sorted(Path(options.results).glob("paper-*.json")):
         facts = read_json(path)
-        wanted = all(not some or facts[name] in some for name, some in (
-            ("task", tasks), ("variant", variants), ("seed", seeds)))
-        if wanted and path.stem.split("-")[-2] == str(steps):
-            cells.setdefault((facts["task"], facts["variant"]), {})[facts["seed"]] = facts
-            if facts["variant"] in ELASTIC:
-                kinds |= {(facts["settings"]["batch_size"], s.get("asked", 0))
-                          for s in facts["scores"][1:]}
-    if len(kinds) > 1:
-        raise UserError(f"cells of {steps} steps mix (batch size, evaluations): {sorted(kinds)}; "
-                        f"remove from {RESULTS} what does not belong")
+        task, variant, seed = facts["task"], facts["variant"], facts["seed"]
+        wanted = seed in (options.seeds or [seed]) and task in (options.tasks or [task])
+        if "evaluations" not in facts or not wanted:                 # or of an earlier version
+            continue
+        cell = cells.setdefault((task, variant), {})
+        alike = facts["settings"] | {"seed": 0, "device": "", "evaluations": facts["evaluations"]}
+        for other in cell.values():
+            if other["alike"] != alike:
+                raise UserError(f"{path} was run with other settings than seed {other['seed']}: "
+                                "remove one")
+        cell[seed] = facts | {"alike": alike}
+        for method, found in facts.get("methods", {}).items():
+            cells.setdefault((task, f"{variant}: {method}"), {})[seed] = found
     return cells
 
 
 def at(part, on="dev"):
     """A getter of the score, on "dev" or "holdout", under a budget or in a band; None where a cell
     has none."""
-    return lambda facts: next((s[on]["score"] for s in facts["scores"]
-                               if s.get("budget", s.get("band")) == part), None)
+    def get(facts):
+        for scores in facts.get("scores", []):
+            if scores["budget"] == part:
+                return scores[on]["score"]
+    return get
+
+
+def uniform(facts):
+    """A getter of the mean hold-out score of what was drawn uniformly."""
+    return facts.get("uniform")
+
+
+def matter(facts):
+    """What 300 architectures under a budget tell, {name: value}."""
+    holdout, dev = (np.array(column) for column in zip(*facts["drawn"]))
+    told = {"Spearman of hold-out and dev, x 100": 100 * data.spearman(holdout, dev)}
+    for name, x, n in (("hold-out", holdout, facts["sizes"][0]), ("dev", dev, facts["sizes"][1])):
+        told[f"standard deviation, {name}"] = float(x.std(ddof=1))
+        told[f"standard error of one, {name}"] = math.sqrt(max(0, x.mean() * (100 - x.mean())) / n)
+    for method, found in facts["methods"].items():
+        mine = found["dev"]["score"]
+        told[f"{method}: % of the drawn below it, dev"] = 100 * float(
+            np.mean(dev < mine) + np.mean(dev == mine) / 2)
+    return told
 
 
 def values(cells, task, variant, getter):
-    """{seed: value} of one field of the table."""
+    """{seed: value} of one field of the table; of MEAN the mean over all tasks that the cells have,
+    for seeds that all of them have."""
+    if task == MEAN:
+        of_tasks = [values(cells, each, variant, getter) for each in {task for task, _ in cells}]
+        common = set.intersection(*map(set, of_tasks))
+        return {seed: float(np.mean([found[seed] for found in of_tasks])) for seed in common}
     found = {seed: getter(facts) for seed, facts in cells.get((task, variant), {}).items()}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def spread(found):
-    """'mean ± sample standard deviation (n)' of {seed: value}; empty where nothing is known."""
-    if not found:
-        return ""
-    x = list(found.values())
-    deviation = f" ± {np.std(x, ddof=1):.1f}" if len(x) > 1 else ""
-    return f"{np.mean(x):.1f}{deviation} ({len(x)})"
+def columns(cells):
+    """The tasks that the cells have, in their order, and the mean of several."""
+    there = {task for task, _ in cells}
+    tasks = [task for task in TASKS if task in there] + sorted(there - set(TASKS))
+    return tasks + ([MEAN] if len(tasks) > 1 else [])
 
 
-def difference(found, reference):
-    """The mean paired difference over common seeds, with its 95% interval."""
-    x = [found[seed] - reference[seed] for seed in found if seed in reference]
-    if len(x) < 2:
-        return ""
-    half = T95[min(len(x) - 2, 8)] * np.std(x, ddof=1) / math.sqrt(len(x))
-    return f"{np.mean(x):+.1f} [{np.mean(x) - half:+.1f}, {np.mean(x) + half:+.1f}]"
-
-
-def compare(cells, variants, fields):
-    """Print a row per variant, and for every task and field, {name: getter}, a column, those that
-    are empty left out. Each also has the paired difference from the first variant."""
-    found = {(task, name): [values(cells, task, variant, getter) for variant in variants]
-             for task in (*TASKS, "mean of all,") for name, getter in fields.items()}
-    found = {column: rows for column, rows in found.items() if any(rows)}
-    if not found:
-        return
-    print("| | " + " | ".join(map(" ".join, found)) + " |\n|---" + "|---" * len(found) + "|")
-    for i, variant in enumerate(variants):
-        less = [difference(rows[i], rows[0]) if i else "" for rows in found.values()]
-        row = [spread(rows[i]) + ("; " + d if d else "") for rows, d in zip(found.values(), less)]
-        if any(row):
-            print(f"| {variant} | " + " | ".join(row) + " |")
+def print_table(title, cells, rows):
+    """Print {name: a function of a task: its text}; rows without any text are left out."""
+    tasks = columns(cells)
+    print(f"| {title} | " + " | ".join(tasks) + " |\n|---" + "|---" * len(tasks) + "|")
+    for name, text in rows.items():
+        texts = [text(task) for task in tasks]
+        if any(texts):
+            print(f"| {name} | " + " | ".join(texts) + " |")
     print()
 
 
-QUOTED = """| *quoted from the paper's Tab. 2: BERT-base, its own row selected on dev* | | | | | |
-| BERT-base, 110 M | 89.5 | 71.1 | 54.3 | | 92.7 |
-| LayerDrop, 67 M | 85.9 | 65.2 | 45.4 | | 90.7 |
-| DistilBERT, 67 M | 87.5 | 59.9 | 51.3 | | 91.3 |
-| BERT-PKD, 67 M | 85.7 | 66.5 | 45.5 | | 91.3 |
-| PD-BERT, 67 M | 87.2 | 66.7 | | | 91.1 |
-| BERT-of-Theseus, 67 M | 89.0 | 68.2 | 51.1 | | 91.5 |
-| MINILM, 67 M | 88.4 | 71.5 | 49.2 | | 92.0 |
-| YOCO-BERT, 59 to 67 M | 90.3 | 72.9 | 59.8 | | 92.8 |"""
+def compare(cells, variants, fields):
+    """Print a table for each field, {name: getter}, with a row per variant, which also says the
+    paired difference from the first variant."""
+    def text_of(variant, getter):
+        def text(task):
+            mine, first = (values(cells, task, v, getter) for v in (variant, variants[0]))
+            less = difference(mine, first) if variant != variants[0] else ""
+            return spread(mine) + (f"; {less}" if less else "")
+        return text
+    for name, getter in fields.items():
+        print_table(name, cells, {variant: text_of(variant, getter) for variant in variants})
 
 
-UNDER = {f"{part}x": at(part) for part in SHARES}
-UNIFORM = {"drawn uniformly, hold-out": lambda facts: facts.get("uniform")}
-FIELDS = {"largest": at(1.0), **UNDER, **UNIFORM}
-OURS = ["best", *(f"best, frozen teacher{length}" for length in ("", ", long", ", tenfold"))]
+def table_core(cells):
+    """All of the encoder and parts of it; how far half of it falls short."""
+    compare(cells, GROUPS["core"], {"dev, largest": at(1.0), "dev, 0.75x": at(0.75),
+                                    "dev, 0.5x": at(0.5), "hold-out, uniform": uniform})
 
-# table: its parts; of each the rows, whose first is what the others are compared with, and fields
-COMPARISONS = {
-    "3": [(["yoco", "HAT", "OFA", *tuned("HAT"), *tuned("OFA")], UNDER)],
-    "4": [(["yoco", "exploit only", "explore only", "permuted losses"], UNDER),
-          (["best", "best, exploit only", "best, explore only", "best, permuted losses"], UNDER)],
-    "5": [([variant, *tuned(variant)], {"0.5x": at(0.5)}) for variant in ("yoco", "best")],
-    "ablation": [(["yoco", "reorder", "distill", "even", "all stages at once", "reorder + distill",
-                   "reorder + distill + even", "best", "plain", "first layers", "even layers"],
-                  FIELDS), (OURS, FIELDS)],
-    "defaults": [(["yoco", "small delta", "lambda 4", "lambda 4, small delta"],
-                  {"largest, hold-out": at(1.0, "holdout"),
-                   "found at 0.5x, hold-out": at(0.5, "holdout"), **UNIFORM})],
-}
+    def less(variant, other, part):
+        return lambda task: difference(values(cells, task, variant, at(0.5)),
+                                       values(cells, task, other, at(part)))
+
+    def kept(variant):
+        def text(task):
+            half, full = (values(cells, task, *which) for which in (
+                (variant, at(0.5)), ("plain", at(1.0))))
+            return spread({seed: 100 * half[seed] / full[seed] for seed in half if seed in full})
+        return text
+    rows = {}
+    for variant in ("paper", "best"):
+        rows |= {f"{variant} less plain": less(variant, "plain", 1.0),
+                 f"{variant} less truncated": less(variant, "truncated", 0.5),
+                 f"{variant} in % of plain": kept(variant)}
+    print_table("dev, at 0.5x", cells, rows | {"best less paper": less("best", "paper", 0.5)})
 
 
-def table(number, steps, cells, variants=None):
-    """Print one table over the cells, which have so many steps; of `variants`, where given, one row
-    each, compared with the first of them."""
-    print(f"MiniLM (6 x 384; not comparable with BERT-base), {steps} steps of elastic training "
-          "from plain fine-tuning.\nDev scores in % (MRPC: mean of accuracy and F1; CoLA: "
-          "Matthews; STS-B: mean of Pearson and Spearman),\nwhere a column does not say hold-out: "
-          "mean ± sample standard deviation (seeds); then, from\nthe second row on, the paired "
-          "difference from the first row [95% interval].\n")
-    if number in COMPARISONS:
-        means = {("mean of all,", v): mean_of_tasks(cells, v) for v in ELASTIC}
-        parts = COMPARISONS[number]
-        for rows, fields in [(variants, parts[0][1])] if variants else parts:
-            compare(cells | means, rows, fields)
+def table(name, cells):
+    """Print one table."""
+    print("MiniLM (6 x 384; not comparable with BERT-base). Scores in % (MRPC: mean of accuracy "
+          "and F1; CoLA:\nMatthews; STS-B: mean of Pearson and Spearman): mean ± sample standard "
+          "deviation (seeds); then the\npaired difference from the first row [95% interval].\n")
+    halves, variants = {f"dev, {part}x": at(part) for part in SHARES}, GROUPS[name]
+    shown = {variant: of_task for variant, of_task in cells.items()
+             if variant[1].split(":")[0] in variants}
+    middle = len(variants) // 2                                      # of paper, then of best
+    if not shown:
+        raise UserError(f"no cells of table {name} yet: python -m glue.paper run --variants {name}")
+    if name == "choose":                                             # dev has no part in a choice
+        fields = {"hold-out, largest": at(1.0, "holdout"), "hold-out, found at 0.5x":
+                  at(0.5, "holdout"), "hold-out, uniform": uniform}
+        for kind, grid in GRID.items():
+            compare(shown, grid, fields)
+    elif name in ("4", "5"):
+        for part in (variants[:middle], variants[middle:]):
+            compare(shown, part, halves if name == "4" else {"dev, 0.5x": at(0.5)})
+    elif name == "1":
+        compare(shown, variants, {f"dev, {low} to {high} of the encoder": at(band)
+                                  for band, (low, high) in BANDS.items()})
+    elif name == "methods":
+        for variant in variants:
+            compare(shown, [f"{variant}: {method}" for method in METHODS], {
+                "hold-out, best": lambda found: found["holdout"]["score"],
+                "hold-out, mean of the ten best": lambda found: found["ten_best"],
+                "dev of the best": lambda found: found["dev"]["score"]})
+    elif name == "matters":
+        first = [facts for cell in shown.values() for facts in cell.values() if "drawn" in facts][0]
+        compare(shown, variants, {what: lambda facts, what=what: matter(facts)[what]
+                                  for what in matter(first)})
+    elif name == "core":
+        table_core(shown)
     else:
-        {"1": table_1, "2": table_2, "methods": table_methods}[number](cells)
-    spent = [f for of_seed in cells.values() for f in of_seed.values()]
-    hours = sum(part.get("seconds", 0) for f in spent for part in (       # else yoco's or best's
-        f["methods"].values() if "methods" in f else (f, *f["scores"]))) / 3600
-    print(f"\n{len(spent)} cells with {steps} steps: {hours:.1f} hours of one process each, on "
-          f"{', '.join(sorted({f['hardware'] for f in spent}))}; "
-          f"{sum(f['precision'] == 'bf16' for f in spent)} of them in bf16, the others in fp32.")
-
-
-def heading(title):
-    """Print the first two lines of a table with a column per task."""
-    print(f"| {title} | " + " | ".join(TASKS) + " |\n" + "|---" * (1 + len(TASKS)) + "|")
-
-
-def table_1(cells):
-    """Bands of sizes."""
-    for variant in ("bands", "bands of best"):
-        heading(f"{variant}: part of the encoder")
-        for band, (low, high) in BANDS.items():
-            print(f"| {band}: {low} to {high} | " + " | ".join(
-                spread(values(cells, task, variant, at(band))) for task in TASKS) + " |")
-        print()
-
-
-def table_2(cells):
-    """Half of the encoder against all of it, the paper's rows, and what is kept over all tasks."""
-    heading("")
-    elastic = ["yoco", "reorder", *OURS]
-    for variant in ("plain", "first layers", "even layers", *elastic):
-        part = 1.0 if variant == "plain" else 0.5
-        print(f"| {variant}, {part}x | " + " | ".join(
-            spread(values(cells, task, variant, at(part))) for task in TASKS) + " |")
-    for variant in elastic:
-        print(f"| {variant}, less plain | " + " | ".join(difference(
-            values(cells, task, variant, at(0.5)), values(cells, task, "plain", at(1.0)))
-            for task in TASKS) + " |")
-    print(QUOTED)
-    longest = OURS[2:0:-1], OURS[:0:-1]                              # with long; with tenfold
-    for variants in (*([v] for v in elastic[:4]), *longest):
-        tasks, kept = kept_by_seed(cells, variants)
-        if kept:
-            print(f"\n{'; else '.join(variants)}, at half of the encoder keeps, in % of plain "
-                  f"fine-tuning's mean over {', '.join(tasks)}, by seed: {spread(kept)}; less the "
-                  f"aim, 99: {difference(kept, dict.fromkeys(kept, 99))}")
-
-
-def table_methods(cells):
-    """What three ways of searching one super-BERT find."""
-    for variant, start in (("methods", ""), ("methods of best", "best: ")):
-        rows = [start + method for method in METHODS]
-        found = {(task, row): {seed: facts["methods"][method] for seed, facts in cells.get(
-            (task, variant), {}).items()} for task in TASKS for row, method in zip(rows, METHODS)}
-        compare(found, rows, {"hold-out, best": lambda f: f["curve"][-1][1],
-                              "hold-out, mean of the ten best": lambda f: f["curve"][-1][2],
-                              "dev of the best": lambda f: f["dev"]["score"]})
-
-
-def mean_of_tasks(cells, variant):
-    """{seed: the means over all tasks, as one cell}; only seeds that all tasks have."""
-    found = [cells.get((task, variant), {}) for task in TASKS]
-    means = {}
-    for seed in set.intersection(*map(set, found)):
-        def mean(getter):
-            return float(np.mean([getter(facts[seed]) for facts in found]))
-        means[seed] = dict(uniform=mean(lambda facts: facts["uniform"]), scores=[
-            {on: {"score": mean(at(part, on))} for on in ("dev", "holdout")} | {"budget": part}
-            for part in (1.0, *SHARES)])
-    return means
-
-
-def kept_by_seed(cells, variants):
-    """The tasks that have one of the variants, and {seed: their mean dev score at half of the
-    encoder, each of the first variant that it has, in % of the mean of `plain`}; only seeds that
-    have all."""
-    pairs = {}
-    for task in TASKS:
-        for variant in variants[::-1]:                               # the first one stays
-            if half := values(cells, task, variant, at(0.5)):
-                pairs[task] = half, values(cells, task, "plain", at(1.0))
-    seeds = set.intersection(*(set(a) & set(b) for a, b in pairs.values())) if pairs else ()
-    return list(pairs), {seed: 100 * sum(half[seed] for half, _ in pairs.values())
-                         / sum(full[seed] for _, full in pairs.values()) for seed in sorted(seeds)}
-
-
-def figure(number, cells):
-    """Draw one figure of the cells to glue/results/figureN.svg."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "yoco"                     # the same file every time
-    import matplotlib.pyplot as plt
-    (figure_2 if number == "2" else figure_3)(plt, cells)
-    plt.tight_layout()
-    plt.savefig(RESULTS / f"figure{number}.svg", metadata={"Date": None})
-    print(f"wrote {RESULTS / f'figure{number}.svg'}")
-
-
-def figure_2(plt, cells):
-    """Parameters and FLOPs against the dev score: a mark per seed, the means joined."""
-    tasks = [t for t in TASKS if any((t, v) in cells for v in ("bands", "bands of best"))]
-    if not tasks:
-        raise UserError("no cells of the variant bands yet: python -m glue.paper run")
-    _, axes = plt.subplots(len(tasks), 2, figsize=(8, 3.2 * len(tasks)), squeeze=False)
-    for row, task in zip(axes, tasks):
-        for axis, unit, name in zip(row, ("params", "flops"), ("million parameters",
-                                                               "GFLOPs at 128 tokens")):
-            for variant in ("bands", "bands of best", "plain", "first layers", "even layers"):
-                rows = [s for f in cells.get((task, variant), {}).values() for s in f["scores"]]
-                if rows:
-                    x = np.array([s[unit] for s in rows]) / (1e6 if unit == "params" else 1e9)
-                    y = np.array([s["dev"]["score"] for s in rows])
-                    dots = axis.plot(x, y, "o", ms=3, alpha=0.5)[0]
-                    groups = sorted({s.get("band", "") for s in rows})
-                    inside = [[s.get("band", "") == g for s in rows] for g in groups]
-                    axis.plot([x[i].mean() for i in inside], [y[i].mean() for i in inside], "o-",
-                              color=dots.get_color(), label=variant)
-            axis.set(xlabel=name, ylabel=f"{task} dev score")
-        row[0].legend(fontsize=7)
-
-
-def figure_3(plt, cells):
-    """Best so far and the mean of the ten best on the hold-out, against evaluations: the mean over
-    the seeds and their standard deviation."""
-    rows = [(t, v) for t in TASKS for v in ("methods", "methods of best") if (t, v) in cells]
-    if not rows:
-        raise UserError("no cells of the variant methods yet: python -m glue.paper run")
-    _, axes = plt.subplots(len(rows), 2, figsize=(8, 3.2 * len(rows)), squeeze=False)
-    for row, (task, variant) in zip(axes, rows):
-        of_seeds = cells[task, variant].values()
-        for i, (axis, what) in enumerate(zip(row, ("best so far", "mean of the ten best"))):
-            for method in METHODS:
-                curves = [{p[0]: p[1 + i] for p in f["methods"][method]["curve"] if p}
-                          for f in of_seeds]
-                asked = sorted(set.intersection(*map(set, curves)))  # all seeds have found some
-                means, spreads = (np.array([f([c[x] for c in curves]) for x in asked])
-                                  for f in (np.mean, np.std))
-                line, = axis.plot(asked, means, label=method)
-                axis.fill_between(asked, means - spreads, means + spreads, alpha=0.15,
-                                  color=line.get_color(), lw=0)
-            axis.set(xlabel="evaluations", ylabel=f"{task} hold-out score")
-            axis.set_title(what + ", in the super-BERT of best" * ("best" in variant), fontsize=9)
-        row[0].legend(fontsize=7)
+        more = {"hold-out, uniform": uniform} if name == "ablation" else {}
+        compare(shown, variants, halves | more)
+    spent = [facts for cell in shown.values() for facts in cell.values() if "seconds" in facts]
+    where = sorted({f"{facts['hardware']} ({facts['precision']})" for facts in spent})
+    print(f"{len(spent)} cells: {sum(facts['seconds'] for facts in spent) / 3600:.1f} hours of one "
+          f"process each, on {', '.join(where)}")
 
 
 def main(argv=None):
     """Run one command; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C."""
     parser = yoco.Parser("glue.paper", description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("run", "table", "figure"))
-    parser.add_argument("number", nargs="?", help="of the table (1 to 5, ablation, defaults, "
-                                                  "methods) or figure (2, 3)")
-    parser.add_argument("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table or "
-                                                   "figure: all")
-    parser.add_argument("--variants", nargs="+", choices=[*ELASTIC, *OTHERS], metavar="VARIANT",
-                        help="likewise: without it all; differences are then from the first")
-    parser.add_argument("--seeds", type=int, nargs="+", help="likewise: without it 0 1 2, or all")
-    parser.add_argument("--steps", type=int, default=300, help="of elastic training")
-    parser.add_argument("--batch-size", type=int, default=16, help="of elastic training")
-    parser.add_argument("--evaluations", type=int, default=40, help="of each search")
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("name", nargs="?", help=f"of the table: {', '.join(GROUPS)}")
+    parser.add_argument("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table: all")
+    parser.add_argument("--variants", nargs="+", default=["core"],
+                        help="variants, or tables: all that stand in them")
+    parser.add_argument("--seeds", type=int, nargs="+", help="to run: without it 0 1 2")
+    parser.add_argument("--lr", type=float, help="of variants that do not say theirs")
+    parser.add_argument("--epochs", type=float, help="in all, likewise")
+    parser.add_argument("--evaluations", type=int, default=60, help="of each search and budget")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--data", default="glue", help="where the tasks' directories are")
     parser.add_argument("--bert", default="all-MiniLM-L6-v2")
     parser.add_argument("--work", default="superbert/paper", help="where models go")
-    known = dict(run=[None], table=["1", "2", *COMPARISONS, "methods"], figure=["2", "3"])
+    parser.add_argument("--results", default=str(ROOT / "glue/results"), help="where cells go")
+    status = 0
     try:
         options = parser.parse_args(argv)
-        if options.number not in known[options.command]:
-            parser.error(f"{options.command} knows {', '.join(map(str, known[options.command]))}")
-        if options.batch_size < 1 or options.steps < 1:
-            parser.error("--batch-size and --steps are at least 1")
-        if options.command == "run":
-            for task in options.tasks or TASKS[:2]:
-                for variant in options.variants or ["plain", *ELASTIC, *OTHERS[1:]]:
-                    for seed in options.seeds or range(3):
-                        Cell(task, variant, seed, options).ensure()
-            return 0
-        cells = load(options.steps, options.tasks, options.variants, options.seeds)
         if options.command == "table":
-            table(options.number, options.steps, cells, options.variants)
-        else:
-            figure(options.number, cells)
+            if options.name not in GROUPS:
+                parser.error(f"table knows {', '.join(GROUPS)}")
+            table(options.name, load(options))
+            return 0
+        variants = sum((GROUPS.get(name, [name]) for name in options.variants), [])
+        for cell in [Cell(task, variant, seed, options) for variant in dict.fromkeys(variants)
+                     for seed in options.seeds or range(3) for task in options.tasks or TASKS[:2]]:
+            try:
+                cell.ensure()
+            except Failed as failed:                                 # has told why
+                status = failed.args[0]
+                if status > 2:                                       # a signal
+                    return status
     except KeyboardInterrupt:
         return 130
     except (UserError, OSError) as error:
         print(f"glue.paper: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 if __name__ == "__main__":
