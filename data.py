@@ -206,6 +206,7 @@ def describe(task, kept, held, encoded, unk, max_length):
     labels, lengths = [e.label for e in task.train], [len(e.input_ids) for e in encoded]
     counts = Counter(labels)
     share = np.mean([i == unk for e in encoded for i in e.input_ids])
+    cut = 100 * np.mean(np.array(lengths) >= max_length)
     if task.labels:
         names = [f"{task.labels[label]} {n}" for label, n in counts.most_common(8)]
         kind = f"{len(task.labels)} labels ({', '.join(names)}{', ...' if len(counts) > 8 else ''})"
@@ -215,8 +216,8 @@ def describe(task, kept, held, encoded, unk, max_length):
     lines = [
         f"{task.name}: {kind}; {len(kept)} {pairs} to train on, {len(held)} held out, "
         f"{sum(map(len, task.devs))} in dev",
-        f"tokens: median {np.median(lengths):.0f}, {100 * np.mean(np.array(lengths) >= max_length):.1f}%"
-        f" cut to {max_length}; {100 * share:.1f}% unknown",
+        f"tokens: median {np.median(lengths):.0f}, {cut:.1f}% cut to {max_length}; "
+        f"{100 * share:.1f}% unknown",
         f"always giving the most frequent answer scores {majority(task):.2f} on dev"]
     texts = [e.sentence1 for e in task.train]
     folded = Counter(" ".join(name.lower().split()) for name in task.labels)
@@ -388,12 +389,14 @@ def token_batches(encoded, tokens):
     return cut
 
 
-def collate(encoded, indices, device="cpu"):
+def collate(encoded, indices, device="cpu", most=10**6):
     """One batch, padded to its longest member and on to a multiple of 8 tokens, on a GPU of 32 (few
-    shapes: a CPU keeps kernels for each, a GPU a graph): input_ids, token_type_ids (int64) and
-    attention_mask (bool), each [B, T], and labels [B] (int64, or float32 for regression)."""
+    shapes: a CPU keeps kernels for each, a GPU a graph), but not beyond the model's `most`
+    positions: input_ids, token_type_ids (int64) and attention_mask (bool), each [B, T], and labels
+    [B] (int64, or float32 for regression)."""
     rows, step = [encoded[i] for i in indices], 8 if torch.device(device).type == "cpu" else 32
-    T = -(-max(len(row.input_ids) for row in rows) // step) * step
+    longest = max(len(row.input_ids) for row in rows)
+    T = max(longest, min(most, -(-longest // step) * step))
     ids, types = np.zeros((2, len(rows), T), np.int64)               # padding is masked
     mask = np.zeros((len(rows), T), bool)
     for b, row in enumerate(rows):
@@ -410,7 +413,8 @@ def collate(encoded, indices, device="cpu"):
 def load(directory):
     """A model that `train` or `search` wrote, and its encoder: encode(text), encode(text, pair), or
     both with lists of B texts, gives the three [B, T] tensors that the model takes."""
-    encode_examples = encoder(directory)
+    model, encode_examples = load_bert(directory), encoder(directory)
+    most = model.config.max_position_embeddings
 
     def encode_texts(texts, pairs=None):
         """One text or a list, and as many second texts -> three [B, T] tensors."""
@@ -420,8 +424,8 @@ def load(directory):
             raise UserError("no texts to encode")
         pairs = pairs or [None] * len(texts)
         examples = [Example(*both, 0) for both in zip(texts, pairs, strict=True)]
-        return collate(encode_examples(examples), range(len(examples)))[:3]
-    return load_bert(directory), encode_texts
+        return collate(encode_examples(examples), range(len(examples)), most=most)[:3]
+    return model, encode_texts
 
 
 def predict(model, directory, examples, autocast, batch_size=32):
@@ -432,7 +436,8 @@ def predict(model, directory, examples, autocast, batch_size=32):
     encode_examples, examples = encoder(directory), iter(examples)
     while batch := list(itertools.islice(examples, batch_size)):
         encoded = encode_examples([example._replace(label=0) for example in batch])
-        *inputs, _ = collate(encoded, range(len(batch)), device)
+        *inputs, _ = collate(encoded, range(len(batch)), device,
+                             model.config.max_position_embeddings)
         with torch.inference_mode(), autocast():
             logits = finite(model(*inputs).float().cpu())            # [B, num_labels]
         for row in logits:
@@ -454,10 +459,11 @@ def scorer(model, parts, metric, device, autocast):
     PREFIX_MEMORY allows; those used longest ago go first. The result is the same to the bit.
     """
     tokens = 2**11 if device.type == "cpu" else 2**15                # a CPU's caches like few
-    made = [[collate(part, indices, device) for indices in token_batches(part, tokens)]
+    most = model.config.max_position_embeddings
+    made = [[collate(part, indices, device, most) for indices in token_batches(part, tokens)]
             for part in parts]
     held = sum(inputs[0].numel() for part in made for inputs in part)
-    most = PREFIX_MEMORY // (4 * held * model.config.hidden_size)
+    prefixes = PREFIX_MEMORY // (4 * held * model.config.hidden_size)
     kept = [[{} for _ in part] for part in made]
     model = cast_once(model, device, autocast).eval()
 
@@ -471,7 +477,7 @@ def scorer(model, parts, metric, device, autocast):
         for n, (i, H, F_) in enumerate(layers[start:], start):
             keep[layers[:n]] = x = keep.pop(layers[:n], x)           # the youngest of the dict
             x = model.layers[i](x, mask[:, None, None, :], H, F_, last=n + 1 == arch.depth)
-        for prefix in list(keep)[:max(0, len(keep) - most)]:
+        for prefix in list(keep)[:max(0, len(keep) - prefixes)]:
             del keep[prefix]
         return model.head(x)
 
@@ -493,7 +499,7 @@ def scorer(model, parts, metric, device, autocast):
 
 
 def replayed(model, made, autocast):
-    """A function (part, batch, arch) -> logits for a GPU: the masked pass over every batch, recorded
+    """A function (part, batch, arch) -> logits for a GPU: the masked pass over each batch, recorded
     once as a CUDA graph and replayed. The logits are those of the slices but for rounding."""
     sizes = layer_sizes(model.config, [model.config.arch], made[0][0][0].device)    # [1, L, 2]
     pool, graphs = torch.cuda.graph_pool_handle(), []

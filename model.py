@@ -717,7 +717,9 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
-    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10 if status.exists() else 0
+    if not status.exists():
+        return 0
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
 
 
 def record(compute, pool=None):

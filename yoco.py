@@ -53,8 +53,8 @@ from pathlib import Path
 # First of all model, which says how torch's threads wait.
 from model import (BertConfig, ElasticBert, SearchSpace, UserError, arithmetic, count_flops,
                    count_params, extract, fingerprint, hardware, latency, layer_sizes, load_bert,
-                   peak_memory, read_json, record, reorder, save_bert, say, tokenizer_files, weight_files,
-                   write_file, write_json, TOKENIZER_FILES)
+                   peak_memory, read_json, record, reorder, save_bert, say, tokenizer_files,
+                   weight_files, write_file, write_json, TOKENIZER_FILES)
 
 import numpy as np
 import safetensors.torch
@@ -79,7 +79,8 @@ class Categorical:
     """P_theta(m): independent categorical variables; theta[v][c] is the probability of category c.
 
     A closed category has theta = 0 and an open one never does, so theta alone tells which is which.
-    A sample is a list with one category index per variable, or None where the variable is inactive.
+    What `step` takes is a list with one category index per variable, or None where it is inactive;
+    `sample` fills all.
     """
 
     def __init__(self, sizes):
@@ -119,7 +120,8 @@ class Categorical:
     def step(self, samples, losses, delta=1.0):
         """One update of theta: a step of Fisher length `delta` along the natural gradient. Nothing
         moves where all losses tie or all samples are the same."""
-        # DIFFERS from Eq. 5: ranks stand for losses, so that theta does not depend on their scale.
+        # DIFFERS from Eq. 5: ranks stand for losses, best +1 and worst -1. So this ascends, and
+        # theta does not depend on the losses' scale.
         gradient = natural_gradient(self.theta, samples, ranking_utility(losses))        # Eq. 5
         norm = fisher_norm(self.theta, gradient)
         if norm > 1e-8:
@@ -157,16 +159,17 @@ def fisher_norm(theta, gradient):
 
 
 def lift(theta, n):
-    """Raise one variable's open categories [K] to theta_min = 1 / (n (K - 1)), at most 1 / 2K.
+    """Raise one variable's open categories [size] to theta_min = 1 / (n (size - 1)), at most to
+    1 / (2 size). n: the variables with a choice in the whole space, open or not.
 
-    n: the variables with a choice. What this adds is taken from each in proportion to what it has
+    What this adds is taken from each in proportion to what it has
     above theta_min, so that the sum is 1 again and none falls below theta_min (which clipping and
     dividing would not ensure).
     """
-    K = len(theta)
-    theta_min = 1 / max(n * (K - 1), 2 * K)
+    size = len(theta)
+    theta_min = 1 / max(n * (size - 1), 2 * size)
     theta = np.maximum(theta, theta_min)
-    return theta - (theta.sum() - 1) * (theta - theta_min) / (theta.sum() - K * theta_min)
+    return theta - (theta.sum() - 1) * (theta - theta_min) / (theta.sum() - size * theta_min)
 
 
 def ranking_utility(losses):
@@ -181,13 +184,13 @@ def ranking_utility(losses):
     by_rank[:mu] += 1
     by_rank[-mu:] -= 1
     signs[np.argsort(losses, kind="stable")] = by_rank
-    # AUTHORS: see ties between positive values only, and in search the values are negated.
+    # AUTHORS: see ties between positive values only; in search all are negative.
     _, group = np.unique(losses, return_inverse=True)
     return (np.bincount(group, signs) / np.bincount(group))[group] / mu
 
 
 def exploit_probability(P):
-    """K = rho / rho_max over the open space, 1 where nothing is open (Eq. 6)."""
+    """K = rho / rho_max over the open space, 1 where that is one architecture (Eq. 6)."""
     rho_max = P.uniform().entropy()
     return P.entropy() / rho_max if rho_max > 0 else 1.0                                 # Eq. 6
 
@@ -223,7 +226,7 @@ class Stage:
 
     def masks(self, space):
         """The open categories of each variable, as `Categorical.open` wants them."""
-        layer = [k in self.ffn_sizes and h in self.heads
+        layer = [k in self.ffn_sizes and h in self.heads             # in SearchSpace's order
                  for k in space.ffn_sizes for h in space.heads]
         return [np.isin(space.depths, self.depths)] + [np.array(layer)] * space.depths[-1]
 
@@ -240,7 +243,7 @@ def make_stages(space, task, steps_per_epoch, kind="progressive", epochs=0.0):
     table += [("FFN", 1, len(h), n, e) for n, e in zip(range(2, len(k) + 1), k_epochs)]
     table += [("depth", n, len(h), len(k), e) for n, e in zip(range(2, len(d) + 1), d_epochs)]
     if kind == "all":
-        rest = sum(epochs for *_, epochs in table[1:])
+        rest = sum(row[-1] for row in table[1:])
         table[1:] = [("all", len(d), len(h), len(k), rest)]
     elif kind == "largest":
         table = table[:1]
@@ -280,8 +283,8 @@ class TrainSettings(Settings):
     out: str = setting("", "directory to write; without it superbert/<name of the data directory>")
     overwrite: bool = setting(False, "replace what --out holds")
     resume: bool = setting(False, "continue an interrupted run from its last checkpoint")
-    recipe: str = setting("paper", "paper: the paper's; best: what measurement recommends, --stages "
-                                   "all --reorder --distill --depth-keeps even",
+    recipe: str = setting("paper", "paper: the paper's; best: what measurement recommends: "
+                                   "--stages all --reorder --distill --depth-keeps even",
                           choices=("paper", "best"))
     strategy: str = setting("ee", "ee: the controller decides; exploit: always P_theta; explore: "
                                   "always pi, theta fixed; noise: a control, ee with permuted "
@@ -295,7 +298,7 @@ class TrainSettings(Settings):
                                   "was when smaller sub-BERTs opened")
     depth_keeps: str = setting(None, "the layers of a smaller depth: the first ones (paper), or "
                                      "evenly spaced ones and the last", choices=("first", "even"))
-    epochs: float = setting(0.0, "in all, shared out over the stages as in the table; 0: its own", 0)
+    epochs: float = setting(0.0, "in all, shared out over the stages; 0: the table's", 0)
     lr: float = setting(0.0, "learning rate at the start of each stage; 0: the paper's", 0)
     # CHOICE: 32; the paper prints none.  AUTHORS: 8
     batch_size: int = setting(32, "examples per step, of all ranks together", 1)
@@ -334,10 +337,10 @@ def train(settings):
     interval = settings.controller_interval or max(1, per_epoch // 20)
     lr = settings.lr or LEARNING_RATES.get(task.name, LEARNING_RATES["default"])
     P, rng = Categorical(space.categories), np.random.default_rng(settings.seed)         # 1
-    gradient = graphed_gradient() if device.type == "cuda" else weight_gradient
+    backward = graphed_gradient() if device.type == "cuda" else weight_gradient    # the same
     K, adam, teacher, first = 1.0, new_adam(model), None, 0
 
-    run = Run(settings, settings.data, settings.bert)
+    run = Run(settings, settings.data, settings.bert).open()
     if run.finished:
         return run.result()
     if run.resumed:
@@ -345,34 +348,38 @@ def train(settings):
     order = data.batches(examples, settings.batch_size, settings.seed, first)
     progress = Progress(first, steps)
     introduce(task, kept, held, examples, settings, max_length, model, space, steps)
+    # CHOICE: t counts batches, as Alg. 1's loop takes one each, though it calls them epochs.
     for t in range(first, steps):                                                        # 2
-        stage = [stage for stage in stages if stage.first <= t][-1]
+        stage = [begun for begun in stages if begun.first <= t][-1]
         if t == stage.first:
             P.open(stage.masks(space))                                                   # 11
             adam = new_adam(model)
-        if stage in stages[1:2] and t == stage.first:                # the largest was alone so far
+        if stages[1:] and t == stages[1].first:                      # the largest was alone so far
             if settings.reorder:
                 reorder(model, importance(model, examples, settings, autocast))
             if settings.distill:
                 teacher = copy.deepcopy(model).eval()
         if t == stage.first or t % interval == 0:                                        # 3
             K = CONTROLLERS[settings.strategy](P)                                        # 4, 5
-        mine, share = rank_part(next(order))                         # of one process: all
-        batch = data.collate(examples, mine, device)                                     # 6
+        mine, share = rank_part(next(order))                         # one process: all of it, 1
+        batch = data.collate(examples, mine, device, max_length)                         # 6
         source = P if rng.random() < K else P.uniform()                                  # 7
         archs = [space.arch(source.sample(rng)) for _ in range(settings.archs_per_step)]   # 8
-        losses = gradient(model, batch, archs, autocast, teacher)                        # 9
-        losses, stop = over_ranks(model, losses, share)
+        # The losses; Eq. 5's gradient of W is then in every .grad.
+        losses = backward(model, batch, archs, autocast, teacher)                        # 9
+        losses, stop = over_ranks(model, losses, share)              # sums; signals heard, if any
+        # CHOICE: clipped, as by the authors, where the paper says nothing.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         losses = finite(losses, norm, t, stage, lr, archs)           # before they can spoil W
         for group in adam.param_groups:                              # linear to 0 in every stage
             group["lr"] = lr * (1 - (t - stage.first) / stage.steps)
         adam.step()                                                                      # 10
         ranked = rng.permutation(losses) if settings.strategy == "noise" else losses
+        # As in Alg. 1, also samples of pi move theta. What the depth leaves out has choice None.
         if settings.strategy != "explore":
             P.step([space.choices(arch) for arch in archs], ranked, settings.delta)      # 10
         report(run, progress, t + 1, stage, losses, K, P, space, model.config)
-        if (stop or (t + 1) % settings.checkpoint_every == 0) and t + 1 < steps:
+        if stop or (t + 1) % settings.checkpoint_every == 0 or t + 1 == steps:
             save(run, t + 1, K, model, adam, P, rng, teacher)
             stop_if(stop)
 
@@ -393,8 +400,8 @@ def train(settings):
 
 def weight_gradient(model, batch, archs, autocast, teacher=None):
     """Leave in every .grad the mean over `archs` of the gradient of the loss on one batch (Eq. 5,
-    first line); return the losses of the labels, one tensor () per architecture. With a `teacher`
-    all but the largest also learn from its logits."""
+    first line); return the losses on the labels alone, which rank the architectures, one tensor ()
+    for each. With a `teacher` all but the largest also learn from its logits."""
     # AUTHORS: the losses that are ranked come from two batches, so the batch decides which is best.
     # CHOICE: gradients start as None, so that a layer which no architecture has rests; and an
     # architecture drawn twice is computed once and weighs double.
@@ -445,7 +452,7 @@ def importance(model, examples, settings, autocast):
     model.eval()                                                     # no dropout
     for indices, _ in zip(order, range(min(per_epoch, 32))):
         mine, share = rank_part(indices)
-        batch = data.collate(examples, mine, device)
+        batch = data.collate(examples, mine, device, model.config.max_position_embeddings)
         over_ranks(model, weight_gradient(model, batch, [model.config.arch], autocast), share)
         for layer, total in zip(model.layers, totals):
             outs = (layer.attention_out.weight, layer.D), (layer.ffn_out.weight, 1)
@@ -463,7 +470,8 @@ def importance(model, examples, settings, autocast):
 def reward(score, cost, budget, full_cost, alpha=2):
     """ACC(m) where the sub-BERT fits; beyond the budget less and less, down to 0 at T(M) (Eq. 7).
 
-    score: ACC(m) in %; cost: T(m); budget: Omega; full_cost: T(M); the last three in one unit.
+    score: ACC(m) in %; cost: T(m); budget: Omega; full_cost: T(M); the last three in one unit. A
+    score <= 0, which the factor would raise, stays, and so does any where budget >= T(M).
 
     >>> reward(80, 50, 60, 100), reward(80, 80, 60, 100), reward(80, 100, 60, 100)
     (80, 20.0, 0.0)
@@ -484,8 +492,8 @@ class SearchSettings(Settings):
     overwrite: bool = setting(False, "replace what --out holds")
     resume: bool = setting(False, "continue an interrupted search")
     max_params: list = setting((), "budget: parameters of embeddings, encoder and pooler, written "
-                                   "as 60000000, 60e6, 60M or 0.5x (of the full model); several are "
-                                   "searched one after the other, with one memo of scores")
+                                   "as 60000000, 60e6, 60M or 0.5x (of the full model); several "
+                                   "are searched one by one, with one memo of scores")
     max_flops: list = setting((), "budget: FLOPs of encoder and pooler at 128 tokens, likewise")
     max_latency: list = setting((), "budget: milliseconds on this machine, as 12, 12ms or 0.5x")
     latency_batch: int = setting(1, "sequences that are timed together", 1)
@@ -515,11 +523,12 @@ def search(settings):
     largest, smallest = space.largest(), space.smallest()
     kind, wishes = wished(settings)
     parts = one_each(settings, superbert, kind, wishes)
-    logs = [part.out for part in parts] if settings.resume else []
-    memo, spent = recorded(logs, space)                  # arch -> ACC(m) in %; arch -> T(m)
+    runs = [Run(part, trained["data"], superbert) for part in parts]     # refused here, if at all
+    memo, spent = recorded(runs, space)                  # arch -> ACC(m) in %; arch -> T(m)
     cost, measure_again = costs(kind, settings, model, autocast, spent)
     budgets = [parse_budget(wish, cost(smallest), cost(largest), UNITS[kind]) for wish in wishes]
-    runs = [Run(part, trained["data"], superbert) for part in parts]
+    for run in runs:
+        run.open()
 
     for run, budget in zip(runs, budgets):
         P, rng = Categorical(space.categories), np.random.default_rng(settings.seed)
@@ -528,7 +537,7 @@ def search(settings):
         for asked in range(0, settings.evaluations, settings.archs_per_step):
             n = min(settings.archs_per_step, settings.evaluations - asked)
             archs = [space.arch(P.sample(rng)) for _ in range(n)]
-            for arch in (largest, smallest, *archs):     # both ends, so that one at least fits
+            for arch in (largest, smallest, *archs):     # the ends always, so that something fits
                 if arch not in memo:
                     memo[arch] = score(arch)["score"]
                     run.log(choices=space.choices(arch), score=memo[arch], cost=cost(arch))
@@ -537,9 +546,10 @@ def search(settings):
             progress.show(asked + n, f"asked, {len(memo)} known")
             stop_if(SIGNALS)
         best = best_fit(memo, cost, budget)
-        while best and measure_again(best) >= budget:    # of a latency: kept twice, or the next
+        # A latency must fit when it is measured again, too; else the next best is taken.
+        while best and measure_again(best) >= budget:
             best = best_fit(memo, cost, budget)
-        if run.finished:                                 # before this --resume
+        if run.finished:                                 # before: its replay filled the memo
             continue
         if best is None:
             raise UserError(f"nothing kept {budget:.4g} {UNITS[kind]} when it was measured again")
@@ -581,6 +591,8 @@ class EvalSettings(Settings):
 def evaluate(settings):
     """Print architecture, parameters, FLOPs, latency and dev metrics. Returns the metrics in %, of
     a super-BERT those of the largest."""
+    if not settings.model:
+        raise UserError("name a model with --model, such as subbert/MRPC-60000000")
     device, autocast = arithmetic(settings.device, settings.precision)
     run = read_run(settings.model)
     task = data.load_task(settings.data or run["data"])
@@ -717,7 +729,7 @@ def initial_model(settings, task):
     if bert.name in ("bert-base-uncased", "all-MiniLM-L6-v2") and not bert.exists():
         raise UserError(f"there is no directory {bert}; run: python -m glue.download {bert.name} "
                         "(or name another BERT with --bert)")
-    if settings.bert == settings.data and not weight_files(bert)[0].exists():
+    if bert == Path(settings.data) and not weight_files(bert)[0].exists():
         model = ElasticBert(BertConfig.load(bert), task.num_labels)
         model.config.name_labels(task.labels)
     else:
@@ -766,17 +778,17 @@ def exploit_floor(P):
 
 
 def report(run, progress, done, stage, losses, K, P, space, config):
-    """Log every tenth step, and theta fifty times in all; show where the training is."""
+    """Log every tenth step, and theta at most about fifty times; show where the training is."""
     if done % 10 and done < progress.total:
         return
     loss, floor, ms = float(np.mean(losses)), exploit_floor(P), progress.ms(done)
     tops = [theta.max() for theta in P.theta if (theta > 0).sum() > 1] or [1.0]
-    record = dict(step=done, stage=stage.name, loss=loss, K=K, floor=floor, entropy=P.entropy(),
+    facts = dict(step=done, stage=stage.name, loss=loss, K=K, floor=floor, entropy=P.entropy(),
                   top_probability=float(np.mean(tops)), ms=ms, most_likely_params=count_params(
                       config, space.arch(P.most_likely())))
     if done % (10 * math.ceil(progress.total / 500)) == 0 or done == progress.total:
-        record["theta"] = [theta.round(4).tolist() for theta in P.theta]
-    run.log(**record)
+        facts["theta"] = [theta.round(4).tolist() for theta in P.theta]
+    run.log(**facts)
     progress.show(done, f"stage {stage.name}  loss {loss:.3f}  K {K:.2f} (floor {floor:.2f})")
 
 
@@ -802,7 +814,7 @@ class Progress:
 
 def tell(text):
     """Print to stderr. What nobody hears, or a full disk does not take, must not cost a run."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):                 # the latter in a handler
         print(text, file=sys.stderr, flush=True)
 
 
@@ -830,44 +842,49 @@ class Run:
             holds = "an unfinished run: go on with --resume"
         elif (self.path / "config.json").exists():
             holds = "another model: choose another --out"
-        self.resumed = settings.resume and self.log_path.exists()
+        before = read_log(self.path) if settings.resume else []
+        self.resumed = bool(before)
         if self.path.resolve() in [Path(source).resolve() for source in reads]:
             raise UserError(f"--out {self.path} is what the command reads: choose another")
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
-        if holds and not (self.resumed or settings.overwrite):
+        goes_on = settings.resume and self.log_path.exists()
+        if holds and not (goes_on or settings.overwrite):
             raise UserError(f"{self.path} holds {holds}, or replace it with --overwrite")
+        if self.resumed:
+            self.compare(before[0])
+        self.finished = self.finished and not settings.overwrite
         if world_size() > 1:
             dist.barrier()                                           # all have looked
-        if rank() == 0:
-            self.open()
 
     def open(self):
         """Lock the directory, and clear it unless the run goes on. The log's first line says what
-        the run began with; that must not have changed."""
+        the run began with. Returns the run."""
+        if rank() > 0:
+            return self
         self.path.mkdir(parents=True, exist_ok=True)
         # Unbuffered, so that a full disk is noticed here, not when Python exits.
         self.log_file = open(self.log_path, "ab", buffering=0)
         try:
             if fcntl:                                                # free again when the run ends
                 fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"another run is writing {self.path}: wait for its end, or choose "
                             "another --out") from None
         for path in self.path.glob(".*.tmp"):                        # of a run that was killed
             path.unlink()
-        before = read_log(self.path) if self.resumed else []
-        if before:
-            self.compare(before[0])
+        if self.resumed:
             content = self.log_path.read_bytes()                     # without a part of a line, as
             self.log_file.truncate(content.rindex(b"\n") + 1)        # a crash may leave it
         else:                                                        # old results go first
             for name in ("run.json", "checkpoint.safetensors", "config.json", "model.safetensors",
-                         *TOKENIZER_FILES):
+                         "model.safetensors.index.json", *TOKENIZER_FILES):
                 (self.path / name).unlink(missing_ok=True)
             self.log_file.truncate(0)
-            self.finished = self.resumed = False
             self.log(**self.begun)
+        if self.finished:                                            # if it was killed before that
+            self.checkpoint.unlink(missing_ok=True)
+        return self
 
     def compare(self, before):
         """Refuse, by name, the first thing that is not what it was when the run began."""
@@ -956,12 +973,12 @@ def read_log(directory):
         return [json.loads(line) for line in lines]
 
 
-def recorded(directories, space):
+def recorded(runs, space):
     """What the logs of interrupted searches hold: {arch: ACC(m) in %}, {arch: T(m)}."""
     memo, spent = {}, {}
-    for directory in directories:
-        with reading(f"{directory}/log.jsonl"):
-            for line in read_log(directory)[1:]:
+    for run in runs:
+        with reading(run.log_path):
+            for line in read_log(run.path)[1:] if run.resumed else []:
                 arch = space.arch(line["choices"])
                 memo[arch], spent[arch] = float(line["score"]), float(line["cost"])
     return memo, spent
@@ -1052,8 +1069,9 @@ def latest_superbert():
 # --------------------------------------------------------------------------------------------------
 
 def masked_gradient(model, batch, sizes, autocast, teacher=None):
-    """The same for a GPU, in one pass of shapes that no architecture changes. sizes: what
-    `layer_sizes` makes of the architectures, [lambda, L, 2]. Returns the losses, [lambda]."""
+    """What `weight_gradient` does, for a GPU, in one pass of shapes that no architecture changes.
+    sizes: what `layer_sizes` makes of the architectures, [lambda, L, 2]. Returns the losses,
+    [lambda]."""
     *inputs, labels = batch
     wanted = taught(teacher, inputs, autocast)
     with autocast():
@@ -1075,8 +1093,9 @@ def graphed_gradient():
 
     def gradient(model, batch, archs, autocast, teacher=None):
         """Leave the gradient in every .grad; return the losses."""
-        sizes = layer_sizes(model.config, archs, batch[0].device)
-        key = batch[0].shape, teacher is not None
+        alike = len(set(archs)) == 1                                 # then once is enough
+        sizes = layer_sizes(model.config, archs[:1] if alike else archs, batch[0].device)
+        key = batch[0].shape, len(sizes), teacher is not None
         if key not in graphs:
             fixed = [tensor.clone() for tensor in (*batch, sizes)]   # a graph's inputs stay put
 
@@ -1094,9 +1113,9 @@ def graphed_gradient():
             w.grad = grad
         used = {i for arch in archs for i, *_ in model.config.layers(arch)}
         for i, layer in enumerate(model.layers):
-            if i not in used:                                        # rests, as in `weight_gradient`
+            if i not in used:                                        # rests, as without a GPU
                 layer.zero_grad()
-        return list(losses)
+        return list(losses) * (len(archs) if alike else 1)
     return gradient
 
 
@@ -1216,7 +1235,7 @@ def hear(number, _):
     SIGNALS.append(number)
     if len(SIGNALS) > 1 and world_size() == 1:
         raise KeyboardInterrupt
-    tell("\nstopping after this step; once more stops at once")
+    tell("\nstopping after this step" + ("; once more stops at once" if world_size() == 1 else ""))
 
 
 def main(argv=None):
@@ -1251,7 +1270,7 @@ def main(argv=None):
         if isinstance(error, OSError):
             text = (f"{error.filename}: " if error.filename else "") + (error.strerror or text)
         elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-            text = "out of memory: try a smaller --batch-size"
+            text = "out of memory (a training needs less with a smaller --batch-size)"
         elif not isinstance(error, UserError):
             raise
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))

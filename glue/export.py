@@ -166,7 +166,8 @@ def compare(model, exported, here, new, examples):
         raise UserError(f"the export does not keep the tokenizer of {here}: nothing was written")
     with torch.inference_mode():
         for indices in data.token_batches(encoded, 1000):
-            inputs = [tensor.long() for tensor in data.collate(encoded, indices)[:3]]
+            batch = data.collate(encoded, indices, most=model.config.max_position_embeddings)
+            inputs = [tensor.long() for tensor in batch[:3]]
             differences.append((exported(*inputs) - model(*inputs)).abs().max())
     # A maximum of tensors, of which one that is not a number stays so.
     difference = torch.stack(differences).max().item()

@@ -19,6 +19,7 @@ MiniLM's figures (6 layers x 384) are not comparable with BERT-base's.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import subprocess
@@ -57,28 +58,22 @@ ELASTIC = {                                         # flags of train
     "best no-distill": "--recipe best --no-distill",
     "best first": "--recipe best --depth-keeps first",
     "best progressive": "--recipe best --stages progressive"}
-for name in ("exploit", "explore", "noise"):
+STRATEGIES = ("exploit", "explore", "noise")
+for name in STRATEGIES:
     ELASTIC[f"paper {name}"] = f"--recipe paper --strategy {name}"
     ELASTIC[f"best {name}"] = f"--recipe best --strategy {name}"
 TUNED = {variant: [f"{variant} tuned {rate}" for rate in ("2e-4", "2e-5", "2e-6", "2e-7")]
          for variant in ("paper", "best", "HAT", "OFA")}             # what they found, fine-tuned
 BANDS = {"A": (0.18, 0.36), "B": (0.36, 0.55), "C": (0.55, 0.73), "D": (0.73, 0.91)}
 METHODS = ("sng", "evolution", "random")
+SAYS = ("Spearman of hold-out and dev, x 100",      # what `matters` tells, in %
+        "standard deviation, hold-out", "standard error sqrt(p (1 - p) / n), hold-out",
+        "standard deviation, dev", "standard error sqrt(p (1 - p) / n), dev",
+        *(f"drawn ones below what {method} found, dev" for method in METHODS))
+BANDED, MATTERS = (["bands of paper", "bands of best"], ["matters of paper", "matters of best"])
 GRID = {recipe: [f"{recipe} lr={lr} length={length}" for lr in ("2e-5", "5e-5", "1e-4")
                  for length in (1, 0.5, 0.25)] for recipe in ("paper", "best")}
 GRID["plain"] = [f"plain lr={lr} epochs={n}" for lr in ("2e-5", "5e-5", "1e-4") for n in (3, 10)]
-GROUPS = {                                          # table: its variants
-    "choose": [*GRID["plain"], *GRID["paper"], *GRID["best"]],
-    "core": [*PLAIN, "paper", "best"],
-    "3": ["paper", "HAT", "OFA", *TUNED["HAT"], *TUNED["OFA"]],
-    "4": ["paper", "paper exploit", "paper explore", "paper noise",
-          "best", "best exploit", "best explore", "best noise"],
-    "5": ["paper", *TUNED["paper"], "best", *TUNED["best"]],
-    "ablation": ["best", "best no-reorder", "best no-distill", "best first", "best progressive",
-                 "paper"],
-    "1": ["bands of paper", "bands of best"],
-    "methods": ["matters of paper", "matters of best"],
-    "matters": ["matters of paper", "matters of best"]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,9 +85,9 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def mean_and_deviation(found):
-    """The mean, and the sample standard deviation: not a number for a single value."""
+    """The mean, and the sample standard deviation: None of a single value."""
     x = list(found.values())
-    return float(np.mean(x)), float(np.std(x, ddof=1)) if len(x) > 1 else math.nan
+    return float(np.mean(x)), float(np.std(x, ddof=1)) if len(x) > 1 else None
 
 
 def paired_difference(found, reference):
@@ -104,22 +99,17 @@ def paired_difference(found, reference):
     return mean, T95[min(len(less) - 2, 8)] * deviation / math.sqrt(len(less))
 
 
-def spread(found):
-    """'mean ± sample standard deviation (seeds)'; empty where nothing is known."""
+def in_words(found, reference=None):
+    """'mean ± sample standard deviation (seeds)', empty where nothing is known; and where there is
+    a reference '; difference [its 95% interval]'."""
     if not found:
         return ""
     mean, deviation = mean_and_deviation(found)
-    around = "" if math.isnan(deviation) else f" ± {deviation:.1f}"
-    return f"{mean:.1f}{around} ({len(found)})"
-
-
-def difference(found, reference):
-    """'difference [its 95% interval]', likewise."""
-    result = paired_difference(found, reference)
-    if result is None:
-        return ""
-    mean, half = result
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    text = f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
+    less, text = paired_difference(found, reference or {}), f"{text} ({len(found)})"
+    if less is None:
+        return text
+    return f"{text}; {less[0]:+.1f} [{less[0] - less[1]:+.1f}, {less[0] + less[1]:+.1f}]"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,64 +122,53 @@ def fixed(config):
     return 2 * one - two
 
 
-def share(config, arch):
-    """The part of the encoder's parameters that `arch` has."""
-    rest = fixed(config)
-    return (count_params(config, arch) - rest) / (count_params(config, config.arch) - rest)
-
-
 def budget(config, part):
     """`--max-params` for so much of the encoder."""
     rest = fixed(config)
     return round(rest + part * (count_params(config, config.arch) - rest))
 
 
-def propose_random(space, fits, rng):
-    """An architecture drawn uniformly among those that fit."""
-    pi = yoco.Categorical(space.categories)
+def propose_random(it, limit, rng, *_):
+    """An architecture drawn uniformly among those under the limit; it: as `opened` makes it."""
+    pi = yoco.Categorical(it.space.categories)
     for _ in range(10_000):
-        arch = space.arch(pi.sample(rng))
-        if fits(arch):
+        arch = it.space.arch(pi.sample(rng))
+        if it.cost(arch) < limit:
             return arch
-    return space.smallest()
+    return it.space.smallest()
 
 
-def propose_evolution(space, fits, rng, past, evaluations):
+def propose_evolution(it, limit, rng, past, evaluations):
     """HAT's next architecture (Wang et al. 2020): the first generation, 125, is drawn at random;
     the parents of later ones, of 100 each, are the 25 best of all complete generations. past:
     {arch: score} of this search."""
     # CHOICE: the three shrink in proportion where fewer than 1000 evaluations are asked for; a
     # generation counts distinct architectures.
-    size = min(1, evaluations / 1000)
-    first, later, best = (max(1, round(n * size)) for n in (125, 100, 25))
+    first, later, best = (max(1, round(n * min(1, evaluations / 1000))) for n in (125, 100, 25))
     if len(past) < first:
-        return propose_random(space, fits, rng)
+        return propose_random(it, limit, rng)
     born = list(past)[:first + (len(past) - first) // later * later]
     parents = sorted(born, key=lambda arch: -past[arch])[:best]
-    pi = yoco.Categorical(space.categories)
+    pi = yoco.Categorical(it.space.categories)
     for _ in range(10_000):
-        one, two = (space.choices(parents[i]) for i in rng.integers(len(parents), size=2))
+        one, two = (it.space.choices(parents[i]) for i in rng.integers(len(parents), size=2))
         # Half of the time a mutation, every choice drawn anew with p = 0.3, else a crossover.
-        drawn, mutates = pi.sample(rng), rng.random() < 0.5
-        child = []
+        drawn, mutates, child = pi.sample(rng), rng.random() < 0.5, []
         for mine, theirs, new in zip(one, two, drawn):
             if rng.random() < (0.3 if mutates else 0.5):
                 mine = new if mutates else theirs
             child.append(new if mine is None else mine)  # a layer that the parent has not
-        if fits(space.arch(child)):
-            return space.arch(child)
-    return space.smallest()
+        if it.cost(it.space.arch(child)) < limit:
+            return it.space.arch(child)
+    return it.space.smallest()
 
 
-def search_by(method, space, fits, score, memo, evaluations, seed):
-    """{arch: score} of the architectures asked for by "evolution" or "random". memo: scores known
-    already, which grows."""
+def search_by(propose, it, limit, score, memo, evaluations, seed):
+    """{arch: score} of the architectures that were asked for. memo: scores known already, which
+    grows."""
     rng, past = np.random.default_rng(seed), {}
     for _ in range(evaluations):
-        if method == "random":
-            arch = propose_random(space, fits, rng)
-        else:
-            arch = propose_evolution(space, fits, rng, past, evaluations)
+        arch = propose(it, limit, rng, past, evaluations)
         if arch not in memo:
             memo[arch] = score(arch)["score"]
         past[arch] = memo[arch]
@@ -200,36 +179,40 @@ def search_by(method, space, fits, score, memo, evaluations, seed):
 # Cells
 # --------------------------------------------------------------------------------------------------
 
-class Failed(Exception):
-    """A command of yoco.py ended with a status, its argument."""
-
-
 def split_variant(variant):
     """'best lr=5e-5' -> ('best', {'lr': '5e-5'}); UserError where there is no such variant."""
     base = " ".join(word for word in variant.split() if "=" not in word)
     given = dict(word.split("=", 1) for word in variant.split() if "=" in word)
-    known = [*PLAIN, *ELASTIC, *GROUPS["1"], *GROUPS["matters"], *sum(TUNED.values(), [])]
+    known = [*PLAIN, *ELASTIC, *BANDED, *MATTERS, *sum(TUNED.values(), [])]
     if base not in known or not set(given) <= {"lr", "epochs", "length"}:
         raise UserError(f"no variant {variant!r}; there are {', '.join(known)}")
     return base, given
 
 
 def opened(directory, options):
-    """A trained directory as what it needs to be scored or trained further."""
-    run, encode = yoco.read_run(directory), data.encoder(directory)
+    """A trained directory as what is needed to score it and to train it further."""
+    run, start, encode = yoco.read_run(directory), time.perf_counter(), data.encoder(directory)
     device, autocast = arithmetic(options.device, options.precision)
     task = data.load_task(run["data"])
     kept, held = data.split_holdout(task.train, *run["held_out"])
     model = data.load_trained(directory, task).to(device)
     return SimpleNamespace(
-        run=run, device=device, autocast=autocast, metric=task.metric, model=model, kept=kept,
-        encode=encode, parts={"holdout": [held], "dev": task.devs})
+        run=run, start=start, encode=encode, device=device, autocast=autocast, kept=kept,
+        metric=task.metric, parts={"holdout": [held], "dev": task.devs}, model=model,
+        config=model.config, space=SearchSpace.for_config(model.config),
+        cost=functools.partial(count_params, model.config))
 
 
 def scorers(it):
     """{"holdout", "dev": a function arch -> {metric: %}} of the model of what was opened."""
     return {on: data.scorer(it.model, [it.encode(part) for part in parts], it.metric, it.device,
                             it.autocast) for on, parts in it.parts.items()}
+
+
+def row(budget, config, arch, holdout, score):
+    """The facts of one architecture; its dev score is taken here."""
+    return dict(budget=budget, arch=arch._asdict(), params=count_params(config, arch),
+                flops=count_flops(config, arch), holdout=holdout, dev=score["dev"](arch))
 
 
 class Cell:
@@ -256,17 +239,12 @@ class Cell:
             if self.path.exists() and (not needed or Path(self.out, "run.json").exists()):
                 return
             print(f"--- {self.name}", flush=True)
-            fill = self.elastic if self.base in ELASTIC else {
-                "plain": self.plain, "truncated": self.plain, "bands": self.bands,
-                "matters": self.matters}.get(self.base.split()[0], self.tuned)
-            if " tuned " in self.base:
-                fill = self.tuned
-            start, begun = time.perf_counter(), commit()
-            facts = fill()
-            if self.base not in PLAIN and self.base not in ELASTIC:
-                facts["seconds"] = time.perf_counter() - start
+            fills = {"plain": self.plain, "truncated": self.plain, "tuned": self.tuned,
+                     "bands": self.bands, "matters": self.matters}
+            kinds = [word for word in self.base.split() if word in fills]
+            begun, fill = commit(), fills[kinds[0]] if kinds else self.elastic
             write_json(self.path, task=self.task, variant=self.variant, seed=self.seed,
-                       commit=begun, **facts)
+                       commit=begun, **fill())
 
     def other(self, variant):
         """The cell of another variant, finished first."""
@@ -279,7 +257,7 @@ class Cell:
         status = yoco.main([*words, "--seed", str(self.seed), "--device", self.options.device,
                             "--precision", self.options.precision, "--resume"])
         if status:
-            raise Failed(status)
+            raise SystemExit(status)
 
     def train(self, bert, *flags):
         """Run `train`, or take what is there; what was trained, opened."""
@@ -313,13 +291,17 @@ class Cell:
                 memo[space.arch(record["choices"])] = record["score"]
         return [read_json(path / "run.json") for path in paths], memo
 
-    def facts(self, run, **more):
-        """What every cell says, from the run.json of its training."""
-        settings = {name: value for name, value in run["settings"].items()
+    def facts(self, it, **more):
+        """What every cell says: of the training, from its run.json; seconds since it was opened,
+        and those of the training where it is the cell's own."""
+        settings = {name: value for name, value in it.run["settings"].items()
                     if name not in ("data", "bert")}                 # paths
-        kept = ("steps", "seconds", "hardware", "precision", "versions")
-        return dict(**{name: run[name] for name in kept}, settings=settings,
-                    evaluations=self.options.evaluations) | more
+        seconds = time.perf_counter() - it.start
+        if self.base in (*PLAIN, *ELASTIC):
+            seconds += it.run["seconds"]
+        same = {name: it.run[name] for name in ("steps", "hardware", "precision", "versions")}
+        return same | dict(seconds=seconds, settings=settings,
+                           evaluations=self.options.evaluations) | more
 
     def plain(self):
         """Fine-tuning without elasticity, of the BERT or of the first half of its layers."""
@@ -334,97 +316,93 @@ class Cell:
             save_bert(cut, self.out + "-cut", tokenizer_files(bert))
             bert = self.out + "-cut"
         it = self.train(bert, "--stages", "largest")
-        return self.facts(it.run, scores=[row(part, it.model.config, it.model.config.arch,
-                                              it.run["holdout"]["largest"], scorers(it))])
+        return self.facts(it, scores=[row(part, it.config, it.config.arch,
+                                          it.run["holdout"]["largest"], scorers(it))])
 
     def elastic(self):
         """Train a super-BERT, search it under both budgets."""
-        it, start = self.train(self.options.bert, *ELASTIC[self.base].split()), time.perf_counter()
-        config, score, asked = it.model.config, scorers(it), self.options.evaluations
-        space, limits = SearchSpace.for_config(config), [budget(config, part) for part in SHARES]
-        pi, rng = yoco.Categorical(space.categories), np.random.default_rng(0)
-        uniform = [score["holdout"](space.arch(pi.sample(rng)))["score"] for _ in range(20)]
-        scores = [row(1.0, config, config.arch, it.run["holdout"]["largest"], score)]
-        if self.base in ("HAT", "OFA"):
-            memo, found = {}, []
-            for limit in limits:
-                past = search_by("evolution", space, lambda m: count_params(config, m) < limit,
-                                 score["holdout"], memo, asked, self.seed)
-                best = yoco.best_fit(past, lambda m: count_params(config, m), limit)
-                found.append((best, past[best]))
+        it = self.train(self.options.bert, *ELASTIC[self.base].split())
+        score, limits = scorers(it), [budget(it.config, part) for part in SHARES]
+        pi, rng = yoco.Categorical(it.space.categories), np.random.default_rng(0)
+        uniform = [score["holdout"](it.space.arch(pi.sample(rng)))["score"] for _ in range(20)]
+        scores = [row(1.0, it.config, it.config.arch, it.run["holdout"]["largest"], score)]
+        memo, found = {}, []
+        if self.base not in ("HAT", "OFA"):
+            for run in self.search(self.out, limits)[0]:
+                found.append((Arch(**run["arch"]), run["selection_score"]))
         else:
-            found = [(Arch(**one["arch"]), one["selection_score"])
-                     for one in self.search(self.out, limits)[0]]
+            for limit in limits:
+                past = search_by(propose_evolution, it, limit, score["holdout"], memo,
+                                 self.options.evaluations, self.seed)
+                best = yoco.best_fit(past, it.cost, limit)
+                found.append((best, past[best]))
         for part, (arch, holdout) in zip(SHARES, found):
-            scores.append(row(part, config, arch, {"score": holdout}, score))
-        return self.facts(it.run, seconds=it.run["seconds"] + time.perf_counter() - start,
-                          uniform=float(np.mean(uniform)), scores=scores)
+            scores.append(row(part, it.config, arch, {"score": holdout}, score))
+        return self.facts(it, uniform=float(np.mean(uniform)), scores=scores)
 
     def tuned(self):
-        """Ten more epochs for the sub-BERT that a variant found under the smaller budget."""
+        """Ten more epochs for the sub-BERT that a variant found under the smaller budget. What it
+        says of settings is what it began from."""
         variant, rate = self.base.split(" tuned ")
         cell = self.other(variant)
         it, arch = opened(cell.out, self.options), read_json(cell.path)["scores"][-1]["arch"]
         it.model = model = extract(it.model, Arch(**arch)).train()
         examples, steps = it.encode(it.kept), 10 * math.ceil(len(it.kept) / BATCH)
-        adam, gradient = yoco.new_adam(model), yoco.weight_gradient
+        adam, gradient, arch = yoco.new_adam(model), yoco.weight_gradient, model.config.arch
         if it.device.type == "cuda":
             gradient = yoco.graphed_gradient()
         torch.manual_seed(self.seed)                                 # dropout
         for t, indices in zip(range(steps), data.batches(examples, BATCH, self.seed)):
-            batch = data.collate(examples, indices, it.device)
-            gradient(model, batch, [model.config.arch], it.autocast)
+            gradient(model, data.collate(examples, indices, it.device, 128), [arch], it.autocast)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             adam.param_groups[0]["lr"] = float(rate) * (1 - t / steps)
             adam.step()
         score = scorers(it)
-        scores = [row(SHARES[-1], model.config, model.config.arch,
-                      score["holdout"](model.config.arch), score)]
-        # In `settings` are those of what it began from.
-        return self.facts(it.run, steps=steps, hardware=hardware(it.device), scores=scores)
+        return self.facts(it, steps=steps, hardware=hardware(it.device), scores=[
+            row(SHARES[-1], model.config, arch, score["holdout"](arch), score)])
 
     def bands(self):
         """Tab. 1: the best in every band of sizes, of one super-BERT, one memo."""
-        source = self.other(self.base.split()[-1]).out
-        it, scores = opened(source, self.options), []
-        config, score = it.model.config, scorers(it)
-        _, memo = self.search(source, [budget(config, high) for _, high in BANDS.values()])
+        it, scores = opened(self.other(self.base.split()[-1]).out, self.options), []
+        score, limits = scorers(it), [budget(it.config, high) for _, high in BANDS.values()]
+        _, memo = self.search(self.other(self.base.split()[-1]).out, limits)
         for band, (low, high) in BANDS.items():
-            inside = {m: s for m, s in memo.items() if low <= share(config, m) < high}
-            best = yoco.best_fit(inside, lambda m: count_params(config, m), math.inf)
+            least, limit = budget(it.config, low), budget(it.config, high)
+            best = yoco.best_fit({m: s for m, s in memo.items() if it.cost(m) >= least}, it.cost,
+                                 limit)
             if best:
-                scores.append(row(band, config, best, {"score": memo[best]}, score))
-        return self.facts(it.run, evaluated=len(memo), scores=scores)
+                scores.append(row(band, it.config, best, {"score": memo[best]}, score))
+        return self.facts(it, evaluated=len(memo), scores=scores)
 
     def matters(self):
         """Fig. 3, and whether a search matters: what three methods find under the smaller budget,
         and both scores of architectures drawn at random under it."""
         source = self.other(self.base.split()[-1]).out
-        it, found, memo = opened(source, self.options), {}, {}
-        config, score, rng = it.model.config, scorers(it), np.random.default_rng(self.seed)
-        space, limit = SearchSpace.for_config(config), budget(config, SHARES[-1])
-
-        def fits(arch):
-            return count_params(config, arch) < limit
-        drawn = [propose_random(space, fits, rng) for _ in range(DRAWN)]
-        pairs = [[score[on](arch)["score"] for on in ("holdout", "dev")] for arch in drawn]
+        it, found, pairs = opened(source, self.options), {}, []
+        score, limit = scorers(it), budget(it.config, SHARES[-1])
+        rng, asked = np.random.default_rng(self.seed), self.options.evaluations
+        for _ in range(DRAWN):
+            arch = propose_random(it, limit, rng)
+            pairs.append([score[on](arch)["score"] for on in ("holdout", "dev")])
         for method in METHODS:
             if method == "sng":
-                past = {m: s for m, s in self.search(source, [limit])[1].items() if fits(m)}
+                past = self.search(source, [limit])[1]
             else:                                   # another seed than that of the drawn ones
-                past = search_by(method, space, fits, score["holdout"], memo,
-                                 self.options.evaluations, self.seed + 1000)
-            best = yoco.best_fit(past, lambda m: count_params(config, m), limit)
-            found[method] = row(method, config, best, {"score": past[best]}, score) | {
+                propose = propose_random if method == "random" else propose_evolution
+                past = search_by(propose, it, limit, score["holdout"], {}, asked, self.seed + 1000)
+            past = {arch: s for arch, s in past.items() if it.cost(arch) < limit}
+            best = yoco.best_fit(past, it.cost, limit)
+            found[method] = row(method, it.config, best, {"score": past[best]}, score) | {
                 "ten_best": float(np.mean(sorted(past.values())[-10:]))}
-        sizes = [sum(map(len, parts)) for parts in it.parts.values()]
-        return self.facts(it.run, sizes=sizes, drawn=pairs, methods=found)
-
-
-def row(budget, config, arch, holdout, score):
-    """The facts of one architecture; its dev score is taken here."""
-    return dict(budget=budget, arch=arch._asdict(), params=count_params(config, arch),
-                flops=count_flops(config, arch), holdout=holdout, dev=score["dev"](arch))
+        holdout, dev = np.array(pairs).T                             # [DRAWN] each
+        told = [100 * data.spearman(holdout, dev)]
+        for x, parts in zip((holdout, dev), it.parts.values()):
+            p, n = x.mean() / 100, sum(map(len, parts))
+            told += [float(x.std(ddof=1)), 100 * math.sqrt(max(0.0, p * (1 - p)) / n)]
+        for method in METHODS:                                       # ties are halved
+            mine = found[method]["dev"]["score"]
+            told.append(100 * float(np.mean(dev < mine) + np.mean(dev == mine) / 2))
+        return self.facts(it, drawn=pairs, methods=found, told=told)
 
 
 def commit():
@@ -458,7 +436,8 @@ def load(options):
         if "evaluations" not in facts or not wanted:                 # or of an earlier version
             continue
         cell = cells.setdefault((task, variant), {})
-        alike = facts["settings"] | {"seed": 0, "device": "", "evaluations": facts["evaluations"]}
+        alike = facts["settings"] | {"seed": 0, "device": "", "evaluations": facts["evaluations"],
+                                     "precision": facts["precision"]}
         for other in cell.values():
             if other["alike"] != alike:
                 raise UserError(f"{path} was run with other settings than seed {other['seed']}: "
@@ -479,23 +458,51 @@ def at(part, on="dev"):
     return get
 
 
-def uniform(facts):
-    """A getter of the mean hold-out score of what was drawn uniformly."""
-    return facts.get("uniform")
+def deployed(facts):
+    """The dev score at half of the encoder, of plain fine-tuning that of all."""
+    half = at(SHARES[-1])(facts)
+    return at(1.0)(facts) if half is None else half
 
 
-def matter(facts):
-    """What 300 architectures under a budget tell, {name: value}."""
-    holdout, dev = (np.array(column) for column in zip(*facts["drawn"]))
-    told = {"Spearman of hold-out and dev, x 100": 100 * data.spearman(holdout, dev)}
-    for name, x, n in (("hold-out", holdout, facts["sizes"][0]), ("dev", dev, facts["sizes"][1])):
-        told[f"standard deviation, {name}"] = float(x.std(ddof=1))
-        told[f"standard error of one, {name}"] = math.sqrt(max(0, x.mean() * (100 - x.mean())) / n)
-    for method, found in facts["methods"].items():
-        mine = found["dev"]["score"]
-        told[f"{method}: % of the drawn below it, dev"] = 100 * float(
-            np.mean(dev < mine) + np.mean(dev == mine) / 2)
-    return told
+def told(i):
+    """A getter of what `matters` says, in the order of SAYS."""
+    return lambda facts: facts["told"][i]
+
+
+HALVES = {f"dev, {part}x": at(part) for part in SHARES}
+UNIFORM = {"hold-out, uniform": lambda facts: facts.get("uniform")}
+HOLDOUTS = {"hold-out, largest": at(1.0, "holdout"),
+            "hold-out, found at 0.5x": at(0.5, "holdout"), **UNIFORM}
+FOUND = {"hold-out, best": lambda found: found["holdout"]["score"],
+         "hold-out, mean of the ten best": lambda found: found["ten_best"],
+         "dev of the best": lambda found: found["dev"]["score"]}
+TOLD = {name: told(i) for i, name in enumerate(SAYS)}
+# table: its parts, each (variants, {title: getter}); the others are compared with the first one.
+TABLES = {
+    "choose": [(GRID["plain"], HOLDOUTS), (GRID["paper"], HOLDOUTS), (GRID["best"], HOLDOUTS)],
+    "core": [(["plain", "truncated", "paper", "best"], {
+                  "dev, half; of plain all": deployed, "dev, largest": at(1.0),
+                  "dev, 0.75x": at(0.75), **UNIFORM}),
+             (["truncated", "paper", "best"], {"dev, 0.5x": at(0.5)}),
+             (["paper", "best"], {"dev, 0.5x": at(0.5)})],
+    "1": [(BANDED, {f"dev, {low} to {high} of the encoder": at(band)
+                    for band, (low, high) in BANDS.items()})],
+    "3": [(["paper", "HAT", "OFA", *TUNED["HAT"], *TUNED["OFA"]], HALVES)],
+    "4": [([recipe, *(f"{recipe} {name}" for name in STRATEGIES)], HALVES)
+          for recipe in ("paper", "best")],
+    "5": [([recipe, *TUNED[recipe]], {"dev, 0.5x": at(0.5)}) for recipe in ("paper", "best")],
+    "ablation": [(["best", "best no-reorder", "best no-distill", "best first", "best progressive",
+                   "paper"], {"dev, largest": at(1.0), **HALVES, **UNIFORM})],
+    "methods": [([f"{variant}: {method}" for method in METHODS], FOUND) for variant in MATTERS],
+    "matters": [(MATTERS, TOLD)],
+}
+
+
+def variants_of(name):
+    """All that stand in a table; else the variant itself."""
+    found = [variant.split(":")[0] for variants, _ in TABLES.get(name, [([name], {})])
+             for variant in variants]
+    return list(dict.fromkeys(found))
 
 
 def values(cells, task, variant, getter):
@@ -509,58 +516,23 @@ def values(cells, task, variant, getter):
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def columns(cells):
-    """The tasks that the cells have, in their order, and the mean of several."""
+def compare(cells, variants, getter, title):
+    """Print a row per variant and a column per task, each with the paired difference from the first
+    variant; and nothing at all where nothing is known."""
     there = {task for task, _ in cells}
     tasks = [task for task in TASKS if task in there] + sorted(there - set(TASKS))
-    return tasks + ([MEAN] if len(tasks) > 1 else [])
-
-
-def print_table(title, cells, rows):
-    """Print {name: a function of a task: its text}; rows without any text are left out."""
-    tasks = columns(cells)
-    print(f"| {title} | " + " | ".join(tasks) + " |\n|---" + "|---" * len(tasks) + "|")
-    for name, text in rows.items():
-        texts = [text(task) for task in tasks]
+    tasks, rows = tasks + ([MEAN] if len(tasks) > 1 else []), []
+    for variant in variants:
+        texts = []
+        for task in tasks:
+            first = values(cells, task, variants[0], getter) if variant != variants[0] else None
+            texts.append(in_words(values(cells, task, variant, getter), first))
         if any(texts):
-            print(f"| {name} | " + " | ".join(texts) + " |")
-    print()
-
-
-def compare(cells, variants, fields):
-    """Print a table for each field, {name: getter}, with a row per variant, which also says the
-    paired difference from the first variant."""
-    def text_of(variant, getter):
-        def text(task):
-            mine, first = (values(cells, task, v, getter) for v in (variant, variants[0]))
-            less = difference(mine, first) if variant != variants[0] else ""
-            return spread(mine) + (f"; {less}" if less else "")
-        return text
-    for name, getter in fields.items():
-        print_table(name, cells, {variant: text_of(variant, getter) for variant in variants})
-
-
-def table_core(cells):
-    """All of the encoder and parts of it; how far half of it falls short."""
-    compare(cells, GROUPS["core"], {"dev, largest": at(1.0), "dev, 0.75x": at(0.75),
-                                    "dev, 0.5x": at(0.5), "hold-out, uniform": uniform})
-
-    def less(variant, other, part):
-        return lambda task: difference(values(cells, task, variant, at(0.5)),
-                                       values(cells, task, other, at(part)))
-
-    def kept(variant):
-        def text(task):
-            half, full = (values(cells, task, *which) for which in (
-                (variant, at(0.5)), ("plain", at(1.0))))
-            return spread({seed: 100 * half[seed] / full[seed] for seed in half if seed in full})
-        return text
-    rows = {}
-    for variant in ("paper", "best"):
-        rows |= {f"{variant} less plain": less(variant, "plain", 1.0),
-                 f"{variant} less truncated": less(variant, "truncated", 0.5),
-                 f"{variant} in % of plain": kept(variant)}
-    print_table("dev, at 0.5x", cells, rows | {"best less paper": less("best", "paper", 0.5)})
+            rows.append(f"| {variant} | " + " | ".join(texts) + " |")
+    if rows:
+        print(f"| {title} | " + " | ".join(tasks) + " |\n|---" + "|---" * len(tasks) + "|")
+        print("\n".join(rows) + "\n")
+    return tasks
 
 
 def table(name, cells):
@@ -568,39 +540,20 @@ def table(name, cells):
     print("MiniLM (6 x 384; not comparable with BERT-base). Scores in % (MRPC: mean of accuracy "
           "and F1; CoLA:\nMatthews; STS-B: mean of Pearson and Spearman): mean ± sample standard "
           "deviation (seeds); then the\npaired difference from the first row [95% interval].\n")
-    halves, variants = {f"dev, {part}x": at(part) for part in SHARES}, GROUPS[name]
-    shown = {variant: of_task for variant, of_task in cells.items()
-             if variant[1].split(":")[0] in variants}
-    middle = len(variants) // 2                                      # of paper, then of best
-    if not shown:
+    cells = {key: cell for key, cell in cells.items()
+             if key[1].split(":")[0] in variants_of(name)}
+    if not cells:
         raise UserError(f"no cells of table {name} yet: python -m glue.paper run --variants {name}")
-    if name == "choose":                                             # dev has no part in a choice
-        fields = {"hold-out, largest": at(1.0, "holdout"), "hold-out, found at 0.5x":
-                  at(0.5, "holdout"), "hold-out, uniform": uniform}
-        for kind, grid in GRID.items():
-            compare(shown, grid, fields)
-    elif name in ("4", "5"):
-        for part in (variants[:middle], variants[middle:]):
-            compare(shown, part, halves if name == "4" else {"dev, 0.5x": at(0.5)})
-    elif name == "1":
-        compare(shown, variants, {f"dev, {low} to {high} of the encoder": at(band)
-                                  for band, (low, high) in BANDS.items()})
-    elif name == "methods":
-        for variant in variants:
-            compare(shown, [f"{variant}: {method}" for method in METHODS], {
-                "hold-out, best": lambda found: found["holdout"]["score"],
-                "hold-out, mean of the ten best": lambda found: found["ten_best"],
-                "dev of the best": lambda found: found["dev"]["score"]})
-    elif name == "matters":
-        first = [facts for cell in shown.values() for facts in cell.values() if "drawn" in facts][0]
-        compare(shown, variants, {what: lambda facts, what=what: matter(facts)[what]
-                                  for what in matter(first)})
-    elif name == "core":
-        table_core(shown)
-    else:
-        more = {"hold-out, uniform": uniform} if name == "ablation" else {}
-        compare(shown, variants, halves | more)
-    spent = [facts for cell in shown.values() for facts in cell.values() if "seconds" in facts]
+    for variants, fields in TABLES[name]:
+        for title, getter in fields.items():
+            tasks = compare(cells, variants, getter, title)
+    for variant in ("paper", "best") if name == "core" else ():
+        for task in tasks:
+            half, full = (values(cells, task, v, deployed) for v in (variant, "plain"))
+            kept = {seed: 100 * half[seed] / full[seed] for seed in half if full.get(seed)}
+            print(f"{variant} at half of the encoder keeps, in % of plain, {task}: "
+                  f"{in_words(kept)}")
+    spent = [facts for cell in cells.values() for facts in cell.values() if "seconds" in facts]
     where = sorted({f"{facts['hardware']} ({facts['precision']})" for facts in spent})
     print(f"{len(spent)} cells: {sum(facts['seconds'] for facts in spent) / 3600:.1f} hours of one "
           f"process each, on {', '.join(where)}")
@@ -610,7 +563,7 @@ def main(argv=None):
     """Run one command; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C."""
     parser = yoco.Parser("glue.paper", description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("run", "table"))
-    parser.add_argument("name", nargs="?", help=f"of the table: {', '.join(GROUPS)}")
+    parser.add_argument("name", nargs="?", help=f"of the table: {', '.join(TABLES)}")
     parser.add_argument("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table: all")
     parser.add_argument("--variants", nargs="+", default=["core"],
                         help="variants, or tables: all that stand in them")
@@ -628,17 +581,17 @@ def main(argv=None):
     try:
         options = parser.parse_args(argv)
         if options.command == "table":
-            if options.name not in GROUPS:
-                parser.error(f"table knows {', '.join(GROUPS)}")
+            if options.name not in TABLES:
+                parser.error(f"table knows {', '.join(TABLES)}")
             table(options.name, load(options))
             return 0
-        variants = sum((GROUPS.get(name, [name]) for name in options.variants), [])
+        variants = sum(map(variants_of, options.variants), [])
         for cell in [Cell(task, variant, seed, options) for variant in dict.fromkeys(variants)
                      for seed in options.seeds or range(3) for task in options.tasks or TASKS[:2]]:
             try:
                 cell.ensure()
-            except Failed as failed:                                 # has told why
-                status = failed.args[0]
+            except SystemExit as failed:                             # has told why
+                status = failed.code
                 if status > 2:                                       # a signal
                     return status
     except KeyboardInterrupt:
