@@ -157,8 +157,13 @@ def read_rows(path):
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        name = path.parent.name
-        hint = f"; run: python -m glue.download {name}" if name in DOWNLOADS else ""
+        name, hint = path.parent.name, ""
+        if name in DOWNLOADS:
+            hint = f"; run: python -m glue.download {name}"
+        elif path.parent.is_file():
+            hint = f"; {path.parent} is a file: name its directory"
+        elif path.with_suffix(".csv").exists():
+            hint = "; a .csv does: write it anew with tabs and without quotes"
         raise UserError(f"{path} does not exist{hint}") from None
     try:
         text = data.decode("utf-8-sig")

@@ -1354,7 +1354,8 @@ S = ["search", "--max-params"]
     ([*S, "0.5x", "--model", "subbert/tiny-0.9x"], ["nothing to search"]),
     ([*S, "0.9x", "--out", "superbert/tiny", "--overwrite"], ["is what the command reads"]),
     ([*S, "0.9x"], ["holds a finished result"]),
-    (["eval"], ["name a model with --model"]), (["eval", "--model", "tiny"], ["run.json does not exist"]),
+    (["eval"], ["name a model with --model"]),
+    (["eval", "--model", "tiny"], ["run.json does not exist"]),
     (["eval", "--model", "superbert/tiny", "--data", "names"], ["('0', '1')", "('no', 'yes')"])])
 def test_bad_commands_are_refused(made, trained, capsys, words, parts):
     shutil.copytree(made / "subbert", "subbert")
