@@ -164,3 +164,28 @@ def test_refusals(sub, capsys, monkeypatch):
     refused(capsys, export, [*HERE, "hf"], "is a super-BERT")
     make_sub(LABELS, theta=[], settings={"stages": "largest"})
     assert export.main([*HERE, "hf"]) == 0
+
+
+def test_ids_are_those_of_transformers(tmp_path):
+    """A directory as transformers writes it, with tokenizer.json and no vocab.txt, gives its ids:
+    on 300 odd texts and pairs, uncased, cased and with added tokens."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    minilm = Path(__file__).parents[1] / "all-MiniLM-L6-v2"
+    vocab = Path(os.environ.get("MINILM_DIR", minilm), "vocab.txt")
+    if not vocab.exists():
+        pytest.skip("no MiniLM vocabulary: python -m glue.download all-MiniLM-L6-v2")
+    rng = np.random.default_rng(0)
+    parts = ["the film ", "Zürich ", "İstanbul ", "你好", "日本", "می‌رود ", "\u200d", "\u00a0", "😀",
+             "ﬁ", "½", "don't ", "(", "…", "[MASK]", "[SEP]", "##ing", "▁x", "\u2028", "<e> ", "\t"]
+    texts = ["".join(rng.choice(parts, rng.integers(1, 20))) for _ in range(100)]
+    for options in ({}, {"do_lower_case": False}, {"additional_special_tokens": ["<e>"]}):
+        theirs = transformers.BertTokenizer.from_pretrained(vocab.parent, **options)
+        theirs.save_pretrained(tmp_path)
+        transformers.BertConfig(vocab_size=len(theirs)).save_pretrained(tmp_path)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert (tmp_path / "tokenizer.json").exists() and not (tmp_path / "vocab.txt").exists()
+        for one, two in zip(texts, [None, *texts[:-1]] * 2):
+            example = data.Example(one, two if rng.random() < 0.5 else None, 0)
+            pair = [text for text in example[:2] if text is not None]
+            expected = theirs(*pair, truncation=True, max_length=40)["input_ids"]
+            assert data.encode([example], tmp_path, 40)[0].input_ids == expected, example
