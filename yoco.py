@@ -337,7 +337,8 @@ def train(settings):
     interval = settings.controller_interval or max(1, per_epoch // 20)
     lr = settings.lr or LEARNING_RATES.get(task.name, LEARNING_RATES["default"])
     P, rng = Categorical(space.categories), np.random.default_rng(settings.seed)         # 1
-    backward = graphed_gradient() if device.type == "cuda" else weight_gradient    # the same
+    # Two ways to the same losses and gradients: a GPU masks where a CPU slices.
+    backward = graphed_gradient() if device.type == "cuda" else weight_gradient
     K, adam, teacher, first = 1.0, new_adam(model), None, 0
 
     run = Run(settings, settings.data, settings.bert).open()
@@ -545,12 +546,13 @@ def search(settings):
             P.step([space.choices(m) for m in archs], [-r for r in rewards], settings.delta)
             progress.show(asked + n, f"asked, {len(memo)} known")
             stop_if(SIGNALS)
+        if run.finished:                                 # before: its replay filled the memo
+            say(f"{run.path} is finished")
+            continue
         best = best_fit(memo, cost, budget)
         # A latency must fit when it is measured again, too; else the next best is taken.
         while best and measure_again(best) >= budget:
             best = best_fit(memo, cost, budget)
-        if run.finished:                                 # before: its replay filled the memo
-            continue
         if best is None:
             raise UserError(f"nothing kept {budget:.4g} {UNITS[kind]} when it was measured again")
         dev = data.scorer(model, devs, task.metric, device, autocast)(best)
@@ -567,7 +569,13 @@ def search(settings):
             f"{memo[best]:.2f} on {settings.select_on}, which selects; evaluations: "
             f"{settings.evaluations} asked, {len(read_log(run.path)) - 1} run\n  dev{optimistic}: "
             f"{in_words(model.config, best, dev)}")
-    return [run.result() for run in runs]
+    results = [read_json(run.path / "run.json") for run in runs]
+    for run, found in zip(runs, results):
+        if len(runs) > 1:
+            say(f"T(m) < {found['budget']:,.6g} {found['unit']}: {found['params']:,} parameters, "
+                f"selection {found['selection_score']:.2f}, dev {found['dev']['score']:.2f}, "
+                f"{run.path}")
+    return results
 
 
 def best_fit(memo, cost, budget):
@@ -653,7 +661,11 @@ def costs(kind, settings, model, autocast, spent):
     known; it grows."""
     if kind != "latency":
         count = {"params": count_params, "flops": count_flops}[kind]
-        return (lambda arch: count(model.config, arch),) * 2
+
+        def counted(arch):
+            """T(m), which is the same every time."""
+            return count(model.config, arch)
+        return counted, counted
     B, T = settings.latency_batch, settings.latency_length
     if T > model.config.max_position_embeddings:
         raise UserError(f"--latency-length {T}: the model has "
@@ -848,7 +860,7 @@ class Run:
             raise UserError(f"--out {self.path} is what the command reads: choose another")
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
-        goes_on = settings.resume and self.log_path.exists()
+        goes_on = self.resumed or settings.resume and self.log_path.exists() and not self.finished
         if holds and not (goes_on or settings.overwrite):
             raise UserError(f"{self.path} holds {holds}, or replace it with --overwrite")
         if self.resumed:
