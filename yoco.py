@@ -47,8 +47,9 @@ import re
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
+from typing import Literal, get_args
 
 # First of all model, which says how torch's threads wait.
 from model import (BertConfig, ElasticBert, SearchSpace, UserError, arithmetic, count_flops,
@@ -64,11 +65,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
-
-try:
-    import fcntl
-except ImportError:                                                  # Windows: no lock there
-    fcntl = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,21 +210,16 @@ EPOCHS = {  # heads | FFN | depth: the epochs of every stage that opens one more
 LEARNING_RATES = {"MNLI": 1e-5, "QNLI": 1e-5, "TOY": 1e-3, "default": 2e-5}
 
 
-@dataclasses.dataclass
-class Stage:
-    """A stretch of steps with one open space: the open choices of each kind, largest first."""
-    name: str
-    depths: tuple
-    heads: tuple
-    ffn_sizes: tuple
-    first: int                                                       # its first step t
-    steps: int
+# A stretch of steps with one open space: the open choices of each kind, largest first; and its
+# first step t.
+Stage = namedtuple("Stage", "name depths heads ffn_sizes first steps")
 
-    def masks(self, space):
-        """The open categories of each variable, as `Categorical.open` wants them."""
-        layer = [k in self.ffn_sizes and h in self.heads             # in SearchSpace's order
-                 for k in space.ffn_sizes for h in space.heads]
-        return [np.isin(space.depths, self.depths)] + [np.array(layer)] * space.depths[-1]
+
+def open_masks(space, stage):
+    """The open categories of each variable in a stage, as `Categorical.open` wants them."""
+    layer = [k in stage.ffn_sizes and h in stage.heads               # in SearchSpace's order
+             for k in space.ffn_sizes for h in space.heads]
+    return [np.isin(space.depths, stage.depths)] + [np.array(layer)] * space.depths[-1]
 
 
 def make_stages(space, task, steps_per_epoch, kind="progressive", epochs=0.0):
@@ -260,55 +251,55 @@ def make_stages(space, task, steps_per_epoch, kind="progressive", epochs=0.0):
 # train: Algorithm 1
 # --------------------------------------------------------------------------------------------------
 
-def setting(default, text, low=None, high=2**32, choices=None):
-    """A field of a command's settings: its default, --help text and legal values."""
-    return dataclasses.field(default=default, metadata=dict(
-        help=text, low=low, high=high, choices=choices))
+def setting(default, text, low=None, high=2**32):
+    """A field of a command's settings: its default, --help text and, of a number, legal range."""
+    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high))
 
 
 @dataclasses.dataclass
 class Settings:
     """What all commands share."""
-    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = setting("auto", "bf16: autocast over fp32 weights; auto: bf16 where the "
-                                     "hardware has it, else fp32", choices=("auto", "fp32", "bf16"))
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to compute")
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "bf16: autocast over fp32 weights; auto: bf16 where the hardware has it, else fp32")
 
 
 @dataclasses.dataclass
-class TrainSettings(Settings):
+class RunSettings(Settings):
+    """What train and search share."""
+    overwrite: bool = setting(False, "replace what --out holds")
+    resume: bool = setting(False, "continue an interrupted run")
+    archs_per_step: int = setting(2, "lambda: architectures sampled per step", 1)
+    delta: float = setting(1.0, "length of a step of theta in the Fisher norm", 0)
+    seed: int = setting(0, "seed of everything random", 0)
+
+
+@dataclasses.dataclass
+class TrainSettings(RunSettings):
     """Train a super-BERT on a data directory."""
     data: str = setting("glue/TOY", "directory with train.tsv and dev.tsv")
     bert: str = setting("", "directory of the pretrained BERT; without it the data directory where "
                             "that has a config.json, else bert-base-uncased")
     out: str = setting("", "directory to write; without it superbert/<name of the data directory>")
-    overwrite: bool = setting(False, "replace what --out holds")
-    resume: bool = setting(False, "continue an interrupted run from its last checkpoint")
-    recipe: str = setting("paper", "paper: the paper's; best: what measurement recommends: "
-                                   "--stages all --reorder --distill --depth-keeps even",
-                          choices=("paper", "best"))
-    strategy: str = setting("ee", "ee: the controller decides; exploit: always P_theta; explore: "
-                                  "always pi, theta fixed; noise: a control, ee with permuted "
-                                  "losses", choices=("ee", "exploit", "explore", "noise"))
-    stages: str = setting(None, "progressive: open the space step by step; all: the largest alone, "
-                                "then everything; largest: the largest alone, which is plain "
-                                "fine-tuning", choices=("progressive", "all", "largest"))
-    reorder: bool = setting(None, "before smaller sub-BERTs open, sort heads and neurons, the most "
-                                  "important first")
-    distill: bool = setting(None, "learn from the labels and from the logits of the largest as it "
-                                  "was when smaller sub-BERTs opened")
-    depth_keeps: str = setting(None, "the layers of a smaller depth: the first ones (paper), or "
-                                     "evenly spaced ones and the last", choices=("first", "even"))
+    recipe: Literal["paper", "best"] = setting(
+        "paper", "best: --stages all --reorder --distill --depth-keeps even")
+    strategy: Literal["ee", "exploit", "explore", "noise"] = setting(
+        "ee", "ee: the controller decides; exploit: always P_theta; explore: always pi, theta "
+              "fixed; noise: ee with permuted losses, a control")
+    stages: Literal["progressive", "all", "largest"] = setting(
+        None, "progressive: open the space step by step; all: the largest alone, then everything; "
+              "largest: the largest alone, which is plain fine-tuning")
+    reorder: bool = setting(None, "when smaller ones open, sort heads and neurons by importance")
+    distill: bool = setting(None, "learn also from the largest as it was when smaller ones opened")
+    depth_keeps: Literal["first", "even"] = setting(
+        None, "the layers of a smaller depth: the first, or evenly spaced ones and the last")
     epochs: float = setting(0.0, "in all, shared out over the stages; 0: the table's", 0)
     lr: float = setting(0.0, "learning rate at the start of each stage; 0: the paper's", 0)
     # CHOICE: 32; the paper prints none.  AUTHORS: 8
     batch_size: int = setting(32, "examples per step, of all ranks together", 1)
     max_length: int = setting(128, "tokens per example; the rest is cut off", 8)
-    archs_per_step: int = setting(2, "lambda: architectures sampled per step", 1)
-    delta: float = setting(1.0, "length of a step of theta in the Fisher norm", 0)
-    controller_interval: int = setting(0, "steps between updates of K; 0: 20 an epoch", 0)
     holdout: float = setting(0.1, "share of train held out for selection", 0, 0.9)
     checkpoint_every: int = setting(500, "steps between checkpoints", 1)
-    seed: int = setting(0, "seed of everything random", 0)
 
 
 RECIPES = {
@@ -319,8 +310,7 @@ CONTROLLERS = {"ee": exploit_probability, "noise": exploit_probability,
 
 
 def train(settings):
-    """Train a super-BERT. Returns what its run.json says. On the right: the lines of Algorithm 1.
-    """
+    """Train a super-BERT; return what its run.json says. On the right: Algorithm 1's lines."""
     settings = complete(settings)
     device, autocast = arithmetic(settings.device, settings.precision)
     task, tokenizer = data.load_task(settings.data), tokenizer_files(settings.bert)
@@ -334,7 +324,7 @@ def train(settings):
     per_epoch = math.ceil(len(kept) / settings.batch_size)
     stages = make_stages(space, task.name, per_epoch, settings.stages, settings.epochs)
     steps = stages[-1].first + stages[-1].steps
-    interval = settings.controller_interval or max(1, per_epoch // 20)
+    interval = max(1, per_epoch // 20)                               # I, as the authors'
     lr = settings.lr or LEARNING_RATES.get(task.name, LEARNING_RATES["default"])
     P, rng = Categorical(space.categories), np.random.default_rng(settings.seed)         # 1
     # Two ways to the same losses and gradients: a GPU masks where a CPU slices.
@@ -347,13 +337,16 @@ def train(settings):
     if run.resumed:
         first, K, teacher = restore(run, model, adam, P, rng)
     order = data.batches(examples, settings.batch_size, settings.seed, first)
+    unk = data.load_tokenizer(settings.bert).token_to_id("[UNK]")
+    for line in data.describe(task, kept, held, examples, unk, max_length):
+        say(line)
+    say(f"{steps} steps, {steps / per_epoch:.3g} epochs; {space.size():.1e} architectures")
     progress = Progress(first, steps)
-    introduce(task, kept, held, examples, settings, max_length, model, space, steps)
     # CHOICE: t counts batches, as Alg. 1's loop takes one each, though it calls them epochs.
     for t in range(first, steps):                                                        # 2
         stage = [begun for begun in stages if begun.first <= t][-1]
         if t == stage.first:
-            P.open(stage.masks(space))                                                   # 11
+            P.open(open_masks(space, stage))                                             # 11
             adam = new_adam(model)
         if stages[1:] and t == stages[1].first:                      # the largest was alone so far
             if settings.reorder:
@@ -386,16 +379,17 @@ def train(settings):
 
     if rank() > 0:
         return None
-    score = data.scorer(model, [encode(held)], task.metric, device, autocast) if held else None
-    named = landmarks(space, P.theta)
-    scores = {name: score(arch) for name, arch in named.items()} if held else {}
+    theta, scores = [variable.tolist() for variable in P.theta], {}
+    if held:
+        score = data.scorer(model, [encode(held)], task.metric, device, autocast)
+        scores = {name: score(arch) for name, arch in landmarks(space, theta).items()}
     save_bert(model, run.path, tokenizer)
     result = run.finish(device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
                         data=settings.data, train=fingerprint(f"{settings.data}/train.tsv"),
-                        held_out=split, max_length=max_length, lr=lr, steps=steps, holdout=scores,
-                        theta=[theta.tolist() for theta in P.theta])
+                        held_out=split, max_length=max_length, lr=lr, steps=steps, theta=theta,
+                        holdout=scores)
     for name, found in scores.items():
-        say(f"hold-out, {name}: {in_words(model.config, named[name], found)}")
+        say(f"hold-out, {name}: {in_words(model.config, landmarks(space, theta)[name], found)}")
     return result
 
 
@@ -485,26 +479,19 @@ def reward(score, cost, budget, full_cost, alpha=2):
 
 
 @dataclasses.dataclass
-class SearchSettings(Settings):
+class SearchSettings(RunSettings):
     """Find the best sub-BERT under a budget, and write it as a model of its own."""
     model: str = setting("", "super-BERT directory; without it the one in superbert/ finished last")
     out: str = setting("", "directory to write, of several budgets the one for all of theirs; "
                            "without it subbert/<name>-<budget>")
-    overwrite: bool = setting(False, "replace what --out holds")
-    resume: bool = setting(False, "continue an interrupted search")
-    max_params: list = setting((), "budget: parameters of embeddings, encoder and pooler, written "
-                                   "as 60000000, 60e6, 60M or 0.5x (of the full model); several "
-                                   "are searched one by one, with one memo of scores")
-    max_flops: list = setting((), "budget: FLOPs of encoder and pooler at 128 tokens, likewise")
-    max_latency: list = setting((), "budget: milliseconds on this machine, as 12, 12ms or 0.5x")
-    latency_batch: int = setting(1, "sequences that are timed together", 1)
-    latency_length: int = setting(128, "their tokens", 1)
+    max_params: list = setting((), "budgets: parameters of embeddings, encoder and pooler, as "
+                                   "60000000, 60e6, 60M or 0.5x (of the full model)")
+    max_flops: list = setting((), "budgets: FLOPs of encoder and pooler at 128 tokens, likewise")
+    max_latency: list = setting((), "budgets: milliseconds for one sequence of 128 tokens on this "
+                                    "machine, as 12, 12ms or 0.5x")
     evaluations: int = setting(1000, "architectures to ask for, for each budget", 1)
-    archs_per_step: int = setting(2, "lambda: architectures sampled per step", 1)
-    delta: float = setting(1.0, "length of a step of theta in the Fisher norm", 0)
-    select_on: str = setting("holdout", "the data that selects; dev, as in the paper, makes the "
-                                        "dev score optimistic", choices=("holdout", "dev"))
-    seed: int = setting(0, "seed of the sampling", 0)
+    select_on: Literal["holdout", "dev"] = setting(
+        "holdout", "what selects; dev, as in the paper, makes the dev score optimistic")
 
 
 def search(settings):
@@ -523,10 +510,10 @@ def search(settings):
     score = data.scorer(model, selects, task.metric, device, autocast)
     largest, smallest = space.largest(), space.smallest()
     kind, wishes = wished(settings)
-    parts = one_each(settings, superbert, kind, wishes)
-    runs = [Run(part, trained["data"], superbert) for part in parts]     # refused here, if at all
+    runs = [Run(part, trained["data"], superbert)        # refused here, if at all
+            for part in one_each(settings, superbert, kind, wishes)]
     memo, spent = recorded(runs, space)                  # arch -> ACC(m) in %; arch -> T(m)
-    cost, measure_again = costs(kind, settings, model, autocast, spent)
+    cost = cost_of(kind, model, autocast, spent)
     budgets = [parse_budget(wish, cost(smallest), cost(largest), UNITS[kind]) for wish in wishes]
     for run in runs:
         run.open()
@@ -551,23 +538,24 @@ def search(settings):
             continue
         best = best_fit(memo, cost, budget)
         # A latency must fit when it is measured again, too; else the next best is taken.
-        while best and measure_again(best) >= budget:
+        while best and cost(best, again=True) >= budget:
             best = best_fit(memo, cost, budget)
         if best is None:
             raise UserError(f"nothing kept {budget:.4g} {UNITS[kind]} when it was measured again")
         dev = data.scorer(model, devs, task.metric, device, autocast)(best)
         save_bert(extract(model, best), run.path, tokenizer)
-        run.finish(device, autocast, **{name: trained[name] for name in (
-                       "task", "metric", "pairs", "data", "train", "held_out", "max_length")},
+        known = len(read_log(run.path)) - 1
+        inherited = ("task", "metric", "pairs", "data", "train", "held_out", "max_length")
+        run.finish(device, autocast, **{name: trained[name] for name in inherited},
                    superbert=superbert, unit=UNITS[kind], budget=budget, cost=cost(best),
                    full_cost=cost(largest), arch=best._asdict(), selected_on=settings.select_on,
                    params=count_params(model.config, best), flops=count_flops(model.config, best),
                    selection_score=memo[best], dev=dev, evaluations_asked=settings.evaluations,
-                   evaluations_run=len(read_log(run.path)) - 1)
+                   evaluations_run=known)
         optimistic = " (optimistic: dev selected it)" if settings.select_on == "dev" else ""
         say(f"found: {best}, {cost(best):,.6g} of {budget:,.6g} {UNITS[kind]}; score "
             f"{memo[best]:.2f} on {settings.select_on}, which selects; evaluations: "
-            f"{settings.evaluations} asked, {len(read_log(run.path)) - 1} run\n  dev{optimistic}: "
+            f"{settings.evaluations} asked, {known} run\n  dev{optimistic}: "
             f"{in_words(model.config, best, dev)}")
     results = [read_json(run.path / "run.json") for run in runs]
     for run, found in zip(runs, results):
@@ -607,14 +595,13 @@ def evaluate(settings):
     model = data.load_trained(settings.model, task).to(device)
     devs = [data.encode(part, settings.model) for part in task.devs]
     score = data.scorer(model, devs, task.metric, device, autocast)
-    named, T = {"sub-BERT": model.config.arch}, min(128, model.config.max_position_embeddings)
+    cost, named = cost_of("latency", model, autocast, {}), {"sub-BERT": model.config.arch}
     if "theta" in run:
         named = landmarks(SearchSpace.for_config(model.config), run["theta"])
     results = {name: score(arch) for name, arch in named.items()}
     for name, arch in named.items():
-        ms, = latency([extract(model, arch)], 1, T, autocast)
-        say(f"{name}: {arch}\n  {in_words(model.config, arch, results[name])}\n  latency {ms:.2f} "
-            f"ms: one sequence of {T} tokens, {hardware(device)}")
+        say(f"{name}: {arch}\n  {in_words(model.config, arch, results[name])}\n  latency "
+            f"{cost(arch):.2f} ms: {ONE_SEQUENCE}, {hardware(device)}")
     say(f"on dev of {task.name}; always the most frequent answer: {data.majority(task):.2f}")
     return next(iter(results.values()))
 
@@ -624,25 +611,27 @@ def evaluate(settings):
 # --------------------------------------------------------------------------------------------------
 
 UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
+ONE_SEQUENCE = "one sequence of 128 tokens, or as many as the model takes"
 
 
 def wished(settings):
     """The kind of budget that is asked for, and the budgets as typed, in small letters."""
-    given = [kind for kind in UNITS if getattr(settings, f"max_{kind}")]
-    if len(given) != 1 or not "".join(getattr(settings, f"max_{given[0]}")).strip():
+    kinds = [kind for kind in UNITS if getattr(settings, f"max_{kind}")]
+    if len(kinds) != 1:
         raise UserError("name one kind of budget: --max-params, --max-flops or --max-latency")
-    texts = " ".join(getattr(settings, f"max_{given[0]}")).lower()
+    texts = " ".join(getattr(settings, f"max_{kinds[0]}")).lower()
     # A blank may stand before a unit: "60 M".
-    return given[0], list(dict.fromkeys(re.sub(r"(?<=[\d.])\s+(?=[a-z])", "", texts).split()))
+    wishes = re.sub(r"(?<=[\d.])\s+(?=[a-z])", "", texts).split() or [""]
+    return kinds[0], list(dict.fromkeys(wishes))
 
 
 def parse_budget(text, least, full, unit):
-    """'60000000', '60e6', '60M', '0.5x' (of T(M)), or of milliseconds '12' or '12ms' -> Omega.
+    """'60000000', '60e6', '60m', '0.5x' (of T(M)), or of milliseconds '12' or '12ms' -> Omega.
     least, full: T(m) of the smallest and of the largest. UserError where nothing fits."""
     scales = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "x": full}
     if unit == "ms":
         scales = {"": 1, "ms": 1, "x": full}
-    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?) ?([a-z]*)", text.strip().lower())
+    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?)([a-z]*)", text)
     budget = float(match[1]) * scales.get(match[2], 0) if match else 0
     if budget <= 0:
         raise UserError(f"{text!r} is not a positive budget in {unit}, such as "
@@ -655,27 +644,22 @@ def parse_budget(text, least, full, unit):
     return budget
 
 
-def costs(kind, settings, model, autocast, spent):
-    """T(m) as a function of an architecture, and another that measures it again and keeps the
-    larger value. A latency is measured once, of the extracted model. spent: {arch: T(m)}, as far as
-    known; it grows."""
-    if kind != "latency":
-        count = {"params": count_params, "flops": count_flops}[kind]
+def cost_of(kind, model, autocast, spent):
+    """T(m) as a function of an architecture. A latency, of the extracted model, is measured once
+    and kept in spent, {arch: T(m)}; with again=True once more, and the larger value counts."""
+    T = min(128, model.config.max_position_embeddings)
 
-        def counted(arch):
-            """T(m), which is the same every time."""
-            return count(model.config, arch)
-        return counted, counted
-    B, T = settings.latency_batch, settings.latency_length
-    if T > model.config.max_position_embeddings:
-        raise UserError(f"--latency-length {T}: the model has "
-                        f"{model.config.max_position_embeddings} positions")
-
-    def measure_again(arch):
-        """Milliseconds of B sequences of T tokens: the most of this time and those before."""
-        spent[arch] = max(spent.get(arch, 0.0), *latency([extract(model, arch)], B, T, autocast))
+    def cost(arch, again=False):
+        """Parameters, FLOPs, or milliseconds of one sequence of T tokens."""
+        if kind == "params":
+            return count_params(model.config, arch)
+        if kind == "flops":
+            return count_flops(model.config, arch)
+        if again or arch not in spent:
+            ms, = latency([extract(model, arch)], 1, T, autocast)
+            spent[arch] = max(ms, spent.get(arch, 0.0))
         return spent[arch]
-    return lambda arch: spent[arch] if arch in spent else measure_again(arch), measure_again
+    return cost
 
 
 def one_each(settings, superbert, kind, wishes):
@@ -759,17 +743,6 @@ def holdout_split(settings):
     return before["held_out"] if same else [settings.holdout, settings.seed]
 
 
-def introduce(task, kept, held, examples, settings, max_length, model, space, steps):
-    """Say, before a training starts, what was understood and how long it will be."""
-    unk = data.load_tokenizer(settings.bert).token_to_id("[UNK]")
-    weights = sum(w.numel() for w in model.parameters())
-    for line in data.describe(task, kept, held, examples, unk, max_length):
-        say(line)
-    say(f"{count_params(model.config, space.largest()):,} parameters, {space.size():.1e} "
-        f"architectures; {steps} steps, {steps * settings.batch_size / len(kept):.3g} epochs; a "
-        f"checkpoint takes {(12 + 4 * settings.distill) * weights / 1e6:,.1f} MB")
-
-
 def finite(losses, norm, t, stage, lr, archs):
     """The losses as numbers (which waits for the device, once); UserError where they, or the norm
     of their gradient, are none."""
@@ -793,11 +766,11 @@ def report(run, progress, done, stage, losses, K, P, space, config):
     """Log every tenth step, and theta at most about fifty times; show where the training is."""
     if done % 10 and done < progress.total:
         return
-    loss, floor, ms = float(np.mean(losses)), exploit_floor(P), progress.ms(done)
+    loss, floor = float(np.mean(losses)), exploit_floor(P)
     tops = [theta.max() for theta in P.theta if (theta > 0).sum() > 1] or [1.0]
     facts = dict(step=done, stage=stage.name, loss=loss, K=K, floor=floor, entropy=P.entropy(),
-                  top_probability=float(np.mean(tops)), ms=ms, most_likely_params=count_params(
-                      config, space.arch(P.most_likely())))
+                 top_probability=float(np.mean(tops)),
+                 most_likely_params=count_params(config, space.arch(P.most_likely())))
     if done % (10 * math.ceil(progress.total / 500)) == 0 or done == progress.total:
         facts["theta"] = [theta.round(4).tolist() for theta in P.theta]
     run.log(**facts)
@@ -808,20 +781,16 @@ class Progress:
     """Where the work stands: a line every ten seconds, and one at the end."""
 
     def __init__(self, done, total):
-        self.first, self.total = done, total
-        self.start = self.shown = time.perf_counter()
-
-    def ms(self, done):
-        """Milliseconds per step since this run, or its resumption, began."""
-        return 1000 * (time.perf_counter() - self.start) / max(1, done - self.first)
+        self.done, self.total, self.shown = done, total, time.perf_counter()
 
     def show(self, done, text):
-        """Say that `done` of the steps are done."""
-        now = time.perf_counter()
-        if now - self.shown > 10 or done == self.total:
-            self.shown, left = now, round((self.total - done) * self.ms(done) / 1000)
-            tell(f"{done}/{self.total}  {text}  {self.ms(done):.0f} ms/step  {left // 60}:"
-                 f"{left % 60:02} left")
+        """Say that `done` of the steps are done, and how long those since the last line took."""
+        seconds = time.perf_counter() - self.shown
+        if seconds > 10 or done == self.total:
+            ms = 1000 * seconds / max(1, done - self.done)
+            tell(f"{done}/{self.total}  {text}  {ms:.0f} ms/step  "
+                 f"{(self.total - done) * ms / 60_000:.1f} min left")
+            self.done, self.shown = done, time.perf_counter()
 
 
 def tell(text):
@@ -842,30 +811,30 @@ class Run:
         self.path, self.started = Path(settings.out), time.perf_counter()
         self.log_path = self.path / "log.jsonl"
         self.checkpoint = self.path / "checkpoint.safetensors"
+        self.finished = (self.path / "run.json").exists() and not settings.overwrite
+        before = read_log(self.path) if settings.resume else []
+        self.resumed = bool(before)
         kept = {name: value for name, value in dataclasses.asdict(settings).items()
                 if name not in ("out", "overwrite", "resume")}
         begun = dict(settings=kept, inputs=inputs_of(*reads), world_size=world_size())
         self.begun = json.loads(json.dumps(begun))                   # as it is read back
-        self.finished = (self.path / "run.json").exists()
-        holds = None
-        if self.finished:
-            holds = "a finished result: choose another --out"
-        elif self.log_path.exists():
-            holds = "an unfinished run: go on with --resume"
-        elif (self.path / "config.json").exists():
-            holds = "another model: choose another --out"
-        before = read_log(self.path) if settings.resume else []
-        self.resumed = bool(before)
         if self.path.resolve() in [Path(source).resolve() for source in reads]:
             raise UserError(f"--out {self.path} is what the command reads: choose another")
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
-        goes_on = self.resumed or settings.resume and self.log_path.exists() and not self.finished
-        if holds and not (goes_on or settings.overwrite):
-            raise UserError(f"{self.path} holds {holds}, or replace it with --overwrite")
+        for name, holds in (("run.json", "a finished result"), ("log.jsonl", "an unfinished run"),
+                            ("config.json", "another model")):
+            goes_on = settings.resume and self.log_path.exists()
+            if (self.path / name).exists() and not (goes_on or settings.overwrite):
+                raise UserError(f"{self.path} holds {holds}: choose another --out, replace it with "
+                                "--overwrite, or go on with --resume if it is unfinished")
         if self.resumed:
-            self.compare(before[0])
-        self.finished = self.finished and not settings.overwrite
+            with reading(self.log_path):
+                then, now = before[0] | before[0]["settings"], self.begun | self.begun["settings"]
+            for name in now:
+                if name != "settings" and then.get(name) != now[name]:
+                    raise UserError(f"{self.path} was started with {name} = {then.get(name)!r}, "
+                                    f"not {now[name]!r}")
         if world_size() > 1:
             dist.barrier()                                           # all have looked
 
@@ -878,16 +847,18 @@ class Run:
         # Unbuffered, so that a full disk is noticed here, not when Python exits.
         self.log_file = open(self.log_path, "ab", buffering=0)
         try:
-            if fcntl:                                                # free again when the run ends
-                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl                                             # not on Windows
+            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # until the process ends
+        except ImportError:
+            pass
         except BlockingIOError:
             raise UserError(f"another run is writing {self.path}: wait for its end, or choose "
                             "another --out") from None
         for path in self.path.glob(".*.tmp"):                        # of a run that was killed
             path.unlink()
         if self.resumed:
-            content = self.log_path.read_bytes()                     # without a part of a line, as
-            self.log_file.truncate(content.rindex(b"\n") + 1)        # a crash may leave it
+            content = self.log_path.read_bytes()                     # a crash may leave a part of
+            self.log_file.truncate(content.rindex(b"\n") + 1)        # a line
         else:                                                        # old results go first
             for name in ("run.json", "checkpoint.safetensors", "config.json", "model.safetensors",
                          "model.safetensors.index.json", *TOKENIZER_FILES):
@@ -898,15 +869,6 @@ class Run:
             self.checkpoint.unlink(missing_ok=True)
         return self
 
-    def compare(self, before):
-        """Refuse, by name, the first thing that is not what it was when the run began."""
-        with reading(self.log_path):
-            then, now = before | before["settings"], self.begun | self.begun["settings"]
-        for name in now:
-            if name != "settings" and then.get(name) != now[name]:
-                raise UserError(f"{self.path} was started with {name} = {then.get(name)!r}, not "
-                                f"{now[name]!r}")
-
     def log(self, **record):
         """Append one line to log.jsonl, written at once."""
         line = json.dumps(record).encode() + b"\n"
@@ -916,31 +878,6 @@ class Run:
         except OSError as error:
             error.filename = str(self.log_path)
             raise
-
-    def write_checkpoint(self, tensors, **state):
-        """Replace the checkpoint. The log that it belongs to is on the disk before it."""
-        if rank() == 0:
-            os.fsync(self.log_file.fileno())
-            state |= dict(log_bytes=self.log_path.stat().st_size,
-                          seconds=time.perf_counter() - self.started)
-            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-            write_file(self.checkpoint,
-                       safetensors.torch.save(tensors, {"state": json.dumps(state)}))
-
-    def read_checkpoint(self):
-        """(tensors, state) of the checkpoint, None where there is none; cuts the log to what it was
-        then."""
-        if not self.checkpoint.exists():
-            found, end = None, self.log_path.read_bytes().index(b"\n") + 1
-        else:
-            with safetensors.safe_open(self.checkpoint, "pt") as file:
-                found = ({name: file.get_tensor(name) for name in file.keys()},
-                         json.loads(file.metadata()["state"]))
-            end = found[1]["log_bytes"]
-            self.started -= found[1]["seconds"]
-        if rank() == 0:
-            self.log_file.truncate(end)
-        return found
 
     def finish(self, device, autocast, **facts):
         """Write run.json, which makes the result final, and drop the checkpoint."""
@@ -997,46 +934,56 @@ def recorded(runs, space):
 
 
 def save(run, t, K, model, adam, P, rng, teacher):
-    """Write everything that step t depends on; `restore` reads it back."""
-    tensors = {f"model.{name}": w for name, w in model.state_dict().items()}
-    if teacher:
-        tensors |= {f"teacher.{name}": w for name, w in teacher.state_dict().items()}
+    """Write everything that step t depends on, as the checkpoint; `restore` reads it back."""
+    if rank() > 0:
+        return
+    parts = {"model": model.state_dict(), "teacher": teacher.state_dict() if teacher else {},
+             "rng": {"cpu": torch.get_rng_state()}}  # of rank 0: after a resumption all have it
     for i, moments in adam.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{name}": moment for name, moment in moments.items()}
-    tensors["rng"] = torch.get_rng_state()           # of rank 0: after a resumption all have it
+        parts[f"adam {i}"] = moments
     if torch.cuda.is_available():
-        tensors["cuda_rng"] = torch.cuda.get_rng_state()
-    run.write_checkpoint(tensors, t=t, K=K, theta=[theta.tolist() for theta in P.theta],
-                         rng=rng.bit_generator.state)
+        parts["rng"]["cuda"] = torch.cuda.get_rng_state()
+    tensors = {}
+    for part, found in parts.items():
+        tensors |= {f"{part}/{name}": tensor.cpu() for name, tensor in found.items()}
+    os.fsync(run.log_file.fileno())                  # the log that belongs to it is there before it
+    state = dict(t=t, K=K, theta=[theta.tolist() for theta in P.theta], rng=rng.bit_generator.state,
+                 log_bytes=run.log_path.stat().st_size, seconds=time.perf_counter() - run.started)
+    write_file(run.checkpoint, safetensors.torch.save(tensors, {"state": json.dumps(state)}))
 
 
 def restore(run, model, adam, P, rng):
-    """The inverse of `save`: sets model, adam, P and rng; returns t, K and the teacher. Without a
-    checkpoint, what a new run begins with."""
+    """The inverse of `save`: sets model, adam, P and rng, and cuts the log; returns t, K and the
+    teacher. Without a checkpoint, what a new run begins with."""
+    state = dict(t=0, K=1.0, log_bytes=run.log_path.read_bytes().index(b"\n") + 1)
+    teacher, parts = None, defaultdict(dict)
     with reading(run.checkpoint):
-        found = run.read_checkpoint()
-        if not found:
-            return 0, 1.0, None
-        tensors, state = found
-        parts, moments, weights = {"model": {}, "teacher": {}}, {}, list(model.parameters())
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind in parts:
-                parts[kind][rest] = tensor
-            elif kind == "adam":
-                i, moment = rest.split(".")
-                if tensor.dim() and tensor.shape != weights[int(i)].shape:
-                    raise ValueError(f"{name} has another shape than its weight")
-                moments.setdefault(int(i), {})[moment] = tensor
-        model.load_state_dict(parts["model"])
-        adam.load_state_dict(adam.state_dict() | {"state": moments})
-        P.theta, rng.bit_generator.state = [*map(np.array, state["theta"])], state["rng"]
-        torch.set_rng_state(tensors["rng"])
-        if "cuda_rng" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["cuda_rng"])
-        teacher = copy.deepcopy(model).eval() if parts["teacher"] else None
-        if teacher:
-            teacher.load_state_dict(parts["teacher"])
+        if run.checkpoint.exists():
+            with safetensors.safe_open(run.checkpoint, "pt") as file:
+                state = json.loads(file.metadata()["state"])
+                for key in file.keys():
+                    part, name = key.split("/")
+                    parts[part][name] = file.get_tensor(key)
+            model.load_state_dict(parts["model"])
+            moments = {}
+            for i, w in enumerate(model.parameters()):
+                if any(tensor.dim() and tensor.shape != w.shape
+                       for tensor in parts[f"adam {i}"].values()):
+                    raise ValueError(f"the moments of weight {i} have another shape")
+                if parts[f"adam {i}"]:               # else it was never moved
+                    moments[i] = parts[f"adam {i}"]
+            adam.load_state_dict(adam.state_dict() | {"state": moments})
+            P.theta = [np.array(theta) for theta in state["theta"]]
+            rng.bit_generator.state = state["rng"]
+            torch.set_rng_state(parts["rng"]["cpu"])
+            if torch.cuda.is_available() and "cuda" in parts["rng"]:
+                torch.cuda.set_rng_state(parts["rng"]["cuda"])
+            if parts["teacher"]:
+                teacher = copy.deepcopy(model).eval()
+                teacher.load_state_dict(parts["teacher"])
+            run.started -= state["seconds"]
+    if rank() == 0:
+        run.log_file.truncate(state["log_bytes"])
     return state["t"], state["K"], teacher
 
 
@@ -1063,11 +1010,12 @@ def read_superbert(directory):
 
 
 def latest_superbert():
-    """The directory in superbert/ whose training finished last."""
+    """The directory in superbert/ whose training finished last; plain fine-tuning does not count.
+    """
     found = []
     for path in Path("superbert").glob("*/run.json"):
         run = read_json(path)
-        if run.get("settings", {}).get("stages") in ("progressive", "all"):
+        if run.get("settings", {}).get("stages", "largest") != "largest":
             found.append((run["finished"], str(path.parent)))
     if not found:
         raise UserError("there is no finished super-BERT in superbert/: run `python yoco.py train` "
@@ -1090,8 +1038,8 @@ def masked_gradient(model, batch, sizes, autocast, teacher=None):
         logits = model.masked(*inputs, sizes).float()                # [lambda, B, num_labels]
     losses = totals = torch.stack([task_loss(one, labels) for one in logits])
     if teacher:
-        H, F_ = model.config.num_attention_heads, model.config.intermediate_size
-        is_largest = ((sizes[..., 0] == H) & (sizes[..., 1] == F_)).all(1)   # [lambda]
+        full = sizes.new_tensor([model.config.num_attention_heads, model.config.intermediate_size])
+        is_largest = (sizes == full).all(2).all(1)                   # [lambda]
         distilled = torch.stack([task_loss(one, wanted) for one in logits])
         totals = torch.where(is_largest, losses, (losses + distilled) / 2)
     totals.mean().backward()                                                             # Eq. 5
@@ -1150,34 +1098,27 @@ def rank_part(indices):
 
 def over_ranks(model, losses, share):
     """Replace every .grad by its sum over the ranks, each weighted with its share of the batch;
-    return the losses' sums, and the signal that stops all of them, if one has heard any."""
+    return the losses' sums, and the signals that any of them has heard."""
     # CHOICE: all ranks train the same architectures: theta needs the losses of all on one batch,
     # and a layer that no architecture has is without gradient everywhere.
     if world_size() == 1:
-        return losses, SIGNALS[:1]
-    parts = [w.grad for w in model.parameters() if w.grad is not None] + [torch.stack(losses)]
-    heard = parts[0].new_tensor([number in SIGNALS for number in STOPS])
-    flat = torch.cat([*(share * part.flatten() for part in parts), heard])
-    dist.all_reduce(flat)                                            # the sum over ranks
-    *sums, heard = flat.split([part.numel() for part in parts] + [len(STOPS)])
-    for part, total in zip(parts, sums):
-        part.copy_(total.view_as(part))
-    return list(parts[-1]), [number for number, count in zip(STOPS, heard.tolist()) if count]
+        return losses, SIGNALS
+    losses = torch.stack(losses)
+    heard = losses.new_tensor([number in SIGNALS for number in STOPS])
+    for part in [w.grad for w in model.parameters() if w.grad is not None] + [losses]:
+        dist.all_reduce(part.mul_(share))                            # the sum over ranks
+    dist.all_reduce(heard)
+    return list(losses), [number for number, count in zip(STOPS, heard.tolist()) if count]
 
 
-@contextlib.contextmanager
-def joined():
-    """Meet the other ranks, where torchrun started several. Rank 0 alone is heard."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    if rank() > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-    yield
-    dist.destroy_process_group()
+def join_ranks():
+    """Meet the other processes, where torchrun started several. Rank 0 alone is heard."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group()
+        if rank() > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1190,14 +1131,10 @@ SIGNALS = []    # heard so far: train and search stop after the step at hand
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(Exception):
-    """A signal ended the run; its argument is the number."""
-
-
 def stop_if(signals):
-    """Leave the run where a signal was heard."""
+    """Leave the run where a signal was heard; the exception's argument is its number."""
     if signals:
-        raise Stopped(signals[0])
+        raise KeyboardInterrupt(signals[0])
 
 
 class Parser(argparse.ArgumentParser):
@@ -1216,30 +1153,33 @@ def parse(argv):
         sub = commands.add_parser(name, help=kind.__doc__, description=kind.__doc__,
                                   allow_abbrev=False)
         for field in dataclasses.fields(kind):
-            text, choices = field.metadata["help"], field.metadata["choices"]
-            form = dict(type=field.type, choices=choices,
-                        metavar=None if choices else field.type.__name__.upper())
+            form = dict(type=field.type)
             if field.type is bool:
                 form = dict(action=argparse.BooleanOptionalAction)
             elif field.type is list:
-                form = dict(nargs="+", metavar="BUDGET")
+                form = dict(nargs="+")
+            elif get_args(field.type):
+                form = dict(choices=get_args(field.type))
             shown = f" (default: {field.default})" if field.default else ""
-            sub.add_argument("--" + field.name.replace("_", "-"), help=text + shown,
+            sub.add_argument(flag(field), help=field.metadata["help"] + shown,
                              default=field.default, **form)
     options, unknown = parser.parse_known_args(argv)
     options = vars(options)
     kind, function = COMMANDS[options.pop("command")]
     if unknown:
-        known = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)]
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        meant = f"did you mean {near[0]}?" if near else f"known are {' '.join(known)}"
-        parser.error(f"unknown: {' '.join(unknown)}; {meant}")
+        known = [flag(field) for field in dataclasses.fields(kind)]
+        near = difflib.get_close_matches(unknown[0], known, 1) or known
+        parser.error(f"unknown: {' '.join(unknown)}; did you mean {' '.join(near)}?")
     for field in dataclasses.fields(kind):
         value, low, high = (options[field.name], *map(field.metadata.get, ("low", "high")))
         if low is not None and not low <= value <= high:
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: it must be at least {low} "
-                            f"and at most {high}")
+            parser.error(f"{flag(field)} {value}: it must be at least {low} and at most {high}")
     return kind(**options), function
+
+
+def flag(field):
+    """A field of the settings as it is typed."""
+    return "--" + field.name.replace("_", "-")
 
 
 def hear(number, _):
@@ -1253,30 +1193,27 @@ def hear(number, _):
 def main(argv=None):
     """Run one command; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C and
     143 after SIGTERM."""
-    for name in ("stdout", "stderr"):                                # closed, or of few letters
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        if hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):                          # one may be closed: None
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")            # an encoding of few letters
     SIGNALS.clear()
     before = {number: signal.getsignal(number) for number in STOPS}
     try:
-        with joined():
-            settings, function = parse(sys.argv[1:] if argv is None else argv)
-            if function is not train and world_size() > 1:
-                raise UserError("only train shares its work: start without torchrun")
-            if function is not evaluate:
-                for number, handler in before.items():
-                    if handler != signal.SIG_IGN:                    # as in a background job
-                        signal.signal(number, hear)
-            function(settings)
-        sys.stdout.flush()
+        join_ranks()
+        settings, function = parse(sys.argv[1:] if argv is None else argv)
+        if function is not train and world_size() > 1:
+            raise UserError("only train shares its work: start without torchrun")
+        for number, handler in before.items():
+            if function is not evaluate and handler != signal.SIG_IGN:       # as in the background
+                signal.signal(number, hear)
+        function(settings)
+        if sys.stdout:
+            sys.stdout.flush()
     except BrokenPipeError:                                          # nobody reads any more
         sys.stdout = open(os.devnull, "w")
-    except (Stopped, KeyboardInterrupt) as stop:
-        number = stop.args[0] if stop.args else (SIGNALS or [signal.SIGINT])[0]
+    except KeyboardInterrupt as stop:
         tell("\nstopped; the same command with --resume goes on")
-        return 128 + number
+        return 128 + (*stop.args, *SIGNALS, signal.SIGINT)[0]
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         text = str(error)
         if isinstance(error, OSError):
@@ -1291,6 +1228,8 @@ def main(argv=None):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
