@@ -52,7 +52,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # First of all model, which says how torch's threads wait.
-from model import (BertConfig, ElasticBert, SearchSpace, UserError, arithmetic, count_flops,
+from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, arithmetic, count_flops,
                    count_params, extract, fingerprint, hardware, latency, layer_sizes, load_bert,
                    peak_memory, read_json, record, reorder, save_bert, say, tokenizer_files,
                    weight_files, write_file, write_json, TOKENIZER_FILES)
@@ -156,12 +156,9 @@ def fisher_norm(theta, gradient):
 
 def lift(theta, n):
     """Raise one variable's open categories [size] to theta_min = 1 / (n (size - 1)), at most to
-    1 / (2 size). n: the variables with a choice in the whole space, open or not.
-
-    What this adds is taken from each in proportion to what it has
-    above theta_min, so that the sum is 1 again and none falls below theta_min (which clipping and
-    dividing would not ensure).
-    """
+    1 / (2 size). n: the variables with a choice in the whole space, open or not. What this adds is
+    taken from each in proportion to what it has above theta_min, so that the sum is 1 again and
+    none falls below theta_min (which clipping and dividing would not ensure)."""
     size = len(theta)
     theta_min = 1 / max(n * (size - 1), 2 * size)
     theta = np.maximum(theta, theta_min)
@@ -544,25 +541,21 @@ def search(settings):
             raise UserError(f"nothing kept {budget:.4g} {UNITS[kind]} when it was measured again")
         dev = data.scorer(model, devs, task.metric, device, autocast)(best)
         save_bert(extract(model, best), run.path, tokenizer)
-        known = len(read_log(run.path)) - 1
         inherited = ("task", "metric", "pairs", "data", "train", "held_out", "max_length")
         run.finish(device, autocast, **{name: trained[name] for name in inherited},
                    superbert=superbert, unit=UNITS[kind], budget=budget, cost=cost(best),
                    full_cost=cost(largest), arch=best._asdict(), selected_on=settings.select_on,
                    params=count_params(model.config, best), flops=count_flops(model.config, best),
                    selection_score=memo[best], dev=dev, evaluations_asked=settings.evaluations,
-                   evaluations_run=known)
-        optimistic = " (optimistic: dev selected it)" if settings.select_on == "dev" else ""
-        say(f"found: {best}, {cost(best):,.6g} of {budget:,.6g} {UNITS[kind]}; score "
-            f"{memo[best]:.2f} on {settings.select_on}, which selects; evaluations: "
-            f"{settings.evaluations} asked, {known} run\n  dev{optimistic}: "
-            f"{in_words(model.config, best, dev)}")
+                   evaluations_run=len(read_log(run.path)) - 1)
     results = [read_json(run.path / "run.json") for run in runs]
     for run, found in zip(runs, results):
-        if len(runs) > 1:
-            say(f"T(m) < {found['budget']:,.6g} {found['unit']}: {found['params']:,} parameters, "
-                f"selection {found['selection_score']:.2f}, dev {found['dev']['score']:.2f}, "
-                f"{run.path}")
+        arch, optimistic = Arch(**found["arch"]), found["selected_on"] == "dev"
+        say(f"found: {arch}, {found['cost']:,.6g} of {found['budget']:,.6g} {found['unit']}, in "
+            f"{run.path}; score {found['selection_score']:.2f} on {found['selected_on']}, which "
+            f"selects; evaluations: {found['evaluations_asked']} asked, {found['evaluations_run']} "
+            f"run\n  dev{' (optimistic: it selected)' if optimistic else ''}: "
+            f"{in_words(model.config, arch, found['dev'])}")
     return results
 
 
