@@ -1,14 +1,10 @@
 """BERT from scratch with an elastic forward pass: one set of weights, any smaller BERT inside.
 
 After Devlin et al. 2019 (the model) and YOCO-BERT, Sec. 3.2 (the elasticity). A *super-BERT* is an
-`ElasticBert` called with its largest architecture; a *sub-BERT* is `d` layers of it, the first or
-evenly spaced ones (`kept_layers`), in each of them the first `h` heads and the first `k` FFN
-neurons. The architecture is an argument of `forward`: nothing is selected beforehand, and what is
-sliced off is not computed. `masked` computes the same for several architectures in one pass of
-fixed shapes, which suits a GPU: slicing is masking with the zeros not computed. Hidden size,
-embeddings, pooler and classifier are shared by every architecture. `extract` copies a slice into a
-stand-alone model of the same class. The tensors have short names here and Hugging Face's names on
-disk; one explicit map stands between them.
+`ElasticBert` called with its largest architecture. A *sub-BERT* is `d` layers of it, the first or
+evenly spaced ones, and in each of them the first `h` heads and the first `k` FFN neurons. The
+architecture is an argument of `forward`: nothing is selected beforehand, and what is sliced off is
+not computed. Hidden size, embeddings, pooler and classifier are shared by every architecture.
 
 Letters: B batch, T tokens, C hidden size, H heads kept, D head size, F FFN neurons kept.
 """
@@ -50,26 +46,27 @@ class UserError(ValueError):
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": GELU_TANH,
                "gelu_pytorch_tanh": GELU_TANH, "relu": F.relu}
-# Fields of config.json that would compute something else with any other value.
-ONLY = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False,
-        "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
-CHOICES = {"hidden_act": list(ACTIVATIONS), "depth_keeps": ["first", "even"],
-           "problem_type": [None, "regression", "single_label_classification"]}
-# Fields that change no logit; those for generating text stand in every file of older versions.
-HARMLESS = set("""
-    architectures transformers_version _name_or_path name_or_path torch_dtype dtype use_bfloat16
-    gradient_checkpointing use_cache output_past output_attentions output_hidden_states return_dict
-    torchscript tf_legacy_loss tie_word_embeddings tie_encoder_decoder finetuning_task
-    task_specific_params label2id num_labels tokenizer_class prefix pad_token_id bos_token_id
-    eos_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id directionality
-    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
-    cross_attention_hidden_size attn_implementation _attn_implementation_autoset model_name language
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
-    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens chunk_size_feed_forward
-    """.split())
+# What is computed of the fields that have few values; the first six have no other use here.
+CHOICES = {"model_type": ["bert"], "position_embedding_type": ["absolute"], "is_decoder": [False],
+           "is_encoder_decoder": [False], "add_cross_attention": [False], "pruned_heads": [{}],
+           "hidden_act": list(ACTIVATIONS), "depth_keeps": ["first", "even"],
+           "problem_type": ["regression", "single_label_classification"]}
+# Fields that change no logit; those in the last three lines are for generating text.
+HARMLESS = re.compile(r"""
+    architectures|transformers_version|\w*name_or_path|model_name|language|(torch_)?dtype|use_cache
+    |use_bfloat16|finetuning_task|task_specific_params|tokenizer_class|label2id|_?num_labels
+    |output_\w+|return_dict|torchscript|tf_legacy_loss|xla_device|gradient_checkpointing|tie_\w+
+    |chunk_size_feed_forward|_?attn_implementation\w*|directionality|pooler_\w+|\w+_token_ids?
+    |(max|min)_length|do_sample|early_stopping|num_beam\w+|num_return_sequences|temperature|top_[kp]
+    |typical_p|\w+_penalty|\w*no_repeat_ngram_size|\w*suppress_tokens|bad_words_ids|prefix
+    |remove_invalid_values|return_dict_in_generate|cross_attention_hidden_size""", re.VERBOSE)
+
+
+def is_label(name):
+    """Whether a text can name a label: not empty, and no character that breaks or steers a line.
+    (Joiners and blanks of all scripts are text.)"""
+    return isinstance(name, str) and name != "" and not any(
+        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
 
 
 @dataclass
@@ -91,56 +88,45 @@ class BertConfig:
     classifier_dropout: float = None           # None: as hidden_dropout_prob
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
-    problem_type: str | None = None            # "regression": the one logit is the answer
-    id2label: dict | None = None               # {"0": name, ...}: label names travel with the model
+    problem_type: str = None                   # "regression": the one logit is the answer
+    id2label: dict = None                      # {"0": name, ...}: label names travel with the model
     depth_keeps: str = "first"                 # the layers of a smaller depth, or "even"ly spaced
-    layer_heads: list | None = None            # a sub-BERT's heads, one number per layer
-    layer_ffn_sizes: list | None = None        # a sub-BERT's FFN sizes, one number per layer
+    layer_heads: list = None                   # a sub-BERT's heads, one number per layer
+    layer_ffn_sizes: list = None               # a sub-BERT's FFN sizes, one number per layer
 
     def __post_init__(self):
         for field in fields(self):
             value, legal = getattr(self, field.name), None
+            if value is None and field.default is None:
+                continue
             if field.type is int and not (type(value) is int and 1 <= value <= 10**6):
                 legal = "a whole number from 1 to 1000000"
-            elif field.type is float and value is not field.default and not (
-                    type(value) in (int, float) and 0 <= value < 1):
+            if field.type is float and not (type(value) in (int, float) and 0 <= value < 1):
                 legal = "a number from 0 to less than 1"
-            elif field.name in CHOICES and value not in CHOICES[field.name]:
-                legal = " or ".join(map(repr, CHOICES[field.name]))
+            if field.type is list and not all(type(n) is int and n >= 1 for n in value):
+                legal = "a whole number above 0 for each layer"
+            if field.type is dict and not (
+                    isinstance(value, dict) and all(map(is_label, value.values()))
+                    and set(value) == {str(i) for i in range(len(set(value.values())))}):
+                legal = '{"0": name, ...}, different names without control characters'
             if legal:
                 raise UserError(f"{field.name} is {value!r}, not {legal}")
-        heads, neurons = self.num_attention_heads, self.intermediate_size
-        if self.hidden_size % heads:
-            raise UserError(f"{heads} heads do not divide the hidden size {self.hidden_size}")
-        if self.id2label is not None and not (
-                isinstance(self.id2label, dict) and len(self.labels) == len(self.id2label)):
-            raise UserError('id2label must be {"0": name, "1": name, ...}, the names all different '
-                            "and without control characters")
-        for sizes, most in ((self.layer_heads, heads), (self.layer_ffn_sizes, neurons)):
-            if sizes is not None and not (
-                    isinstance(sizes, list) and len(sizes) == self.num_hidden_layers
-                    and all(type(size) is int and 1 <= size <= most for size in sizes)):
-                raise UserError(f"layer_heads and layer_ffn_sizes must be {self.num_hidden_layers} "
-                                f"whole numbers, from 1 to {heads} and {neurons}")
-        self.head_size = self.hidden_size // heads                   # D, the same in every layer
-        if count_params(self, self.arch) > 10**9:
-            raise UserError("more than 10^9 parameters")
-
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"{self.num_attention_heads} heads do not divide the hidden size "
+                            f"{self.hidden_size}")
+        self.head_size = self.hidden_size // self.num_attention_heads    # D, of every layer
 
     @property
     def arch(self):
         """The largest architecture that a model of this configuration holds."""
-        d = self.num_hidden_layers
-        return Arch(self.layer_heads or [self.num_attention_heads] * d,
-                    self.layer_ffn_sizes or [self.intermediate_size] * d)
+        layers = self.num_hidden_layers
+        return Arch(self.layer_heads or [self.num_attention_heads] * layers,
+                    self.layer_ffn_sizes or [self.intermediate_size] * layers)
 
     @property
     def labels(self):
-        """Label names in the order of the logits; () where none are known, or none that can be."""
-        names = self.id2label or {}
-        found = [names.get(str(i)) for i in range(len(names))]
-        legal = all(map(is_label, found)) and len(set(found)) == len(found)
-        return tuple(found) if legal else ()
+        """Label names in the order of the logits; () where none are known."""
+        return tuple(self.id2label[str(i)] for i in range(len(self.id2label or {})))
 
     def name_labels(self, labels):
         """Take over a task's label names, () for regression."""
@@ -154,29 +140,22 @@ class BertConfig:
     @classmethod
     def load(cls, directory):
         """Read `directory`/config.json. A field that changes what is computed is computed here or
-        refused by name, and so is one that nobody here knows."""
-        path = Path(directory) / "config.json"
+        refused by name, and so is one that nobody here knows; null stands for its default."""
+        path, own = Path(directory) / "config.json", {field.name for field in fields(cls)}
         found = read_json(path, f"does not exist: {directory} is not a BERT directory")
-        own = [field.name for field in fields(cls)]
         if path.with_name("log.jsonl").exists() and not path.with_name("run.json").exists():
             raise UserError(f"{directory} is unfinished: go on with --resume")
+        found = {name: value for name, value in found.items() if value is not None}
         for name, value in found.items():
-            if name in ONLY and (value or ONLY[name]) != ONLY[name]:
-                raise UserError(f"{path}: {name} is {value!r}; only {ONLY[name]!r} is supported")
-            if name not in own and name not in ONLY and name not in HARMLESS:
+            if value not in CHOICES.get(name, [value]):
+                raise UserError(f"{path}: {name} is {value!r}, not one of {CHOICES[name]}")
+            if name not in own and name not in CHOICES and not HARMLESS.fullmatch(name):
                 raise UserError(f"{path}: unknown field {name!r}, which may change what the model "
                                 "computes: remove it if it does not")
         try:
-            return cls(**{name: found[name] for name in own if name in found})
+            return cls(**{name: value for name, value in found.items() if name in own})
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-
-
-def is_label(name):
-    """Whether a text can name a label: not empty, and no character that breaks or steers a line.
-    (Joiners and blanks of all scripts are text.)"""
-    return isinstance(name, str) and name != "" and not any(
-        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
 
 
 # --------------------------------------------------------------------------------------------------
