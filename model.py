@@ -103,25 +103,22 @@ class BertConfig:
                 legal = "a whole number from 1 to 1000000"
             if field.type is float and not (type(value) in (int, float) and 0 <= value < 1):
                 legal = "a number from 0 to less than 1"
-            if field.type is list and not all(type(n) is int and n >= 1 for n in value):
-                legal = "a whole number above 0 for each layer"
             if field.type is dict and not (
                     isinstance(value, dict) and all(map(is_label, value.values()))
                     and set(value) == {str(i) for i in range(len(set(value.values())))}):
                 legal = '{"0": name, ...}, different names without control characters'
             if legal:
                 raise UserError(f"{field.name} is {value!r}, not {legal}")
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"{self.num_attention_heads} heads do not divide the hidden size "
-                            f"{self.hidden_size}")
-        self.head_size = self.hidden_size // self.num_attention_heads    # D, of every layer
+        heads, C = self.num_attention_heads, self.hidden_size
+        if C % heads:
+            raise UserError(f"{heads} heads do not divide the hidden size {C}")
+        self.head_size = C // heads                                      # D, of every layer
 
     @property
     def arch(self):
         """The largest architecture that a model of this configuration holds."""
-        layers = self.num_hidden_layers
-        return Arch(self.layer_heads or [self.num_attention_heads] * layers,
-                    self.layer_ffn_sizes or [self.intermediate_size] * layers)
+        return Arch(self.layer_heads or [self.num_attention_heads] * self.num_hidden_layers,
+                    self.layer_ffn_sizes or [self.intermediate_size] * self.num_hidden_layers)
 
     @property
     def labels(self):
@@ -180,12 +177,9 @@ class Arch(namedtuple("Arch", "heads ffn_sizes")):
     >>> print(Arch((12, 4), (3072, 512)))
     2 layers, heads 12 4, FFN 3072 512
     """
-    __slots__ = ()
-
     def __new__(cls, heads, ffn_sizes):
-        if len(heads) != len(ffn_sizes) or not heads:
-            raise UserError(f"Arch: {len(heads)} heads and {len(ffn_sizes)} FFN sizes; one of each "
-                            "per active layer, and at least one layer")
+        if not heads or len(heads) != len(ffn_sizes):
+            raise UserError("an Arch takes a number of heads and an FFN size for each layer")
         return super().__new__(cls, tuple(heads), tuple(ffn_sizes))
 
     @property
@@ -250,9 +244,8 @@ class SearchSpace:
         for name, values, legal in (("depth", [arch.depth], self.depths),
                                     ("heads", arch.heads, self.heads),
                                     ("FFN size", arch.ffn_sizes, self.ffn_sizes)):
-            for value in values:
-                if value not in legal:
-                    raise UserError(f"{name} {value} is not in the search space: one of {legal}")
+            if not set(values) <= set(legal):
+                raise UserError(f"{name} {values} is not in the search space: each one of {legal}")
 
     def arch(self, choices):
         """Choices -> Arch. What stands at inactive layers is not looked at."""
@@ -361,8 +354,7 @@ class Layer(nn.Module):
 
 
 class ElasticBert(nn.Module):
-    """BERT with a pooler and a linear classifier. It holds the full weights; `forward` uses a part.
-    """
+    """BERT with a pooler and a linear classifier; `forward` uses a part of the full weights."""
 
     def __init__(self, config, num_labels):
         super().__init__()
@@ -384,11 +376,11 @@ class ElasticBert(nn.Module):
             nn.init.zeros_(module.bias)
 
     def check(self, arch):
-        """Raise UserError unless `arch` has whole numbers from 1 to what the model has."""
+        """Raise UserError unless every size of `arch` is from 1 to what the model has."""
         own = self.config.arch
         fits = arch.depth <= own.depth and all(
-            type(n) is int and 1 <= n <= most for i, *wanted in self.config.layers(arch)
-            for n, most in zip(wanted, (own.heads[i], own.ffn_sizes[i])))
+            1 <= heads <= own.heads[i] and 1 <= neurons <= own.ffn_sizes[i]
+            for i, heads, neurons in self.config.layers(arch))
         if not fits:
             raise UserError(f"architecture [{arch}] does not fit into the model's [{own}]")
 
@@ -437,10 +429,10 @@ class ElasticBert(nn.Module):
 
     def head(self, x):
         """Hidden states after the last layer, [B, 1 or T, C] -> logits [B, num_labels]."""
-        config = self.config
-        p = config.classifier_dropout
-        p = (config.hidden_dropout_prob if p is None else p) * self.training
-        pooled = dropout(torch.tanh(self.pooler(x[:, 0])), p)            # [B, C] from [CLS]
+        p = self.config.classifier_dropout
+        p = self.config.hidden_dropout_prob if p is None else p
+        pooled = torch.tanh(self.pooler(x[:, 0]))                        # [B, C] from [CLS]
+        pooled = dropout(pooled, p * self.training)
         # In fp32 whatever the precision: bf16 would round a regression's answers.
         with torch.autocast(x.device.type, enabled=False):
             return self.classifier(pooled.float())
@@ -501,12 +493,11 @@ HF_NAMES = {"word_embeddings": "bert.embeddings.word_embeddings",
             "position_embeddings": "bert.embeddings.position_embeddings",
             "token_type_embeddings": "bert.embeddings.token_type_embeddings",
             "embedding_norm": "bert.embeddings.LayerNorm",
-            "pooler": "bert.pooler.dense",
-            "classifier": "classifier"}
-HF_LAYER_NAMES = {"query": "attention.self.query", "key": "attention.self.key",
-                  "value": "attention.self.value", "attention_out": "attention.output.dense",
-                  "attention_norm": "attention.output.LayerNorm", "ffn_in": "intermediate.dense",
-                  "ffn_out": "output.dense", "ffn_norm": "output.LayerNorm"}
+            "query": "attention.self.query", "key": "attention.self.key",
+            "value": "attention.self.value", "attention_out": "attention.output.dense",
+            "attention_norm": "attention.output.LayerNorm", "ffn_in": "intermediate.dense",
+            "ffn_out": "output.dense", "ffn_norm": "output.LayerNorm",
+            "pooler": "bert.pooler.dense", "classifier": "classifier"}
 
 
 def hf_name(name):
@@ -515,110 +506,101 @@ def hf_name(name):
     >>> hf_name("layers.3.ffn_in.weight")
     'bert.encoder.layer.3.intermediate.dense.weight'
     """
-    *path, kind = name.split(".")
-    if path[0] == "layers":
-        return f"bert.encoder.layer.{path[1]}.{HF_LAYER_NAMES[path[2]]}.{kind}"
-    return f"{HF_NAMES[path[0]]}.{kind}"
+    *layer, module, kind = name.split(".")
+    prefix = f"bert.encoder.layer.{layer[1]}." if layer else ""
+    return f"{prefix}{HF_NAMES[module]}.{kind}"
 
 
 def load_bert(directory, num_labels=None, labels=None):
     """ElasticBert from the config.json and model.safetensors of Hugging Face or `save_bert`, with
     `num_labels` labels (None: as many as the classifier in the file has).
 
-    labels: the names to train on, () for regression. A classifier of the same names in another
-    order is permuted, one of other names is replaced by a new one. Without `labels` the model is to
-    be used as it is, and must be complete. Strict: the names and shapes must be exactly those of
-    the model, but for the pre-training heads `cls.*`, the buffer `position_ids`, a missing prefix
-    `bert.`, and prefixes that wrappers add; what is new is initialised at random, with a line that
-    says so. Raises UserError that names the first tensor at fault.
+    labels: the names to train on, () for regression; see `fit_classifier`. Without them the model
+    is to be used as it is. Strict: names and shapes of the tensors must be exactly the model's, but
+    for what `read_tensors` mends. A new classifier, and with it a pooler that a model of masked
+    words lacks, is initialised at random, with a line that says so. Raises UserError that names the
+    first tensor at fault.
     """
-    config = BertConfig.load(directory)
-    path, raw = read_tensors(directory)
-    tensors = {}
-    for name, tensor in raw.items():
-        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if not name.startswith("cls.") and not name.endswith("embeddings.position_ids"):
-            bare = name.startswith(("embeddings.", "encoder.", "pooler."))
-            tensors["bert." + name if bare else name] = tensor
-
-    classifier = tensors.get("classifier.weight")                        # [num_labels, C] or None
-    if classifier is None and num_labels is None:
-        raise UserError(f"{path} has no classifier: it was not fine-tuned")
-    num_labels = num_labels or len(classifier)
-    if labels is not None and classifier is not None:
-        if labels and sorted(labels) == sorted(config.labels):
-            order = [config.labels.index(name) for name in labels]
-            for name in {"classifier.weight", "classifier.bias"} & set(tensors):
-                tensors[name] = tensors[name][order]
-        elif labels or len(classifier) != 1:
-            say(f"{path} has a classifier for other labels, "
-                f"{', '.join(config.labels) or 'without names'}: it is not used")
-            tensors = {n: t for n, t in tensors.items() if not n.startswith("classifier.")}
+    config, tensors = BertConfig.load(directory), read_tensors(directory)
     if labels is not None:
-        config.name_labels(labels)
-
+        fit_classifier(tensors, config, labels, directory)
+    if num_labels is None and "classifier.weight" not in tensors:
+        raise UserError(f"{directory} has no classifier: it was not fine-tuned")
+    num_labels = num_labels or len(tensors["classifier.weight"])
+    one_answer = config.problem_type == "regression"
+    if one_answer != (num_labels == 1) or config.labels and len(config.labels) != num_labels:
+        raise UserError(f"{directory}: {num_labels} logits contradict its config.json: one alone "
+                        'needs "problem_type": "regression"; "id2label", if any, names each')
     with torch.device("meta"):                    # no memory before the shapes are checked
         model = ElasticBert(config, num_labels)
-    new = ["classifier"] if "classifier.weight" not in tensors else []
-    if new and classifier is None and "bert.pooler.dense.weight" not in tensors:
-        new.append("pooler")                      # of a model of masked words
-    for name in new:
-        size = getattr(model, name).weight.shape
-        say(f"{path}: a new {name} is initialised, {size[1]} -> {size[0]}")
-        weight = torch.empty(size).normal_(std=config.initializer_range)
-        tensors[hf_name(name + ".weight")] = weight
-        tensors[hf_name(name + ".bias")] = torch.zeros(size[0])
+    for name in ("classifier", "pooler"):
+        if hf_name(f"{name}.weight") in tensors:
+            break                                 # no new pooler under an old classifier
+        n_out, n_in = getattr(model, name).weight.shape
+        say(f"{directory}: a new {name} is initialised, {n_in} -> {n_out}")
+        weight = torch.empty(n_out, n_in).normal_(std=config.initializer_range)
+        tensors |= {hf_name(f"{name}.weight"): weight, hf_name(f"{name}.bias"): torch.zeros(n_out)}
     state = {}
     for name, like in model.state_dict().items():
-        tensor = tensors.pop(hf_name(name), None)
+        tensor, title = tensors.pop(hf_name(name), None), f"{directory}: tensor {hf_name(name)}"
         if tensor is None:
-            raise UserError(f"{path}: tensor {hf_name(name)} is missing")
+            raise UserError(f"{title} is missing")
         if tensor.shape != like.shape:
-            raise UserError(f"{path}: tensor {hf_name(name)} has shape {list(tensor.shape)}, "
-                            f"expected {list(like.shape)}")
+            raise UserError(f"{title} has shape {[*tensor.shape]}, expected {[*like.shape]}")
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
-            raise UserError(f"{path}: tensor {hf_name(name)} is not all finite numbers")
+            raise UserError(f"{title} is not all finite numbers")
         state[name] = tensor.to(torch.float32, copy=True)                # not a map of the file
     if tensors:
-        raise UserError(f"{path}: unknown tensor {min(tensors)}")
-    if labels is None and config.problem_type != "regression" and num_labels == 1:
-        raise UserError(f'{path} has one logit, and its config.json no "problem_type": write '
-                        '"regression" there if the logit is the answer')
-    if config.problem_type == "regression" and num_labels > 1 or (
-            config.labels and len(config.labels) != num_labels > 1):
-        raise UserError(f"{path} has {num_labels} logits, which its config.json contradicts: see "
-                        "problem_type and id2label")
+        raise UserError(f"{directory}: unknown tensor {min(tensors)}")
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
+def fit_classifier(tensors, config, labels, directory):
+    """Fit the classifier among `tensors` to label names, () for regression: one of the same names
+    in another order is permuted, one of other names is removed. `config` takes the names over."""
+    known, own = config.labels, [name for name in tensors if name.startswith("classifier.")]
+    rows = len(tensors[own[0]]) if own else 0
+    config.name_labels(labels)
+    if rows == len(labels) and sorted(labels) == sorted(known):
+        order = [known.index(name) for name in labels]
+        for name in own:
+            tensors[name] = tensors[name][order]
+    elif own and (labels or rows != 1):
+        say(f"{directory} has a classifier for other labels, {', '.join(known) or 'without names'}:"
+            " it is not used")
+        for name in own:
+            del tensors[name]
+
+
 def weight_files(directory):
     """The safetensors files of a BERT directory: one, or those that an index names."""
-    index = Path(directory) / "model.safetensors.index.json"
-    if not index.exists():
-        return [Path(directory) / "model.safetensors"]
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-        raise UserError(f"{index} has no weight_map of file names")
-    return [Path(directory) / name for name in sorted(set(names.values()))]
+    index, names = Path(directory) / "model.safetensors.index.json", {"model.safetensors"}
+    if index.exists():
+        names = set(read_json(index).get("weight_map", {}).values())
+    return [Path(directory) / name for name in sorted(names)]
 
 
 def read_tensors(directory):
-    """(the path to name in errors, {name: tensor}) of a directory's weights."""
-    tensors, paths = {}, weight_files(directory)
-    for path in paths:
+    """{name: tensor} of a directory's weights: without the prefixes of wrappers, the pre-training
+    heads `cls.*` and the buffer `position_ids`, and under today's names where it has old ones."""
+    tensors = {}
+    for path in weight_files(directory):
         try:
-            tensors |= safetensors.torch.load_file(path)
+            found = safetensors.torch.load_file(path)
         except FileNotFoundError:
-            pickled = path.with_name("pytorch_model.bin").exists()
-            raise UserError(f"{path} does not exist" + (
-                "; pytorch_model.bin does: convert it with transformers' from_pretrained(...)"
-                ".save_pretrained(...)" if pickled else "")) from None
+            raise UserError(f"{path} does not exist (a pytorch_model.bin becomes one by "
+                            "transformers' from_pretrained(...).save_pretrained(...))") from None
         except (SafetensorError, ValueError, OverflowError, RuntimeError) as error:
             raise UserError(f"{path} is not a complete safetensors file ({error})") from None
-    return paths[0], tensors
+        for name, tensor in found.items():
+            name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+            name = re.sub(r"^(embeddings|encoder|pooler)\.", r"bert.\1.", name)
+            name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+            name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+            if not name.startswith("cls.") and not name.endswith("embeddings.position_ids"):
+                tensors[name] = tensor
+    return tensors
 
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json",
@@ -634,18 +616,17 @@ def tokenizer_files(directory):
 def save_bert(model, directory, tokenizer=None):
     """Write config.json and model.safetensors, which `load_bert` reads back bit for bit; and, so
     that the directory stands alone, a tokenizer's files, {name: bytes}."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
     config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert",
               **{k: v for k, v in asdict(model.config).items() if v is not None}}
     if model.config.id2label:
         config["label2id"] = {name: i for i, name in enumerate(model.config.labels)}
     else:
         config["num_labels"] = model.num_labels   # for others, who would take two for granted
-    write_file(Path(directory) / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     tensors = {hf_name(n): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
-    write_file(Path(directory) / "model.safetensors",
-               safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    for name, content in (tokenizer or {}).items():
+    files = {"config.json": json.dumps(config, indent=2).encode() + b"\n",
+             "model.safetensors": safetensors.torch.save(tensors, metadata={"format": "pt"})}
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for name, content in {**files, **(tokenizer or {})}.items():
         write_file(Path(directory) / name, content)
 
 
@@ -655,31 +636,28 @@ def save_bert(model, directory, tokenizer=None):
 
 def arithmetic(device="auto", precision="auto"):
     """(torch.device, maker of autocast contexts); "auto": the fastest device there is, and bf16
-    where its hardware has units for it, else fp32. UserError where the device is missing. Also
-    calls `keep_memory`."""
+    where its hardware has units for it, else fp32. UserError where the device is missing."""
     keep_memory()
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
-    name = [n for n in here if here[n]][0] if device == "auto" else device
-    if not here[name]:
+    here = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    name = here[0] if device == "auto" else device
+    if name not in here:
         raise UserError(f"--device {name}: this machine has none")
-    if name == "cuda":
-        hardware_bf16 = torch.cuda.get_device_capability() >= (8, 0)         # from Ampere on
-    else:
-        hardware_bf16 = name == "cpu" and any(torch.cpu.get_capabilities().get(unit)
-                                              for unit in ("amx_bf16", "avx512_bf16"))
-    bf16 = hardware_bf16 if precision == "auto" else precision == "bf16"
+    bf16 = precision == "bf16"
+    if precision == "auto" and name == "cuda":
+        bf16 = torch.cuda.get_device_capability() >= (8, 0)                  # from Ampere on
+    elif precision == "auto" and name == "cpu":
+        units = torch.cpu.get_capabilities()
+        bf16 = bool(units.get("amx_bf16") or units.get("avx512_bf16"))
     return torch.device(name), lambda: torch.autocast(name, torch.bfloat16, enabled=bf16)
 
 
 def keep_memory():
     """Let malloc keep what is freed. glibc's gives the memory of every large tensor back to the
     kernel, which maps and zeroes it anew for the next."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):                      # another C library
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)                                      # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)                              # M_TRIM_THRESHOLD
+    with suppress(OSError, AttributeError):                              # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)                                              # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)                                      # M_TRIM_THRESHOLD
 
 
 def hardware(device):
@@ -687,18 +665,17 @@ def hardware(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    found = re.search("model name.*: (.*)", info.read_text()) if info.exists() else None
     return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def peak_memory(device):
-    """The most memory used so far, in MiB: the GPU's, or this process's (0 on Windows)."""
+    """The most memory used so far, in MiB: the GPU's, or this process's (0 where not on Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
+    with suppress(OSError):
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+    return 0
 
 
 def record(compute, pool=None):
