@@ -72,9 +72,7 @@ def is_label(name):
 @dataclass
 class BertConfig:
     """The fields of a Hugging Face config.json that shape a BERT; the defaults are BERT-base's.
-
-    Raises UserError where the fields describe no BERT that this file computes.
-    """
+    Raises UserError for sizes and shares that no BERT has."""
     vocab_size: int = 30522
     hidden_size: int = 768                     # C
     num_hidden_layers: int = 12
@@ -113,12 +111,9 @@ class BertConfig:
         if C % heads:
             raise UserError(f"{heads} heads do not divide the hidden size {C}")
         self.head_size = C // heads                                      # D, of every layer
-
-    @property
-    def arch(self):
-        """The largest architecture that a model of this configuration holds."""
-        return Arch(self.layer_heads or [self.num_attention_heads] * self.num_hidden_layers,
-                    self.layer_ffn_sizes or [self.intermediate_size] * self.num_hidden_layers)
+        # The largest architecture that a model of this configuration holds.
+        self.arch = Arch(self.layer_heads or [heads] * self.num_hidden_layers,
+                         self.layer_ffn_sizes or [self.intermediate_size] * self.num_hidden_layers)
 
     @property
     def labels(self):
@@ -197,7 +192,7 @@ class SearchSpace:
     over the pair (FFN size, heads): index = FFN index * number of heads choices + heads index.
 
     A point of it is a list of choices, one category index per variable; a layer that the depth does
-    not keep is inactive and has the choice None.
+    not keep is inactive and has the choice None. `categories` counts those of each variable.
 
     >>> space = SearchSpace(depths=[1, 2], heads=[1, 2], ffn_sizes=[8, 16, 32])
     >>> space.categories, space.size(), space.choices(Arch((2,), (16,)))
@@ -208,6 +203,8 @@ class SearchSpace:
         self.depth_keeps = depth_keeps
         self.depths, self.heads, self.ffn_sizes = (
             tuple(sorted(set(sizes))) for sizes in (depths, heads, ffn_sizes))   # ascending
+        pairs = len(self.heads) * len(self.ffn_sizes)
+        self.categories = (len(self.depths),) + (pairs,) * self.depths[-1]
 
     @classmethod
     def for_config(cls, config):
@@ -222,11 +219,6 @@ class SearchSpace:
                    ffn_sizes=part(config.intermediate_size, 1/6, 1/4, 1/3, 1),
                    depth_keeps=config.depth_keeps)
 
-    @property
-    def categories(self):
-        """The number of categories of each variable."""
-        return (len(self.depths),) + (len(self.heads) * len(self.ffn_sizes),) * self.depths[-1]
-
     def largest(self):
         """The largest architecture: the super-BERT itself."""
         return self.arch([n - 1 for n in self.categories])
@@ -237,7 +229,7 @@ class SearchSpace:
 
     def size(self):
         """The number of architectures, inactive layers not counted."""
-        return sum((len(self.heads) * len(self.ffn_sizes)) ** depth for depth in self.depths)
+        return sum(self.categories[1] ** depth for depth in self.depths)
 
     def check(self, arch):
         """Raise UserError, naming the legal values, unless `arch` lies in the space."""
@@ -367,13 +359,11 @@ class ElasticBert(nn.Module):
         self.layers = nn.ModuleList(Layer(config, h, k) for h, k in zip(*config.arch))
         self.pooler = nn.Linear(C, C)
         self.classifier = nn.Linear(C, num_labels)
-        self.apply(self._init)
-
-    def _init(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
     def check(self, arch):
         """Raise UserError unless every size of `arch` is from 1 to what the model has."""
@@ -385,11 +375,9 @@ class ElasticBert(nn.Module):
             raise UserError(f"architecture [{arch}] does not fit into the model's [{own}]")
 
     def forward(self, input_ids, token_type_ids, attention_mask, arch=None):
-        """Logits of the sub-BERT `arch` (None: the whole model).
-
-        Args: three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding).
-        Returns: [B, num_labels]. Raises UserError where `arch` or T exceeds what the model has.
-        """
+        """Three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding) -> logits
+        [B, num_labels] of the sub-BERT `arch` (None: of the whole model).
+        UserError where `arch` or T exceeds what the model has."""
         arch = arch or self.config.arch
         self.check(arch)
         x = self.embed(input_ids, token_type_ids)                        # [B, T, C]
@@ -399,13 +387,10 @@ class ElasticBert(nn.Module):
         return self.head(x)                                              # [B, num_labels]
 
     def masked(self, input_ids, token_type_ids, attention_mask, sizes):
-        """What `forward` gives for several architectures, in one pass over the whole model: every
-        example is there once per architecture, and what an architecture lacks is a zero (heads,
-        neurons) or is passed by (layers). Nothing in it depends on the architectures' values.
-
-        Args: three [B, T] tensors as above; sizes [lambda, L, 2], as `layer_sizes` makes them.
-        Returns: [lambda, B, num_labels].
-        """
+        """What `forward` gives for several architectures, in one pass of fixed shapes, which suits a
+        GPU: slicing is masking with the zeros not computed. Every example is there once per
+        architecture, and what that lacks is a zero (heads, neurons) or passed by (layers). Three
+        [B, T] tensors, and sizes [lambda, L, 2] of `layer_sizes` -> [lambda, B, num_labels]."""
         n, B = len(sizes), len(input_ids)
         x = self.embed(input_ids.repeat(n, 1), token_type_ids.repeat(n, 1))      # [n*B, T, C]
         mask = attention_mask.bool().repeat(n, 1)[:, None, None, :]      # [n*B, 1, 1, T]
@@ -450,9 +435,7 @@ def layer_sizes(config, archs, device=None):
 
 def extract(model, arch):
     """A stand-alone ElasticBert with the weights of `arch`: the same logits, nothing shared.
-
-    Raises UserError where `arch` exceeds `model`.
-    """
+    UserError where `arch` exceeds `model`."""
     model.check(arch)
     config = replace(model.config, num_hidden_layers=arch.depth, depth_keeps="first",
                      layer_heads=list(arch.heads), layer_ffn_sizes=list(arch.ffn_sizes))
@@ -501,11 +484,7 @@ HF_NAMES = {"word_embeddings": "bert.embeddings.word_embeddings",
 
 
 def hf_name(name):
-    """Our tensor name -> Hugging Face's.
-
-    >>> hf_name("layers.3.ffn_in.weight")
-    'bert.encoder.layer.3.intermediate.dense.weight'
-    """
+    """Our tensor name, such as layers.3.ffn_in.weight, -> Hugging Face's."""
     *layer, module, kind = name.split(".")
     prefix = f"bert.encoder.layer.{layer[1]}." if layer else ""
     return f"{prefix}{HF_NAMES[module]}.{kind}"
@@ -515,11 +494,10 @@ def load_bert(directory, num_labels=None, labels=None):
     """ElasticBert from the config.json and model.safetensors of Hugging Face or `save_bert`, with
     `num_labels` labels (None: as many as the classifier in the file has).
 
-    labels: the names to train on, () for regression; see `fit_classifier`. Without them the model
-    is to be used as it is. Strict: names and shapes of the tensors must be exactly the model's, but
-    for what `read_tensors` mends. A new classifier, and with it a pooler that a model of masked
-    words lacks, is initialised at random, with a line that says so. Raises UserError that names the
-    first tensor at fault.
+    labels: the names to train on, () for regression; see `fit_classifier`. Where there is no
+    classifier, a new one is initialised at random, with a line that says so, and so is the pooler
+    that a model of masked words lacks. Else the names and shapes of the tensors must be exactly the
+    model's; UserError names the first at fault.
     """
     config, tensors = BertConfig.load(directory), read_tensors(directory)
     if labels is not None:
