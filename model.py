@@ -237,7 +237,7 @@ class SearchSpace:
                                     ("heads", arch.heads, self.heads),
                                     ("FFN size", arch.ffn_sizes, self.ffn_sizes)):
             if not set(values) <= set(legal):
-                raise UserError(f"{name} {values} is not in the search space: each one of {legal}")
+                raise UserError(f"{name} {values}: the search space has one of {legal} each")
 
     def arch(self, choices):
         """Choices -> Arch. What stands at inactive layers is not looked at."""
@@ -387,10 +387,10 @@ class ElasticBert(nn.Module):
         return self.head(x)                                              # [B, num_labels]
 
     def masked(self, input_ids, token_type_ids, attention_mask, sizes):
-        """What `forward` gives for several architectures, in one pass of fixed shapes, which suits a
-        GPU: slicing is masking with the zeros not computed. Every example is there once per
-        architecture, and what that lacks is a zero (heads, neurons) or passed by (layers). Three
-        [B, T] tensors, and sizes [lambda, L, 2] of `layer_sizes` -> [lambda, B, num_labels]."""
+        """What `forward` gives for several architectures, in one pass of fixed shapes, which suits
+        a GPU. Every example is there once per architecture; what that lacks is a zero (heads,
+        neurons) or passed by (layers): slicing is masking with the zeros not computed. Three [B, T]
+        tensors as above, and sizes [lambda, L, 2] of `layer_sizes` -> [lambda, B, num_labels]."""
         n, B = len(sizes), len(input_ids)
         x = self.embed(input_ids.repeat(n, 1), token_type_ids.repeat(n, 1))      # [n*B, T, C]
         mask = attention_mask.bool().repeat(n, 1)[:, None, None, :]      # [n*B, 1, 1, T]
