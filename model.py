@@ -1,14 +1,10 @@
 """BERT from scratch with an elastic forward pass: one set of weights, any smaller BERT inside.
 
 After Devlin et al. 2019 (the model) and YOCO-BERT, Sec. 3.2 (the elasticity). A *super-BERT* is an
-`ElasticBert` called with its largest architecture; a *sub-BERT* is `d` layers of it, the first or
-evenly spaced ones (`kept_layers`), in each of them the first `h` heads and the first `k` FFN
-neurons. The architecture is an argument of `forward`: nothing is selected beforehand, and what is
-sliced off is not computed. `masked` computes the same for several architectures in one pass of
-fixed shapes, which suits a GPU: slicing is masking with the zeros not computed. Hidden size,
-embeddings, pooler and classifier are shared by every architecture. `extract` copies a slice into a
-stand-alone model of the same class. The tensors have short names here and Hugging Face's names on
-disk; one explicit map stands between them.
+`ElasticBert` called with its largest architecture. A *sub-BERT* is `d` layers of it, the first or
+evenly spaced ones, and in each of them the first `h` heads and the first `k` FFN neurons. The
+architecture is an argument of `forward`: nothing is selected beforehand, and what is sliced off is
+not computed. Hidden size, embeddings, pooler and classifier are shared by every architecture.
 
 Letters: B batch, T tokens, C hidden size, H heads kept, D head size, F FFN neurons kept.
 """
@@ -50,34 +46,33 @@ class UserError(ValueError):
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": GELU_TANH,
                "gelu_pytorch_tanh": GELU_TANH, "relu": F.relu}
-# Fields of config.json that would compute something else with any other value.
-ONLY = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False,
-        "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
-CHOICES = {"hidden_act": list(ACTIVATIONS), "depth_keeps": ["first", "even"],
-           "problem_type": [None, "regression", "single_label_classification"]}
-# Fields that change no logit; those for generating text stand in every file of older versions.
-HARMLESS = set("""
-    architectures transformers_version _name_or_path name_or_path torch_dtype dtype use_bfloat16
-    gradient_checkpointing use_cache output_past output_attentions output_hidden_states return_dict
-    torchscript tf_legacy_loss tie_word_embeddings tie_encoder_decoder finetuning_task
-    task_specific_params label2id num_labels tokenizer_class prefix pad_token_id bos_token_id
-    eos_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id directionality
-    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
-    cross_attention_hidden_size attn_implementation _attn_implementation_autoset model_name language
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
-    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens chunk_size_feed_forward
-    """.split())
+# What is computed of the fields that have few values; the first six have no other use here.
+CHOICES = {"model_type": ["bert"], "position_embedding_type": ["absolute"], "is_decoder": [False],
+           "is_encoder_decoder": [False], "add_cross_attention": [False], "pruned_heads": [{}],
+           "hidden_act": list(ACTIVATIONS), "depth_keeps": ["first", "even"],
+           "problem_type": ["regression", "single_label_classification"]}
+# Fields that change no logit; those in the last three lines are for generating text.
+HARMLESS = re.compile(r"""
+    architectures|transformers_version|\w*name_or_path|model_name|language|(torch_)?dtype|use_cache
+    |use_bfloat16|finetuning_task|task_specific_params|tokenizer_class|label2id|_?num_labels
+    |output_\w+|return_dict|torchscript|tf_legacy_loss|xla_device|gradient_checkpointing|tie_\w+
+    |chunk_size_feed_forward|_?attn_implementation\w*|directionality|pooler_\w+|\w+_token_ids?
+    |(max|min)_length|do_sample|early_stopping|num_beam\w+|num_return_sequences|temperature|top_[kp]
+    |typical_p|\w+_penalty|\w*no_repeat_ngram_size|\w*suppress_tokens|bad_words_ids|prefix
+    |remove_invalid_values|return_dict_in_generate|cross_attention_hidden_size""", re.VERBOSE)
+
+
+def is_label(name):
+    """Whether a text can name a label: not empty, and no character that breaks or steers a line.
+    (Joiners and blanks of all scripts are text.)"""
+    return isinstance(name, str) and name != "" and not any(
+        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
 
 
 @dataclass
 class BertConfig:
     """The fields of a Hugging Face config.json that shape a BERT; the defaults are BERT-base's.
-
-    Raises UserError where the fields describe no BERT that this file computes.
-    """
+    Raises UserError for sizes and shares that no BERT has."""
     vocab_size: int = 30522
     hidden_size: int = 768                     # C
     num_hidden_layers: int = 12
@@ -91,56 +86,39 @@ class BertConfig:
     classifier_dropout: float = None           # None: as hidden_dropout_prob
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
-    problem_type: str | None = None            # "regression": the one logit is the answer
-    id2label: dict | None = None               # {"0": name, ...}: label names travel with the model
+    problem_type: str = None                   # "regression": the one logit is the answer
+    id2label: dict = None                      # {"0": name, ...}: label names travel with the model
     depth_keeps: str = "first"                 # the layers of a smaller depth, or "even"ly spaced
-    layer_heads: list | None = None            # a sub-BERT's heads, one number per layer
-    layer_ffn_sizes: list | None = None        # a sub-BERT's FFN sizes, one number per layer
+    layer_heads: list = None                   # a sub-BERT's heads, one number per layer
+    layer_ffn_sizes: list = None               # a sub-BERT's FFN sizes, one number per layer
 
     def __post_init__(self):
         for field in fields(self):
             value, legal = getattr(self, field.name), None
+            if value is None and field.default is None:
+                continue
             if field.type is int and not (type(value) is int and 1 <= value <= 10**6):
                 legal = "a whole number from 1 to 1000000"
-            elif field.type is float and value is not field.default and not (
-                    type(value) in (int, float) and 0 <= value < 1):
+            if field.type is float and not (type(value) in (int, float) and 0 <= value < 1):
                 legal = "a number from 0 to less than 1"
-            elif field.name in CHOICES and value not in CHOICES[field.name]:
-                legal = " or ".join(map(repr, CHOICES[field.name]))
+            if field.type is dict and not (
+                    isinstance(value, dict) and all(map(is_label, value.values()))
+                    and set(value) == {str(i) for i in range(len(set(value.values())))}):
+                legal = '{"0": name, ...}, different names without control characters'
             if legal:
                 raise UserError(f"{field.name} is {value!r}, not {legal}")
-        heads, neurons = self.num_attention_heads, self.intermediate_size
-        if self.hidden_size % heads:
-            raise UserError(f"{heads} heads do not divide the hidden size {self.hidden_size}")
-        if self.id2label is not None and not (
-                isinstance(self.id2label, dict) and len(self.labels) == len(self.id2label)):
-            raise UserError('id2label must be {"0": name, "1": name, ...}, the names all different '
-                            "and without control characters")
-        for sizes, most in ((self.layer_heads, heads), (self.layer_ffn_sizes, neurons)):
-            if sizes is not None and not (
-                    isinstance(sizes, list) and len(sizes) == self.num_hidden_layers
-                    and all(type(size) is int and 1 <= size <= most for size in sizes)):
-                raise UserError(f"layer_heads and layer_ffn_sizes must be {self.num_hidden_layers} "
-                                f"whole numbers, from 1 to {heads} and {neurons}")
-        self.head_size = self.hidden_size // heads                   # D, the same in every layer
-        if count_params(self, self.arch) > 10**9:
-            raise UserError("more than 10^9 parameters")
-
-
-    @property
-    def arch(self):
-        """The largest architecture that a model of this configuration holds."""
-        d = self.num_hidden_layers
-        return Arch(self.layer_heads or [self.num_attention_heads] * d,
-                    self.layer_ffn_sizes or [self.intermediate_size] * d)
+        heads, C = self.num_attention_heads, self.hidden_size
+        if C % heads:
+            raise UserError(f"{heads} heads do not divide the hidden size {C}")
+        self.head_size = C // heads                                      # D, of every layer
+        # The largest architecture that a model of this configuration holds.
+        self.arch = Arch(self.layer_heads or [heads] * self.num_hidden_layers,
+                         self.layer_ffn_sizes or [self.intermediate_size] * self.num_hidden_layers)
 
     @property
     def labels(self):
-        """Label names in the order of the logits; () where none are known, or none that can be."""
-        names = self.id2label or {}
-        found = [names.get(str(i)) for i in range(len(names))]
-        legal = all(map(is_label, found)) and len(set(found)) == len(found)
-        return tuple(found) if legal else ()
+        """Label names in the order of the logits; () where none are known."""
+        return tuple(self.id2label[str(i)] for i in range(len(self.id2label or {})))
 
     def name_labels(self, labels):
         """Take over a task's label names, () for regression."""
@@ -154,29 +132,22 @@ class BertConfig:
     @classmethod
     def load(cls, directory):
         """Read `directory`/config.json. A field that changes what is computed is computed here or
-        refused by name, and so is one that nobody here knows."""
-        path = Path(directory) / "config.json"
+        refused by name, and so is one that nobody here knows; null stands for its default."""
+        path, own = Path(directory) / "config.json", {field.name for field in fields(cls)}
         found = read_json(path, f"does not exist: {directory} is not a BERT directory")
-        own = [field.name for field in fields(cls)]
         if path.with_name("log.jsonl").exists() and not path.with_name("run.json").exists():
             raise UserError(f"{directory} is unfinished: go on with --resume")
+        found = {name: value for name, value in found.items() if value is not None}
         for name, value in found.items():
-            if name in ONLY and (value or ONLY[name]) != ONLY[name]:
-                raise UserError(f"{path}: {name} is {value!r}; only {ONLY[name]!r} is supported")
-            if name not in own and name not in ONLY and name not in HARMLESS:
+            if value not in CHOICES.get(name, [value]):
+                raise UserError(f"{path}: {name} is {value!r}, not one of {CHOICES[name]}")
+            if name not in own and name not in CHOICES and not HARMLESS.fullmatch(name):
                 raise UserError(f"{path}: unknown field {name!r}, which may change what the model "
                                 "computes: remove it if it does not")
         try:
-            return cls(**{name: found[name] for name in own if name in found})
+            return cls(**{name: value for name, value in found.items() if name in own})
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-
-
-def is_label(name):
-    """Whether a text can name a label: not empty, and no character that breaks or steers a line.
-    (Joiners and blanks of all scripts are text.)"""
-    return isinstance(name, str) and name != "" and not any(
-        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,12 +172,9 @@ class Arch(namedtuple("Arch", "heads ffn_sizes")):
     >>> print(Arch((12, 4), (3072, 512)))
     2 layers, heads 12 4, FFN 3072 512
     """
-    __slots__ = ()
-
     def __new__(cls, heads, ffn_sizes):
-        if len(heads) != len(ffn_sizes) or not heads:
-            raise UserError(f"Arch: {len(heads)} heads and {len(ffn_sizes)} FFN sizes; one of each "
-                            "per active layer, and at least one layer")
+        if not heads or len(heads) != len(ffn_sizes):
+            raise UserError("an Arch takes a number of heads and an FFN size for each layer")
         return super().__new__(cls, tuple(heads), tuple(ffn_sizes))
 
     @property
@@ -224,7 +192,7 @@ class SearchSpace:
     over the pair (FFN size, heads): index = FFN index * number of heads choices + heads index.
 
     A point of it is a list of choices, one category index per variable; a layer that the depth does
-    not keep is inactive and has the choice None.
+    not keep is inactive and has the choice None. `categories` counts those of each variable.
 
     >>> space = SearchSpace(depths=[1, 2], heads=[1, 2], ffn_sizes=[8, 16, 32])
     >>> space.categories, space.size(), space.choices(Arch((2,), (16,)))
@@ -235,6 +203,8 @@ class SearchSpace:
         self.depth_keeps = depth_keeps
         self.depths, self.heads, self.ffn_sizes = (
             tuple(sorted(set(sizes))) for sizes in (depths, heads, ffn_sizes))   # ascending
+        pairs = len(self.heads) * len(self.ffn_sizes)
+        self.categories = (len(self.depths),) + (pairs,) * self.depths[-1]
 
     @classmethod
     def for_config(cls, config):
@@ -249,11 +219,6 @@ class SearchSpace:
                    ffn_sizes=part(config.intermediate_size, 1/6, 1/4, 1/3, 1),
                    depth_keeps=config.depth_keeps)
 
-    @property
-    def categories(self):
-        """The number of categories of each variable."""
-        return (len(self.depths),) + (len(self.heads) * len(self.ffn_sizes),) * self.depths[-1]
-
     def largest(self):
         """The largest architecture: the super-BERT itself."""
         return self.arch([n - 1 for n in self.categories])
@@ -264,16 +229,15 @@ class SearchSpace:
 
     def size(self):
         """The number of architectures, inactive layers not counted."""
-        return sum((len(self.heads) * len(self.ffn_sizes)) ** depth for depth in self.depths)
+        return sum(self.categories[1] ** depth for depth in self.depths)
 
     def check(self, arch):
         """Raise UserError, naming the legal values, unless `arch` lies in the space."""
         for name, values, legal in (("depth", [arch.depth], self.depths),
                                     ("heads", arch.heads, self.heads),
                                     ("FFN size", arch.ffn_sizes, self.ffn_sizes)):
-            for value in values:
-                if value not in legal:
-                    raise UserError(f"{name} {value} is not in the search space: one of {legal}")
+            if not set(values) <= set(legal):
+                raise UserError(f"{name} {values}: the search space has one of {legal} each")
 
     def arch(self, choices):
         """Choices -> Arch. What stands at inactive layers is not looked at."""
@@ -382,8 +346,7 @@ class Layer(nn.Module):
 
 
 class ElasticBert(nn.Module):
-    """BERT with a pooler and a linear classifier. It holds the full weights; `forward` uses a part.
-    """
+    """BERT with a pooler and a linear classifier; `forward` uses a part of the full weights."""
 
     def __init__(self, config, num_labels):
         super().__init__()
@@ -396,29 +359,25 @@ class ElasticBert(nn.Module):
         self.layers = nn.ModuleList(Layer(config, h, k) for h, k in zip(*config.arch))
         self.pooler = nn.Linear(C, C)
         self.classifier = nn.Linear(C, num_labels)
-        self.apply(self._init)
-
-    def _init(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
     def check(self, arch):
-        """Raise UserError unless `arch` has whole numbers from 1 to what the model has."""
+        """Raise UserError unless every size of `arch` is from 1 to what the model has."""
         own = self.config.arch
         fits = arch.depth <= own.depth and all(
-            type(n) is int and 1 <= n <= most for i, *wanted in self.config.layers(arch)
-            for n, most in zip(wanted, (own.heads[i], own.ffn_sizes[i])))
+            1 <= heads <= own.heads[i] and 1 <= neurons <= own.ffn_sizes[i]
+            for i, heads, neurons in self.config.layers(arch))
         if not fits:
             raise UserError(f"architecture [{arch}] does not fit into the model's [{own}]")
 
     def forward(self, input_ids, token_type_ids, attention_mask, arch=None):
-        """Logits of the sub-BERT `arch` (None: the whole model).
-
-        Args: three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding).
-        Returns: [B, num_labels]. Raises UserError where `arch` or T exceeds what the model has.
-        """
+        """Three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding) -> logits
+        [B, num_labels] of the sub-BERT `arch` (None: of the whole model).
+        UserError where `arch` or T exceeds what the model has."""
         arch = arch or self.config.arch
         self.check(arch)
         x = self.embed(input_ids, token_type_ids)                        # [B, T, C]
@@ -428,13 +387,10 @@ class ElasticBert(nn.Module):
         return self.head(x)                                              # [B, num_labels]
 
     def masked(self, input_ids, token_type_ids, attention_mask, sizes):
-        """What `forward` gives for several architectures, in one pass over the whole model: every
-        example is there once per architecture, and what an architecture lacks is a zero (heads,
-        neurons) or is passed by (layers). Nothing in it depends on the architectures' values.
-
-        Args: three [B, T] tensors as above; sizes [lambda, L, 2], as `layer_sizes` makes them.
-        Returns: [lambda, B, num_labels].
-        """
+        """What `forward` gives for several architectures, in one pass of fixed shapes, which suits
+        a GPU. Every example is there once per architecture; what that lacks is a zero (heads,
+        neurons) or passed by (layers): slicing is masking with the zeros not computed. Three [B, T]
+        tensors as above, and sizes [lambda, L, 2] of `layer_sizes` -> [lambda, B, num_labels]."""
         n, B = len(sizes), len(input_ids)
         x = self.embed(input_ids.repeat(n, 1), token_type_ids.repeat(n, 1))      # [n*B, T, C]
         mask = attention_mask.bool().repeat(n, 1)[:, None, None, :]      # [n*B, 1, 1, T]
@@ -458,10 +414,10 @@ class ElasticBert(nn.Module):
 
     def head(self, x):
         """Hidden states after the last layer, [B, 1 or T, C] -> logits [B, num_labels]."""
-        config = self.config
-        p = config.classifier_dropout
-        p = (config.hidden_dropout_prob if p is None else p) * self.training
-        pooled = dropout(torch.tanh(self.pooler(x[:, 0])), p)            # [B, C] from [CLS]
+        p = self.config.classifier_dropout
+        p = self.config.hidden_dropout_prob if p is None else p
+        pooled = torch.tanh(self.pooler(x[:, 0]))                        # [B, C] from [CLS]
+        pooled = dropout(pooled, p * self.training)
         # In fp32 whatever the precision: bf16 would round a regression's answers.
         with torch.autocast(x.device.type, enabled=False):
             return self.classifier(pooled.float())
@@ -479,9 +435,7 @@ def layer_sizes(config, archs, device=None):
 
 def extract(model, arch):
     """A stand-alone ElasticBert with the weights of `arch`: the same logits, nothing shared.
-
-    Raises UserError where `arch` exceeds `model`.
-    """
+    UserError where `arch` exceeds `model`."""
     model.check(arch)
     config = replace(model.config, num_hidden_layers=arch.depth, depth_keeps="first",
                      layer_heads=list(arch.heads), layer_ffn_sizes=list(arch.ffn_sizes))
@@ -522,124 +476,109 @@ HF_NAMES = {"word_embeddings": "bert.embeddings.word_embeddings",
             "position_embeddings": "bert.embeddings.position_embeddings",
             "token_type_embeddings": "bert.embeddings.token_type_embeddings",
             "embedding_norm": "bert.embeddings.LayerNorm",
-            "pooler": "bert.pooler.dense",
-            "classifier": "classifier"}
-HF_LAYER_NAMES = {"query": "attention.self.query", "key": "attention.self.key",
-                  "value": "attention.self.value", "attention_out": "attention.output.dense",
-                  "attention_norm": "attention.output.LayerNorm", "ffn_in": "intermediate.dense",
-                  "ffn_out": "output.dense", "ffn_norm": "output.LayerNorm"}
+            "query": "attention.self.query", "key": "attention.self.key",
+            "value": "attention.self.value", "attention_out": "attention.output.dense",
+            "attention_norm": "attention.output.LayerNorm", "ffn_in": "intermediate.dense",
+            "ffn_out": "output.dense", "ffn_norm": "output.LayerNorm",
+            "pooler": "bert.pooler.dense", "classifier": "classifier"}
 
 
 def hf_name(name):
-    """Our tensor name -> Hugging Face's.
-
-    >>> hf_name("layers.3.ffn_in.weight")
-    'bert.encoder.layer.3.intermediate.dense.weight'
-    """
-    *path, kind = name.split(".")
-    if path[0] == "layers":
-        return f"bert.encoder.layer.{path[1]}.{HF_LAYER_NAMES[path[2]]}.{kind}"
-    return f"{HF_NAMES[path[0]]}.{kind}"
+    """Our tensor name, such as layers.3.ffn_in.weight, -> Hugging Face's."""
+    *layer, module, kind = name.split(".")
+    prefix = f"bert.encoder.layer.{layer[1]}." if layer else ""
+    return f"{prefix}{HF_NAMES[module]}.{kind}"
 
 
 def load_bert(directory, num_labels=None, labels=None):
     """ElasticBert from the config.json and model.safetensors of Hugging Face or `save_bert`, with
     `num_labels` labels (None: as many as the classifier in the file has).
 
-    labels: the names to train on, () for regression. A classifier of the same names in another
-    order is permuted, one of other names is replaced by a new one. Without `labels` the model is to
-    be used as it is, and must be complete. Strict: the names and shapes must be exactly those of
-    the model, but for the pre-training heads `cls.*`, the buffer `position_ids`, a missing prefix
-    `bert.`, and prefixes that wrappers add; what is new is initialised at random, with a line that
-    says so. Raises UserError that names the first tensor at fault.
+    labels: the names to train on, () for regression; see `fit_classifier`. Where there is no
+    classifier, a new one is initialised at random, with a line that says so, and so is the pooler
+    that a model of masked words lacks. Else the names and shapes of the tensors must be exactly the
+    model's; UserError names the first at fault.
     """
-    config = BertConfig.load(directory)
-    path, raw = read_tensors(directory)
-    tensors = {}
-    for name, tensor in raw.items():
-        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if not name.startswith("cls.") and not name.endswith("embeddings.position_ids"):
-            bare = name.startswith(("embeddings.", "encoder.", "pooler."))
-            tensors["bert." + name if bare else name] = tensor
-
-    classifier = tensors.get("classifier.weight")                        # [num_labels, C] or None
-    if classifier is None and num_labels is None:
-        raise UserError(f"{path} has no classifier: it was not fine-tuned")
-    num_labels = num_labels or len(classifier)
-    if labels is not None and classifier is not None:
-        if labels and sorted(labels) == sorted(config.labels):
-            order = [config.labels.index(name) for name in labels]
-            for name in {"classifier.weight", "classifier.bias"} & set(tensors):
-                tensors[name] = tensors[name][order]
-        elif labels or len(classifier) != 1:
-            say(f"{path} has a classifier for other labels, "
-                f"{', '.join(config.labels) or 'without names'}: it is not used")
-            tensors = {n: t for n, t in tensors.items() if not n.startswith("classifier.")}
+    config, tensors = BertConfig.load(directory), read_tensors(directory)
     if labels is not None:
-        config.name_labels(labels)
-
+        fit_classifier(tensors, config, labels, directory)
+    if num_labels is None and "classifier.weight" not in tensors:
+        raise UserError(f"{directory} has no classifier: it was not fine-tuned")
+    num_labels = num_labels or len(tensors["classifier.weight"])
+    one_answer = config.problem_type == "regression"
+    if one_answer != (num_labels == 1) or config.labels and len(config.labels) != num_labels:
+        raise UserError(f"{directory}: {num_labels} logits contradict its config.json: one alone "
+                        'needs "problem_type": "regression"; "id2label", if any, names each')
     with torch.device("meta"):                    # no memory before the shapes are checked
         model = ElasticBert(config, num_labels)
-    new = ["classifier"] if "classifier.weight" not in tensors else []
-    if new and classifier is None and "bert.pooler.dense.weight" not in tensors:
-        new.append("pooler")                      # of a model of masked words
-    for name in new:
-        size = getattr(model, name).weight.shape
-        say(f"{path}: a new {name} is initialised, {size[1]} -> {size[0]}")
-        weight = torch.empty(size).normal_(std=config.initializer_range)
-        tensors[hf_name(name + ".weight")] = weight
-        tensors[hf_name(name + ".bias")] = torch.zeros(size[0])
+    for name in ("classifier", "pooler"):
+        if hf_name(f"{name}.weight") in tensors:
+            break                                 # no new pooler under an old classifier
+        n_out, n_in = getattr(model, name).weight.shape
+        say(f"{directory}: a new {name} is initialised, {n_in} -> {n_out}")
+        weight = torch.empty(n_out, n_in).normal_(std=config.initializer_range)
+        tensors |= {hf_name(f"{name}.weight"): weight, hf_name(f"{name}.bias"): torch.zeros(n_out)}
     state = {}
     for name, like in model.state_dict().items():
-        tensor = tensors.pop(hf_name(name), None)
+        tensor, title = tensors.pop(hf_name(name), None), f"{directory}: tensor {hf_name(name)}"
         if tensor is None:
-            raise UserError(f"{path}: tensor {hf_name(name)} is missing")
+            raise UserError(f"{title} is missing")
         if tensor.shape != like.shape:
-            raise UserError(f"{path}: tensor {hf_name(name)} has shape {list(tensor.shape)}, "
-                            f"expected {list(like.shape)}")
+            raise UserError(f"{title} has shape {[*tensor.shape]}, expected {[*like.shape]}")
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
-            raise UserError(f"{path}: tensor {hf_name(name)} is not all finite numbers")
+            raise UserError(f"{title} is not all finite numbers")
         state[name] = tensor.to(torch.float32, copy=True)                # not a map of the file
     if tensors:
-        raise UserError(f"{path}: unknown tensor {min(tensors)}")
-    if labels is None and config.problem_type != "regression" and num_labels == 1:
-        raise UserError(f'{path} has one logit, and its config.json no "problem_type": write '
-                        '"regression" there if the logit is the answer')
-    if config.problem_type == "regression" and num_labels > 1 or (
-            config.labels and len(config.labels) != num_labels > 1):
-        raise UserError(f"{path} has {num_labels} logits, which its config.json contradicts: see "
-                        "problem_type and id2label")
+        raise UserError(f"{directory}: unknown tensor {min(tensors)}")
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
+def fit_classifier(tensors, config, labels, directory):
+    """Fit the classifier among `tensors` to label names, () for regression: one of the same names
+    in another order is permuted, one of other names is removed. `config` takes the names over."""
+    known, own = config.labels, [name for name in tensors if name.startswith("classifier.")]
+    rows = len(tensors[own[0]]) if own else 0
+    config.name_labels(labels)
+    if rows == len(labels) and sorted(labels) == sorted(known):
+        order = [known.index(name) for name in labels]
+        for name in own:
+            tensors[name] = tensors[name][order]
+    elif own and (labels or rows != 1):
+        say(f"{directory} has a classifier for other labels, {', '.join(known) or 'without names'}:"
+            " it is not used")
+        for name in own:
+            del tensors[name]
+
+
 def weight_files(directory):
     """The safetensors files of a BERT directory: one, or those that an index names."""
-    index = Path(directory) / "model.safetensors.index.json"
-    if not index.exists():
-        return [Path(directory) / "model.safetensors"]
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-        raise UserError(f"{index} has no weight_map of file names")
-    return [Path(directory) / name for name in sorted(set(names.values()))]
+    index, names = Path(directory) / "model.safetensors.index.json", {"model.safetensors"}
+    if index.exists():
+        names = set(read_json(index).get("weight_map", {}).values())
+    return [Path(directory) / name for name in sorted(names)]
 
 
 def read_tensors(directory):
-    """(the path to name in errors, {name: tensor}) of a directory's weights."""
-    tensors, paths = {}, weight_files(directory)
-    for path in paths:
+    """{name: tensor} of a directory's weights: without the prefixes of wrappers, the pre-training
+    heads `cls.*` and the buffer `position_ids`, and under today's names where it has old ones."""
+    tensors = {}
+    for path in weight_files(directory):
         try:
-            tensors |= safetensors.torch.load_file(path)
+            found = safetensors.torch.load_file(path)
         except FileNotFoundError:
-            pickled = path.with_name("pytorch_model.bin").exists()
-            raise UserError(f"{path} does not exist" + (
-                "; pytorch_model.bin does: convert it with transformers' from_pretrained(...)"
-                ".save_pretrained(...)" if pickled else "")) from None
+            raise UserError(f"{path} does not exist (a pytorch_model.bin becomes one by "
+                            "transformers' from_pretrained(...).save_pretrained(...))") from None
         except (SafetensorError, ValueError, OverflowError, RuntimeError) as error:
             raise UserError(f"{path} is not a complete safetensors file ({error})") from None
-    return paths[0], tensors
+        for name, tensor in found.items():
+            name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+            name = re.sub(r"^(embeddings|encoder|pooler)\.", r"bert.\1.", name)
+            name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+            name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+            if not name.startswith("cls.") and not name.endswith("embeddings.position_ids"):
+                tensors[name] = tensor
+    return tensors
 
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json",
@@ -655,18 +594,17 @@ def tokenizer_files(directory):
 def save_bert(model, directory, tokenizer=None):
     """Write config.json and model.safetensors, which `load_bert` reads back bit for bit; and, so
     that the directory stands alone, a tokenizer's files, {name: bytes}."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
     config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert",
               **{k: v for k, v in asdict(model.config).items() if v is not None}}
     if model.config.id2label:
         config["label2id"] = {name: i for i, name in enumerate(model.config.labels)}
     else:
         config["num_labels"] = model.num_labels   # for others, who would take two for granted
-    write_file(Path(directory) / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     tensors = {hf_name(n): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
-    write_file(Path(directory) / "model.safetensors",
-               safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    for name, content in (tokenizer or {}).items():
+    files = {"config.json": json.dumps(config, indent=2).encode() + b"\n",
+             "model.safetensors": safetensors.torch.save(tensors, metadata={"format": "pt"})}
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for name, content in {**files, **(tokenizer or {})}.items():
         write_file(Path(directory) / name, content)
 
 
@@ -676,31 +614,28 @@ def save_bert(model, directory, tokenizer=None):
 
 def arithmetic(device="auto", precision="auto"):
     """(torch.device, maker of autocast contexts); "auto": the fastest device there is, and bf16
-    where its hardware has units for it, else fp32. UserError where the device is missing. Also
-    calls `keep_memory`."""
+    where its hardware has units for it, else fp32. UserError where the device is missing."""
     keep_memory()
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
-    name = [n for n in here if here[n]][0] if device == "auto" else device
-    if not here[name]:
+    here = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    name = here[0] if device == "auto" else device
+    if name not in here:
         raise UserError(f"--device {name}: this machine has none")
-    if name == "cuda":
-        hardware_bf16 = torch.cuda.get_device_capability() >= (8, 0)         # from Ampere on
-    else:
-        hardware_bf16 = name == "cpu" and any(torch.cpu.get_capabilities().get(unit)
-                                              for unit in ("amx_bf16", "avx512_bf16"))
-    bf16 = hardware_bf16 if precision == "auto" else precision == "bf16"
+    bf16 = precision == "bf16"
+    if precision == "auto" and name == "cuda":
+        bf16 = torch.cuda.get_device_capability() >= (8, 0)                  # from Ampere on
+    elif precision == "auto" and name == "cpu":
+        units = torch.cpu.get_capabilities()
+        bf16 = bool(units.get("amx_bf16") or units.get("avx512_bf16"))
     return torch.device(name), lambda: torch.autocast(name, torch.bfloat16, enabled=bf16)
 
 
 def keep_memory():
     """Let malloc keep what is freed. glibc's gives the memory of every large tensor back to the
     kernel, which maps and zeroes it anew for the next."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):                      # another C library
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)                                      # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)                              # M_TRIM_THRESHOLD
+    with suppress(OSError, AttributeError):                              # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)                                              # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)                                      # M_TRIM_THRESHOLD
 
 
 def hardware(device):
@@ -708,18 +643,17 @@ def hardware(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    found = re.search("model name.*: (.*)", info.read_text()) if info.exists() else None
     return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def peak_memory(device):
-    """The most memory used so far, in MiB: the GPU's, or this process's (0 on Windows)."""
+    """The most memory used so far, in MiB: the GPU's, or this process's (0 where not on Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
+    with suppress(OSError):
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+    return 0
 
 
 def record(compute, pool=None):
