@@ -105,6 +105,10 @@ class BertConfig:
                     isinstance(value, dict) and all(map(is_label, value.values()))
                     and set(value) == {str(i) for i in range(len(set(value.values())))}):
                 legal = '{"0": name, ...}, different names without control characters'
+            if field.type is list and not (
+                    isinstance(value, list) and len(value) == self.num_hidden_layers
+                    and all(type(size) is int and size > 0 for size in value)):
+                legal = "a whole number for each layer"
             if legal:
                 raise UserError(f"{field.name} is {value!r}, not {legal}")
         heads, C = self.num_attention_heads, self.hidden_size
@@ -555,7 +559,10 @@ def weight_files(directory):
     """The safetensors files of a BERT directory: one, or those that an index names."""
     index, names = Path(directory) / "model.safetensors.index.json", {"model.safetensors"}
     if index.exists():
-        names = set(read_json(index).get("weight_map", {}).values())
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index} has no weight_map")
+        names = set(map(str, weight_map.values()))
     return [Path(directory) / name for name in sorted(names)]
 
 
