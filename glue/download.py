@@ -10,6 +10,7 @@ process works on it, a download has a .part of its own. What is already there is
 without --overwrite.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import hashlib
 import http.client
@@ -20,12 +21,15 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
+
+from glue import run_program
 
 try:
     import fcntl
@@ -142,34 +146,41 @@ def part_of(path):
     """The file to download `path` into: PATH.part, which a download that stops midway leaves; or,
     where another process works on that, one of our own, deleted then."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    common = part = path.with_name(path.name + ".part")
     if part.is_symlink() or part.exists() and not part.is_file():
         raise DownloadError(f"{part} is not a plain file: remove it")
-    with open(part, "ab") if fcntl else contextlib.nullcontext() as lock:
-        if fcntl and not ours(part, lock):
+    with open(common, "ab") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(lock.fileno()), common.stat())     # not renamed since
+        except OSError:
+            free = False
+        if not free:
             part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         try:
             yield part
         finally:
-            if part.exists() and (part.name != path.name + ".part" or not part.stat().st_size):
+            if part.exists() and (part != common or not part.stat().st_size):
                 part.unlink()
-
-
-def ours(part, lock):
-    """Whether the open file `lock` is still what is called `part`, and no other process has it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(lock.fileno()), part.stat())   # not renamed since
-    except OSError:
-        return False
 
 
 def connect(url, start):
     """Open `url` from byte `start` on; every failure becomes a DownloadError."""
     headers = {"Range": f"bytes={start}-"} if start else {}
+    answer = concurrent.futures.Future()
+
+    def ask():
+        """Wait for the answer, for each byte of its headers TIMEOUT seconds at most."""
+        try:
+            request = urllib.request.Request(url, headers=headers)
+            answer.set_result(urllib.request.urlopen(request, timeout=TIMEOUT))
+        except Exception as error:
+            answer.set_exception(error)
+    # In a thread, which ends with the program: a server may send headers for ever.
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        request = urllib.request.Request(url, headers=headers)
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
+        return answer.result(2 * TIMEOUT)
     except urllib.error.HTTPError as error:             # an answer, but not the file
         error.close()
         if error.code == 416 and start:                 # the part does not fit the file: start anew
@@ -177,7 +188,8 @@ def connect(url, start):
         kind = Missing if error.code == 404 else DownloadError
         raise kind(f"{url}: HTTP {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Unreachable(f"{url}: no answer ({getattr(error, 'reason', error)})") from None
+        reason = str(getattr(error, "reason", error)) or f"in {2 * TIMEOUT} seconds"
+        raise Unreachable(f"{url}: no answer ({reason})") from None
 
 
 def receive(url, part, size, start):
@@ -381,9 +393,22 @@ class Parser(argparse.ArgumentParser):
         raise DownloadError(message)
 
 
+def fetch(options):
+    """Get all that was named, a line for each."""
+    if options.mirror and not options.mirror.startswith(("http://", "https://")):
+        raise DownloadError(f"--mirror {options.mirror}: must begin with http:// or https://")
+    names = [each for name in options.names for each in (SPLITS if name == "all" else [name])]
+    for name in dict.fromkeys(names):
+        try:
+            line = get(name, options.out, options.mirror.rstrip("/"), options.overwrite)
+        finally:
+            show("")
+        print(line, flush=True)
+
+
 def main(argv=None):
-    """The command; returns its exit status: 0, or 2 after an error, or 130 after Ctrl-C."""
-    parser = Parser(prog="python -m glue.download", allow_abbrev=False, description=(
+    """Run the program; the exit status, as `glue.run_program` has it."""
+    parser = Parser("glue.download", allow_abbrev=False, description=(
         "Fetch GLUE tasks (to DIR/glue/NAME) and pretrained BERTs (to DIR/NAME), checked against "
         "known checksums. The same command continues an interrupted download."))
     parser.add_argument("names", nargs="+", metavar="NAME", choices=[*SOURCES, "all"],
@@ -393,25 +418,7 @@ def main(argv=None):
     parser.add_argument("--out", default=Path(__file__).resolve().parent.parent, type=Path,
                         metavar="DIR", help="default: the directory that glue/ is in")
     parser.add_argument("--overwrite", action="store_true", help="replace what is already there")
-    try:
-        options = parser.parse_args(argv)
-        if options.mirror and not options.mirror.startswith(("http://", "https://")):
-            raise DownloadError(f"--mirror {options.mirror}: must begin with http:// or https://")
-        names = [each for name in options.names for each in (SPLITS if name == "all" else [name])]
-        for name in dict.fromkeys(names):
-            try:
-                line = get(name, options.out, options.mirror.rstrip("/"), options.overwrite)
-            finally:
-                show("")
-            print(line, flush=True)
-    except (DownloadError, OSError) as error:
-        line = " ".join(str(error).split())             # a server's words may hold anything
-        print("error:", "".join(c for c in line if c.isprintable()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(parser, fetch, argv, DownloadError)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,13 @@ class Mirror(BaseHTTPRequestHandler):
             fault = fault.pop(0) if fault else ""
         if fault == "loop":
             return self.reply(302, b"", Location=path)
+        if fault == "headers":
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
+            with contextlib.suppress(OSError):
+                while path in s.faults:
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+            return None
         if fault == 500 or data is None:
             return self.reply(fault or 404, b"no")
         start = int(wanted[6:-1]) if wanted and fault != "no ranges" else 0
@@ -120,7 +127,7 @@ def tree(root):
 def error_line(capsys):
     """The one line of stderr that an error is."""
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert len(lines) == 1 and lines[0].startswith("glue.download: error: "), lines
     return lines[0]
 
 
@@ -226,6 +233,11 @@ def test_download_slow_or_strange_server(mirror, tmp_path, capsys, monkeypatch):
     start = time.monotonic()
     assert fetch(mirror, tmp_path, "CoLA", "--overwrite") == 2 and time.monotonic() - start < 20
     assert re.search(r"broke off 5 times \(too slow, \d+ bytes in", error_line(capsys))
+    mirror.faults["/CoLA.zip"] = "headers"                         # likewise, before the first byte
+    start = time.monotonic()
+    assert fetch(mirror, tmp_path, "CoLA", "--overwrite") == 2 and time.monotonic() - start < 5
+    assert "CoLA.zip: no answer (in 0.4 seconds)" in error_line(capsys)
+    mirror.faults.clear()
 
 
 def test_download_part_that_is_a_link(mirror, tmp_path, capsys):
