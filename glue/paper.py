@@ -7,7 +7,7 @@ A cell is one task, variant and seed; `run` writes each as one JSON file under g
 is there is skipped, what was interrupted goes on, and what another process works on is left to it:
 so the same command may run several times at once, on one GPU as well. `table` reads those files
 alone. A variant is a name below, or a table's: all that stand in it. `lr=5e-5`, `epochs=3` and
-`length=0.5` (of the authors' epochs) may follow a name; else --lr and --epochs hold, or CHOSEN.
+`length=0.5` (of the authors' epochs) may follow a name; without them CHOSEN holds.
 
 What a cell does: one `train` from the pretrained BERT; one `search` on the hold-out, which finds a
 sub-BERT with less than 0.75 and one with less than 0.5 of the *encoder's* parameters (MiniLM's
@@ -17,8 +17,8 @@ by HAT's evolution, which stands here. `seconds` are those of one process, train
 MiniLM's figures (6 layers x 384) are not comparable with BERT-base's.
 """
 
-import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import math
@@ -33,22 +33,20 @@ import torch
 
 import data
 import yoco
+from glue import run_program
 from model import (Arch, BertConfig, SearchSpace, UserError, arithmetic, count_flops, count_params,
-                   extract, fingerprint, hardware, load_bert, read_json, save_bert,
+                   extract, hardware, load_bert, read_json, save_bert,
                    tokenizer_files, write_json)
-
-try:
-    import fcntl
-except ImportError:                                                  # Windows: one process only
-    fcntl = None
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("MRPC", "RTE", "CoLA", "STS-B", "SST-2")
 SHARES = (0.75, 0.5)                                # budgets, of the encoder's parameters
 HOLDOUT = {"SST-2": 0.02}                           # else 0.1: of SST-2 1,347 sentences
 BATCH, DRAWN = 32, 300                              # examples a step; architectures of `matters`
-# What holds where nothing else is said, for fine-tuning and for each recipe.
-CHOSEN = {"plain": "lr=1e-4 epochs=3", "paper": "lr=1e-4 length=1", "best": "lr=1e-4 length=1"}
+# What holds where nothing else is said, for fine-tuning, with each recipe, and with neither.
+CHOSEN = {"plain": {"lr": "1e-4", "epochs": "3"}, "truncated": {"lr": "1e-4", "epochs": "3"},
+          "paper": {"lr": "1e-4", "length": "1"}, "best": {"lr": "1e-4", "length": "1"},
+          "HAT": {"lr": "1e-4", "length": "1"}, "OFA": {"lr": "1e-4", "length": "1"}}
 
 PLAIN = ("plain", "truncated")                      # all layers; the first half of them, alone
 ELASTIC = {                                         # flags of train
@@ -116,26 +114,27 @@ def in_words(found, reference=None):
 # Sizes, and the searches that are not the paper's
 # --------------------------------------------------------------------------------------------------
 
-def fixed(config):
-    """Parameters of embeddings and pooler: what a layer costs, taken off a model of one layer."""
-    one, two = (count_params(config, Arch([1] * n, [1] * n)) for n in (1, 2))
-    return 2 * one - two
-
-
 def budget(config, part):
     """`--max-params` for so much of the encoder."""
-    rest = fixed(config)
+    # Embeddings and pooler are what is left of a model of one layer without that layer.
+    one, two = (count_params(config, Arch([1] * n, [1] * n)) for n in (1, 2))
+    rest = 2 * one - two
     return round(rest + part * (count_params(config, config.arch) - rest))
 
 
-def propose_random(it, limit, rng, *_):
-    """An architecture drawn uniformly among those under the limit; it: as `opened` makes it."""
-    pi = yoco.Categorical(it.space.categories)
+def first_under(it, limit, draw):
+    """The first of the drawn architectures that is under the limit; it: as `opened` makes it."""
     for _ in range(10_000):
-        arch = it.space.arch(pi.sample(rng))
+        arch = it.space.arch(draw())
         if it.cost(arch) < limit:
             return arch
     return it.space.smallest()
+
+
+def propose_random(it, limit, rng, *_):
+    """An architecture drawn uniformly among those under the limit."""
+    pi = yoco.Categorical(it.space.categories)
+    return first_under(it, limit, lambda: pi.sample(rng))
 
 
 def propose_evolution(it, limit, rng, past, evaluations):
@@ -150,17 +149,17 @@ def propose_evolution(it, limit, rng, past, evaluations):
     born = list(past)[:first + (len(past) - first) // later * later]
     parents = sorted(born, key=lambda arch: -past[arch])[:best]
     pi = yoco.Categorical(it.space.categories)
-    for _ in range(10_000):
+
+    def child():
+        """Half of the time a mutation, every choice drawn anew with p = 0.3, else a crossover."""
         one, two = (it.space.choices(parents[i]) for i in rng.integers(len(parents), size=2))
-        # Half of the time a mutation, every choice drawn anew with p = 0.3, else a crossover.
-        drawn, mutates, child = pi.sample(rng), rng.random() < 0.5, []
+        drawn, mutates, choices = pi.sample(rng), rng.random() < 0.5, []
         for mine, theirs, new in zip(one, two, drawn):
             if rng.random() < (0.3 if mutates else 0.5):
                 mine = new if mutates else theirs
-            child.append(new if mine is None else mine)  # a layer that the parent has not
-        if it.cost(it.space.arch(child)) < limit:
-            return it.space.arch(child)
-    return it.space.smallest()
+            choices.append(new if mine is None else mine)    # a layer that the parent has not
+        return choices
+    return first_under(it, limit, child)
 
 
 def search_by(propose, it, limit, score, memo, evaluations, seed):
@@ -209,9 +208,9 @@ def scorers(it):
                             it.autocast) for on, parts in it.parts.items()}
 
 
-def row(budget, config, arch, holdout, score):
+def row(part, config, arch, holdout, score):
     """The facts of one architecture; its dev score is taken here."""
-    return dict(budget=budget, arch=arch._asdict(), params=count_params(config, arch),
+    return dict(budget=part, arch=arch._asdict(), params=count_params(config, arch),
                 flops=count_flops(config, arch), holdout=holdout, dev=score["dev"](arch))
 
 
@@ -241,8 +240,9 @@ class Cell:
             print(f"--- {self.name}", flush=True)
             fills = {"plain": self.plain, "truncated": self.plain, "tuned": self.tuned,
                      "bands": self.bands, "matters": self.matters}
-            kinds = [word for word in self.base.split() if word in fills]
-            begun, fill = commit(), fills[kinds[0]] if kinds else self.elastic
+            begun, fill = commit(), self.elastic
+            for word in self.base.split():
+                fill = fills.get(word, fill)
             write_json(self.path, task=self.task, variant=self.variant, seed=self.seed,
                        commit=begun, **fill())
 
@@ -261,21 +261,15 @@ class Cell:
 
     def train(self, bert, *flags):
         """Run `train`, or take what is there; what was trained, opened."""
-        wanted = {"plain": "plain", "truncated": "plain"}.get(self.base, self.base.split()[0])
-        wanted = split_variant("plain " + CHOSEN.get(wanted, CHOSEN["paper"]))[1]
-        options = {"lr": self.options.lr, "epochs": self.options.epochs}
-        for given in ({name: value for name, value in options.items() if value}, self.given):
-            if "epochs" in given:
-                wanted.pop("length", None)
-            wanted |= given
-        if "length" in wanted:
+        wanted = CHOSEN[self.base.split()[0]] | self.given
+        if "length" in wanted and "epochs" not in self.given:
             space = SearchSpace.for_config(BertConfig.load(bert))
             last = yoco.make_stages(space, self.task, 1)[-1]         # a step stands for an epoch
             wanted["epochs"] = float(wanted["length"]) * (last.first + last.steps)
         self.command("train", "--data", f"{self.options.data}/{self.task}", "--bert", bert,
-                     "--out", self.out, "--lr", str(wanted["lr"]), "--epochs",
-                     str(wanted["epochs"]), "--batch-size", str(BATCH), "--holdout",
-                     str(HOLDOUT.get(self.task, 0.1)), *flags)
+                     "--out", self.out, "--lr", wanted["lr"], "--epochs", str(wanted["epochs"]),
+                     "--batch-size", str(BATCH), "--holdout", str(HOLDOUT.get(self.task, 0.1)),
+                     *flags)
         return opened(self.out, self.options)
 
     def search(self, model, budgets):
@@ -406,16 +400,9 @@ class Cell:
 
 
 def commit():
-    """The commit of this code, "+" where files other than results differ from it; outside a
-    repository what tells the sources apart."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        differs = git("status", "--porcelain", "--untracked-files=no", "--", ":!glue/results")
-        return git("rev-parse", "--short", "HEAD") + ("+" if differs else "")
-    names = ("yoco.py", "model.py", "data.py", "glue/paper.py")
-    return "sources " + fingerprint(*(ROOT / name for name in names))[:12]
+    """The commit of this code; "+" where a file in the repository differs from it."""
+    git = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -432,17 +419,16 @@ def load(options):
     for path in sorted(Path(options.results).glob("paper-*.json")):
         facts = read_json(path)
         task, variant, seed = facts["task"], facts["variant"], facts["seed"]
-        wanted = seed in (options.seeds or [seed]) and task in (options.tasks or [task])
-        if "evaluations" not in facts or not wanted:                 # or of an earlier version
+        if seed not in (options.seeds or [seed]) or task not in (options.tasks or [task]):
             continue
+        facts["alike"] = facts["settings"] | {"seed": 0, "device": ""} | {
+            name: facts[name] for name in ("evaluations", "precision")}
         cell = cells.setdefault((task, variant), {})
-        alike = facts["settings"] | {"seed": 0, "device": "", "evaluations": facts["evaluations"],
-                                     "precision": facts["precision"]}
         for other in cell.values():
-            if other["alike"] != alike:
+            if other["alike"] != facts["alike"]:
                 raise UserError(f"{path} was run with other settings than seed {other['seed']}: "
                                 "remove one")
-        cell[seed] = facts | {"alike": alike}
+        cell[seed] = facts
         for method, found in facts.get("methods", {}).items():
             cells.setdefault((task, f"{variant}: {method}"), {})[seed] = found
     return cells
@@ -459,9 +445,8 @@ def at(part, on="dev"):
 
 
 def deployed(facts):
-    """The dev score at half of the encoder, of plain fine-tuning that of all."""
-    half = at(SHARES[-1])(facts)
-    return at(1.0)(facts) if half is None else half
+    """The dev score of the smallest in a cell: half of the encoder, of plain fine-tuning all."""
+    return facts["scores"][-1]["dev"]["score"]
 
 
 def told(i):
@@ -516,23 +501,26 @@ def values(cells, task, variant, getter):
     return {seed: value for seed, value in found.items() if value is not None}
 
 
+def tasks_of(cells):
+    """The tasks of some cells, and of several their mean."""
+    tasks = sorted({task for task, _ in cells})
+    return tasks + [MEAN] * (len(tasks) > 1)
+
+
 def compare(cells, variants, getter, title):
     """Print a row per variant and a column per task, each with the paired difference from the first
     variant; and nothing at all where nothing is known."""
-    there = {task for task, _ in cells}
-    tasks = [task for task in TASKS if task in there] + sorted(there - set(TASKS))
-    tasks, rows = tasks + ([MEAN] if len(tasks) > 1 else []), []
+    rows = []
     for variant in variants:
         texts = []
-        for task in tasks:
+        for task in tasks_of(cells):
             first = values(cells, task, variants[0], getter) if variant != variants[0] else None
             texts.append(in_words(values(cells, task, variant, getter), first))
         if any(texts):
             rows.append(f"| {variant} | " + " | ".join(texts) + " |")
     if rows:
-        print(f"| {title} | " + " | ".join(tasks) + " |\n|---" + "|---" * len(tasks) + "|")
-        print("\n".join(rows) + "\n")
-    return tasks
+        tasks = " | ".join(tasks_of(cells))
+        print("\n".join([f"| {title} | {tasks} |", "|---" * (len(texts) + 1) + "|", *rows, ""]))
 
 
 def table(name, cells):
@@ -546,9 +534,9 @@ def table(name, cells):
         raise UserError(f"no cells of table {name} yet: python -m glue.paper run --variants {name}")
     for variants, fields in TABLES[name]:
         for title, getter in fields.items():
-            tasks = compare(cells, variants, getter, title)
+            compare(cells, variants, getter, title)
     for variant in ("paper", "best") if name == "core" else ():
-        for task in tasks:
+        for task in tasks_of(cells):
             half, full = (values(cells, task, v, deployed) for v in (variant, "plain"))
             kept = {seed: 100 * half[seed] / full[seed] for seed in half if full.get(seed)}
             print(f"{variant} at half of the encoder keeps, in % of plain, {task}: "
@@ -559,47 +547,43 @@ def table(name, cells):
           f"process each, on {', '.join(where)}")
 
 
-def main(argv=None):
-    """Run one command; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C."""
-    parser = yoco.Parser("glue.paper", description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("run", "table"))
-    parser.add_argument("name", nargs="?", help=f"of the table: {', '.join(TABLES)}")
-    parser.add_argument("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table: all")
-    parser.add_argument("--variants", nargs="+", default=["core"],
-                        help="variants, or tables: all that stand in them")
-    parser.add_argument("--seeds", type=int, nargs="+", help="to run: without it 0 1 2")
-    parser.add_argument("--lr", type=float, help="of variants that do not say theirs")
-    parser.add_argument("--epochs", type=float, help="in all, likewise")
-    parser.add_argument("--evaluations", type=int, default=60, help="of each search and budget")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--data", default="glue", help="where the tasks' directories are")
-    parser.add_argument("--bert", default="all-MiniLM-L6-v2")
-    parser.add_argument("--work", default="superbert/paper", help="where models go")
-    parser.add_argument("--results", default=str(ROOT / "glue/results"), help="where cells go")
-    status = 0
-    try:
-        options = parser.parse_args(argv)
-        if options.command == "table":
-            if options.name not in TABLES:
-                parser.error(f"table knows {', '.join(TABLES)}")
-            table(options.name, load(options))
-            return 0
-        variants = sum(map(variants_of, options.variants), [])
-        for cell in [Cell(task, variant, seed, options) for variant in dict.fromkeys(variants)
-                     for seed in options.seeds or range(3) for task in options.tasks or TASKS[:2]]:
-            try:
-                cell.ensure()
-            except SystemExit as failed:                             # has told why
-                status = failed.code
-                if status > 2:                                       # a signal
-                    return status
-    except KeyboardInterrupt:
-        return 130
-    except (UserError, OSError) as error:
-        print(f"glue.paper: error: {error}", file=sys.stderr)
-        return 2
+def work(options):
+    """Run cells or print a table; the exit status, which of cells is that of the last that failed.
+    """
+    if options.command == "table":
+        if options.name not in TABLES:
+            raise UserError(f"table knows {', '.join(TABLES)}")
+        table(options.name, load(options))
+        return 0
+    status, variants = 0, dict.fromkeys(sum(map(variants_of, options.variants), []))
+    for cell in [Cell(task, variant, seed, options) for variant in variants
+                 for seed in options.seeds or range(3) for task in options.tasks or TASKS[:2]]:
+        try:
+            cell.ensure()
+        except SystemExit as failed:                                 # has told why
+            status = failed.code
+            if status > 2:                                           # a signal
+                break
     return status
+
+
+def main(argv=None):
+    """Run the program; the exit status, as `glue.run_program` has it."""
+    parser = yoco.Parser("glue.paper", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("command", choices=("run", "table"))
+    add("name", nargs="?", help=f"of the table: {', '.join(TABLES)}")
+    add("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table: all")
+    add("--variants", nargs="+", default=["core"], help="or tables: all that stand in them")
+    add("--seeds", type=int, nargs="+", help="to run: without it 0 1 2")
+    add("--evaluations", type=int, default=60, help="of each search and budget")
+    add("--device", default="auto")
+    add("--precision", default="auto")
+    add("--data", default="glue", help="where the tasks' directories are")
+    add("--bert", default="all-MiniLM-L6-v2")
+    add("--work", default="superbert/paper", help="where models go")
+    add("--results", default=str(ROOT / "glue/results"), help="where cells go")
+    return run_program(parser, work, argv, UserError)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_budgets_are_of_the_encoder():
     """A MiniLM layer: 4 (384^2 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384 parameters."""
     minilm = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
     layer = 4 * (384**2 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384
-    assert paper.fixed(minilm) == 22_713_216 - 6 * layer
+    assert paper.budget(minilm, 0) == 22_713_216 - 6 * layer
     assert paper.budget(minilm, 0.5) == 22_713_216 - 3 * layer
 
 
@@ -93,7 +93,7 @@ def work(tmp_path_factory):
     config = BertConfig.load(ROOT / "glue/TOY")
     save_bert(ElasticBert(config, 2), root / "bert", tokenizer_files(ROOT / "glue/TOY"))
     words = ["--tasks", "TOY", "--data", root / "data", "--bert", root / "bert", "--work",
-             root / "work", "--results", root / "results", "--epochs", "8", "--lr", "1e-3",
+             root / "work", "--results", root / "results",
              "--evaluations", "8", "--device", "cpu", "--precision", "fp32"]
     return SimpleNamespace(root=root, words=[str(word) for word in words])
 
@@ -128,7 +128,7 @@ def test_cells_and_tables(work, capsys, monkeypatch):
     assert {f"paper-TOY-{v}-0.json".replace(" ", "_") for v in more} <= set(found)
     tuned, best = found["paper-TOY-HAT_tuned_2e-5-0.json"], found["paper-TOY-best-0.json"]
     assert tuned["steps"] == 30                         # ten epochs of 72 examples, 32 a step
-    assert best["settings"]["epochs"] == 8 and best["settings"]["reorder"] is True
+    assert best["settings"]["epochs"] == 26 and best["settings"]["reorder"] is True
     given = found["paper-TOY-best_lr=2e-3_length=0.02-0.json"]["settings"]
     assert given["lr"] == 2e-3 and given["epochs"] == pytest.approx(0.02 * 26)
     config = load_bert(work.root / "bert", 2).config
