@@ -26,6 +26,7 @@ import sys
 import time
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -92,15 +93,13 @@ def draw(config, count):
     return [space.arch(pi.sample(rng)) for _ in range(count)]
 
 
-def new_gradient(device):
-    """What `train` computes gradients with there."""
-    return yoco.graphed_gradient() if device.type == "cuda" else yoco.weight_gradient
-
-
-def our_steps(config, device, autocast, gradient):
-    """A function (batch, architectures): a training step of a new model of ours; the losses."""
+def our_steps(config, device, autocast, gradient=None):
+    """A function (batch, architectures): a training step of a new model of ours; the losses.
+    gradient: what computes it; without it what `train` does there."""
     model = ElasticBert(config, 2).to(device).train()
     adam = yoco.new_adam(model)
+    if gradient is None:
+        gradient = yoco.graphed_gradient() if device.type == "cuda" else yoco.weight_gradient
 
     def step(batch, archs):
         losses = gradient(model, batch, archs, autocast)
@@ -205,8 +204,7 @@ def memory(name, who, device, autocast):
         if who == "HF":
             steps, more = hf_steps(config, device), autocast
         else:
-            steps = our_steps(config, device, autocast, new_gradient(device))
-            more = [config.arch]
+            steps, more = our_steps(config, device, autocast), [config.arch]
         for batch in spread(train, 32, 3, device, device):
             steps(batch, more)
     print(round(peak_memory(device) - before))
@@ -268,7 +266,7 @@ def bench(name, options, device, autocast):
 
 def training(compare, config, n, train, device, autocast):
     """The rows of training, of n batches each."""
-    steps = our_steps(config, device, autocast, new_gradient(device))
+    steps = our_steps(config, device, autocast)
     theirs = our_steps(config, device, nullcontext, yoco.weight_gradient)
     teacher = ElasticBert(config, 2).to(device).eval()
     drawn, largest = draw(config, 2 * n), [[config.arch]] * n
@@ -348,30 +346,24 @@ def whole(name, device, autocast):
     uniform architectures, after every shape was there once."""
     (train, _), source = mrpc()
     introduce(name, source, device, autocast)
-    config, train, shapes = SHAPES[name], train[:3301], set()        # a tenth is held out
+    config, train = SHAPES[name], train[:3301]                       # a tenth is held out
     space, rng = SearchSpace.for_config(config), np.random.default_rng(0)
-    P, steps = yoco.Categorical(space.categories), our_steps(config, device, autocast,
-                                                            new_gradient(device))
+    P, steps = yoco.Categorical(space.categories), our_steps(config, device, autocast)
 
-    def one_step(batch):
-        """All that a step of `train` does on the device."""
-        archs = [space.arch(P.uniform().sample(rng)) for _ in range(2)]
-        losses = torch.stack(steps(batch, archs)).tolist()
-        P.step([space.choices(arch) for arch in archs], losses)
-    start = time.perf_counter()
-    for _, indices in zip(range(WHOLE_STEPS), data.batches(train, 32, 0)):
-        batch = data.collate(train, indices, device)
-        if batch[0].shape not in shapes:
-            shapes.add(batch[0].shape)
-            one_step(batch)
-    wait(device)
-    recorded, start = time.perf_counter() - start, time.perf_counter()
-    say(f"{recorded:.1f} s until all {len(shapes)} shapes of batches were there once")
-    for _, indices in zip(range(MEASURED_STEPS), data.batches(train, 32, 0)):
-        one_step(data.collate(train, indices, device))
-    wait(device)
-    each = (time.perf_counter() - start) / MEASURED_STEPS
-    say(f"a whole training on MRPC: {recorded + WHOLE_STEPS * each:.0f} s, estimated: these, then "
+    def seconds(batches):
+        """All that `train` does in some steps, timed."""
+        start = time.perf_counter()
+        for indices in batches:
+            archs = [space.arch(P.uniform().sample(rng)) for _ in range(2)]
+            losses = torch.stack(steps(data.collate(train, indices, device), archs)).tolist()
+            P.step([space.choices(arch) for arch in archs], losses)
+        return time.perf_counter() - start
+    order = list(islice(data.batches(train, 32, 0), WHOLE_STEPS))
+    shapes = {data.collate(train, indices, device)[0].shape: indices for indices in order}
+    first = seconds(shapes.values())
+    say(f"{first:.1f} s until all {len(shapes)} shapes of batches were there once")
+    each = seconds(order[:MEASURED_STEPS]) / MEASURED_STEPS
+    say(f"a whole training on MRPC: {first + WHOLE_STEPS * each:.0f} s, estimated: these, then "
         f"{WHOLE_STEPS} steps of 32 at {1000 * each:.1f} ms, the mean of {MEASURED_STEPS} measured "
         f"ones ({64 / each:.0f} passes/s); {peak_memory(device):.0f} MiB at the peak")
 

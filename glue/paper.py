@@ -7,7 +7,7 @@ A cell is one task, variant and seed; `run` writes each as one JSON file under g
 is there is skipped, what was interrupted goes on, and what another process works on is left to it:
 so the same command may run several times at once, on one GPU as well. `table` reads those files
 alone. A variant is a name below, or a table's: all that stand in it. `lr=5e-5`, `epochs=3` and
-`length=0.5` (of the authors' epochs) may follow a name; without them CHOSEN holds.
+`length=0.5` (of the authors' epochs) may follow a name; else --lr and --epochs hold, or CHOSEN.
 
 What a cell does: one `train` from the pretrained BERT; one `search` on the hold-out, which finds a
 sub-BERT with less than 0.75 and one with less than 0.5 of the *encoder's* parameters (MiniLM's
@@ -69,9 +69,9 @@ SAYS = ("Spearman of hold-out and dev, x 100",      # what `matters` tells, in %
         "standard deviation, dev", "standard error sqrt(p (1 - p) / n), dev",
         *(f"drawn ones below what {method} found, dev" for method in METHODS))
 BANDED, MATTERS = (["bands of paper", "bands of best"], ["matters of paper", "matters of best"])
-GRID = {recipe: [f"{recipe} lr={lr} length={length}" for lr in ("2e-5", "5e-5", "1e-4")
-                 for length in (1, 0.5, 0.25)] for recipe in ("paper", "best")}
-GRID["plain"] = [f"plain lr={lr} epochs={n}" for lr in ("2e-5", "5e-5", "1e-4") for n in (3, 10)]
+GRID = [[f"plain lr={lr} epochs={n}" for lr in ("2e-5", "5e-5", "1e-4") for n in (3, 10)]] + [
+    [f"{recipe} lr={lr} length={length}" for lr in ("2e-5", "5e-5", "1e-4")
+     for length in (1, 0.5, 0.25)] for recipe in ("paper", "best")]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,15 +261,17 @@ class Cell:
 
     def train(self, bert, *flags):
         """Run `train`, or take what is there; what was trained, opened."""
-        wanted = CHOSEN[self.base.split()[0]] | self.given
-        if "length" in wanted and "epochs" not in self.given:
+        options = {"lr": self.options.lr, "epochs": self.options.epochs}
+        given = {name: value for name, value in options.items() if value} | self.given
+        wanted = CHOSEN[self.base.split()[0]] | given
+        if "length" in given or "length" in wanted and "epochs" not in given:
             space = SearchSpace.for_config(BertConfig.load(bert))
             last = yoco.make_stages(space, self.task, 1)[-1]         # a step stands for an epoch
             wanted["epochs"] = float(wanted["length"]) * (last.first + last.steps)
         self.command("train", "--data", f"{self.options.data}/{self.task}", "--bert", bert,
-                     "--out", self.out, "--lr", wanted["lr"], "--epochs", str(wanted["epochs"]),
-                     "--batch-size", str(BATCH), "--holdout", str(HOLDOUT.get(self.task, 0.1)),
-                     *flags)
+                     "--out", self.out, "--lr", str(wanted["lr"]), "--epochs",
+                     str(wanted["epochs"]), "--batch-size", str(BATCH), "--holdout",
+                     str(HOLDOUT.get(self.task, 0.1)), *flags)
         return opened(self.out, self.options)
 
     def search(self, model, budgets):
@@ -428,94 +430,86 @@ def load(options):
             if other["alike"] != facts["alike"]:
                 raise UserError(f"{path} was run with other settings than seed {other['seed']}: "
                                 "remove one")
-        cell[seed] = facts
+        cell[seed] = named(facts)
         for method, found in facts.get("methods", {}).items():
             cells.setdefault((task, f"{variant}: {method}"), {})[seed] = found
     return cells
 
 
-def at(part, on="dev"):
-    """A getter of the score, on "dev" or "holdout", under a budget or in a band; None where a cell
-    has none."""
-    def get(facts):
-        for scores in facts.get("scores", []):
-            if scores["budget"] == part:
-                return scores[on]["score"]
-    return get
+def named(facts):
+    """The facts of a cell with its scores under the names that FIELDS has for them."""
+    scores = {found["budget"]: found for found in facts.get("scores", [])}
+    # The smallest comes last: half of the encoder, of plain fine-tuning all.
+    last = {"deployed": facts["scores"][-1]} if scores else {}
+    return facts | scores | last | dict(zip(SAYS, facts.get("told", [])))
 
 
-def deployed(facts):
-    """The dev score of the smallest in a cell: half of the encoder, of plain fine-tuning all."""
-    return facts["scores"][-1]["dev"]["score"]
-
-
-def told(i):
-    """A getter of what `matters` says, in the order of SAYS."""
-    return lambda facts: facts["told"][i]
-
-
-HALVES = {f"dev, {part}x": at(part) for part in SHARES}
-UNIFORM = {"hold-out, uniform": lambda facts: facts.get("uniform")}
-HOLDOUTS = {"hold-out, largest": at(1.0, "holdout"),
-            "hold-out, found at 0.5x": at(0.5, "holdout"), **UNIFORM}
-FOUND = {"hold-out, best": lambda found: found["holdout"]["score"],
-         "hold-out, mean of the ten best": lambda found: found["ten_best"],
-         "dev of the best": lambda found: found["dev"]["score"]}
-TOLD = {name: told(i) for i, name in enumerate(SAYS)}
-# table: its parts, each (variants, {title: getter}); the others are compared with the first one.
+# {title: where it stands in the facts of a cell}; a table shows those that its cells have.
+HOLDOUTS = {"hold-out, largest": (1.0, "holdout", "score"),
+            "hold-out, found at 0.5x": (0.5, "holdout", "score"),
+            "hold-out, uniform": ("uniform",)}
+FIELDS = {"dev, largest": (1.0, "dev", "score"), "dev, 0.75x": (0.75, "dev", "score"),
+          "dev, 0.5x": (0.5, "dev", "score"), "hold-out, uniform": ("uniform",),
+          "hold-out, best": ("holdout", "score"), "hold-out, mean of the ten best": ("ten_best",),
+          "dev of the best": ("dev", "score")} | {name: (name,) for name in SAYS}
+for band, (low, high) in BANDS.items():
+    FIELDS[f"dev, {low} to {high} of the encoder"] = (band, "dev", "score")
+DEPLOYED = {"dev, half; of plain all": ("deployed", "dev", "score")}
+# table: its parts, the variants of each; all others are compared with the first one.
 TABLES = {
-    "choose": [(GRID["plain"], HOLDOUTS), (GRID["paper"], HOLDOUTS), (GRID["best"], HOLDOUTS)],
-    "core": [(["plain", "truncated", "paper", "best"], {
-                  "dev, half; of plain all": deployed, "dev, largest": at(1.0),
-                  "dev, 0.75x": at(0.75), **UNIFORM}),
-             (["truncated", "paper", "best"], {"dev, 0.5x": at(0.5)}),
-             (["paper", "best"], {"dev, 0.5x": at(0.5)})],
-    "1": [(BANDED, {f"dev, {low} to {high} of the encoder": at(band)
-                    for band, (low, high) in BANDS.items()})],
-    "3": [(["paper", "HAT", "OFA", *TUNED["HAT"], *TUNED["OFA"]], HALVES)],
-    "4": [([recipe, *(f"{recipe} {name}" for name in STRATEGIES)], HALVES)
-          for recipe in ("paper", "best")],
-    "5": [([recipe, *TUNED[recipe]], {"dev, 0.5x": at(0.5)}) for recipe in ("paper", "best")],
-    "ablation": [(["best", "best no-reorder", "best no-distill", "best first", "best progressive",
-                   "paper"], {"dev, largest": at(1.0), **HALVES, **UNIFORM})],
-    "methods": [([f"{variant}: {method}" for method in METHODS], FOUND) for variant in MATTERS],
-    "matters": [(MATTERS, TOLD)],
+    "choose": GRID,
+    "core": [["plain", "truncated", "paper", "best"], ["truncated", "paper", "best"],
+             ["paper", "best"]],
+    "1": [BANDED],
+    "3": [["paper", "HAT", "OFA", *TUNED["HAT"], *TUNED["OFA"]]],
+    "4": [[recipe, *(f"{recipe} {name}" for name in STRATEGIES)] for recipe in ("paper", "best")],
+    "5": [[recipe, *TUNED[recipe]] for recipe in ("paper", "best")],
+    "ablation": [["best", "best no-reorder", "best no-distill", "best first", "best progressive",
+                  "paper"]],
+    "methods": [[f"{variant}: {method}" for method in METHODS] for variant in MATTERS],
+    "matters": [MATTERS],
 }
 
 
 def variants_of(name):
     """All that stand in a table; else the variant itself."""
-    found = [variant.split(":")[0] for variants, _ in TABLES.get(name, [([name], {})])
-             for variant in variants]
-    return list(dict.fromkeys(found))
-
-
-def values(cells, task, variant, getter):
-    """{seed: value} of one field of the table; of MEAN the mean over all tasks that the cells have,
-    for seeds that all of them have."""
-    if task == MEAN:
-        of_tasks = [values(cells, each, variant, getter) for each in {task for task, _ in cells}]
-        common = set.intersection(*map(set, of_tasks))
-        return {seed: float(np.mean([found[seed] for found in of_tasks])) for seed in common}
-    found = {seed: getter(facts) for seed, facts in cells.get((task, variant), {}).items()}
-    return {seed: value for seed, value in found.items() if value is not None}
+    return list(dict.fromkeys(variant.split(":")[0] for variants in TABLES.get(name, [[name]])
+                              for variant in variants))
 
 
 def tasks_of(cells):
     """The tasks of some cells, and of several their mean."""
-    tasks = sorted({task for task, _ in cells})
+    there = {task for task, _ in cells}
+    tasks = [task for task in TASKS if task in there] + sorted(there - set(TASKS))
     return tasks + [MEAN] * (len(tasks) > 1)
 
 
-def compare(cells, variants, getter, title):
+def values(cells, task, variant, place):
+    """{seed: value} of one field of the table; of MEAN the mean over all tasks that the cells have,
+    for seeds that all of them have."""
+    found = {}
+    if task == MEAN:
+        of_tasks = [values(cells, each, variant, place) for each in {task for task, _ in cells}]
+        for seed in set.intersection(*map(set, of_tasks)):
+            found[seed] = float(np.mean([of_task[seed] for of_task in of_tasks]))
+        return found
+    for seed, value in cells.get((task, variant), {}).items():
+        for key in place:
+            value = value.get(key, {})
+        if value != {}:
+            found[seed] = value
+    return found
+
+
+def compare(cells, variants, title, place):
     """Print a row per variant and a column per task, each with the paired difference from the first
     variant; and nothing at all where nothing is known."""
     rows = []
     for variant in variants:
         texts = []
         for task in tasks_of(cells):
-            first = values(cells, task, variants[0], getter) if variant != variants[0] else None
-            texts.append(in_words(values(cells, task, variant, getter), first))
+            first = values(cells, task, variants[0], place) if variant != variants[0] else None
+            texts.append(in_words(values(cells, task, variant, place), first))
         if any(texts):
             rows.append(f"| {variant} | " + " | ".join(texts) + " |")
     if rows:
@@ -532,12 +526,13 @@ def table(name, cells):
              if key[1].split(":")[0] in variants_of(name)}
     if not cells:
         raise UserError(f"no cells of table {name} yet: python -m glue.paper run --variants {name}")
-    for variants, fields in TABLES[name]:
-        for title, getter in fields.items():
-            compare(cells, variants, getter, title)
+    fields = {"choose": HOLDOUTS, "core": DEPLOYED | FIELDS}.get(name, FIELDS)
+    for variants in TABLES[name]:
+        for title, place in fields.items():
+            compare(cells, variants, title, place)
     for variant in ("paper", "best") if name == "core" else ():
         for task in tasks_of(cells):
-            half, full = (values(cells, task, v, deployed) for v in (variant, "plain"))
+            half, full = (values(cells, task, v, *DEPLOYED.values()) for v in (variant, "plain"))
             kept = {seed: 100 * half[seed] / full[seed] for seed in half if full.get(seed)}
             print(f"{variant} at half of the encoder keeps, in % of plain, {task}: "
                   f"{in_words(kept)}")
@@ -576,6 +571,8 @@ def main(argv=None):
     add("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table: all")
     add("--variants", nargs="+", default=["core"], help="or tables: all that stand in them")
     add("--seeds", type=int, nargs="+", help="to run: without it 0 1 2")
+    add("--lr", type=float, help="of variants that do not say theirs")
+    add("--epochs", type=float, help="in all, likewise")
     add("--evaluations", type=int, default=60, help="of each search and budget")
     add("--device", default="auto")
     add("--precision", default="auto")
