@@ -305,32 +305,26 @@ def write(name, files, directory, overwrite):
     return written
 
 
-def get_task(name, directory, mirror, overwrite):
-    """Download a task's archive (MRPC: three sources) and write its TSV files."""
+def get_sources(name, directory, mirror, overwrite):
+    """Download what a task or a model is made of, and make its files of that."""
+    parts, folder = {}, f"{mirror}/{name}" if name in MODELS else mirror
     with contextlib.ExitStack() as stack:
-        parts = []
         for url, *known in SOURCES[name]:
-            parts.append(stack.enter_context(part_of(directory / Path(url).name)))
-            download(f"{mirror}/{Path(url).name}" if mirror else url, parts[-1], *known)
-        files = (build_mrpc(*[part.read_bytes() for part in parts]) if name == "MRPC" else
-                 unzip(parts[0], SPLITS[name]))
+            file = Path(url).name
+            if overwrite or name not in MODELS or not (directory / file).exists():
+                parts[file] = stack.enter_context(part_of(directory / file))
+                download(f"{folder}/{file}" if mirror else url, parts[file], *known)
+        if name in MODELS:
+            for file, part in parts.items():
+                os.replace(part, directory / file)
+            return list(parts)
+        if name == "MRPC":
+            files = build_mrpc(*[part.read_bytes() for part in parts.values()])
+        else:
+            files = unzip(*parts.values(), SPLITS[name])
         written = write(name, files, directory, overwrite)
-        for part in parts:
+        for part in parts.values():
             part.unlink()
-    return written
-
-
-def get_model(name, directory, mirror, overwrite):
-    """Download a model's files."""
-    written = []
-    for url, *known in SOURCES[name]:
-        path = directory / Path(url).name
-        if path.exists() and not overwrite:
-            continue
-        with part_of(path) as part:
-            download(f"{mirror}/{name}/{path.name}" if mirror else url, part, *known)
-            os.replace(part, path)
-        written.append(path.name)
     return written
 
 
@@ -363,7 +357,7 @@ def get(name, root, mirror="", overwrite=False):
         if len(present) == len(files_of(name)):
             return f"{name}: already there, {directory}"
     try:
-        written = (get_model if name in MODELS else get_task)(name, directory, mirror, overwrite)
+        written = get_sources(name, directory, mirror, overwrite)
     except Unreachable as error:
         if mirror or name != "all-MiniLM-L6-v2":
             raise
