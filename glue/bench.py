@@ -3,7 +3,7 @@
     python -m glue.bench [--models MiniLM BERT-base] [--repeats 3] [--batches 3]
     python -m glue.bench --whole --models BERT-base           seconds of a whole training on MRPC
 
-Shapes with random weights, which change no time, on the lengths of MRPC. *The authors' way* runs on
+Shapes with random weights, which change no time, on lengths like MRPC's. *The authors' way* runs on
 our own model: fp32, everything padded to 128 tokens, batches of 8, one architecture and one forward
 of an idle teacher per step, every architecture of a search evaluated twice. *Hugging Face* is
 `BertForSequenceClassification` at its best: in the precision of ours (bf16 by autocast) and, on a
@@ -53,24 +53,15 @@ WHOLE_STEPS, MEASURED_STEPS = 3016, 200             # 29 epochs of 3,301 example
 SEARCHED = 5                                        # evaluations a repetition
 
 
-# --------------------------------------------------------------------------------------------------
-# What is computed
-# --------------------------------------------------------------------------------------------------
-
 def mrpc():
-    """MRPC's train and dev as encoded examples with random ids; where their lengths are from."""
-    where = Path(os.environ.get("GLUE_DIR", "glue"), "MRPC")
-    bert = Path(os.environ.get("MINILM_DIR", "all-MiniLM-L6-v2"))
-    rng = np.random.default_rng(0)
-    if (where / "train.tsv").exists() and (bert / "vocab.txt").exists():
-        task, source = data.load_task(where), "MRPC's lengths"
-        parts = [[len(e.input_ids) for e in data.encode(part, bert, 128)]
-                 for part in (task.train, task.dev)]
-    else:                                                            # its mean, deviation, extremes
-        source = "lengths drawn like MRPC's: normal, 53 +- 13, cut to 16 ... 103"
-        parts = [rng.normal(53, 13, n).clip(16, 103).astype(int) for n in (3668, 408)]
-    return [[data.Encoded(rng.integers(1000, 30000, n).tolist(), [0] * n, i % 2)
-             for i, n in enumerate(lengths)] for lengths in parts], source
+    """Two lists of encoded examples with random ids, in number and lengths like MRPC's train and
+    dev: of the same mean, deviation and extremes."""
+    rng, parts = np.random.default_rng(0), []
+    for count in (3668, 408):
+        lengths = rng.normal(53, 13, count).clip(16, 103).astype(int)
+        parts.append([data.Encoded(rng.integers(1000, 30000, n).tolist(), [0] * n, i % 2)
+                      for i, n in enumerate(lengths)])
+    return parts
 
 
 def spread(encoded, batch_size, count, device, padding, pad=0):
@@ -150,10 +141,6 @@ def forward_flops(config, pairs):
     return total
 
 
-# --------------------------------------------------------------------------------------------------
-# Measuring
-# --------------------------------------------------------------------------------------------------
-
 def wait(device):
     """Wait until a GPU has done what it was told."""
     if device.type == "cuda":
@@ -198,7 +185,7 @@ def resident():
 def memory(name, who, device, autocast):
     """Print the MiB at the peak of three training steps of 32, over those before; what PyTorch and
     transformers load when they are first used is loaded before, with the tiny shape."""
-    (train, _), _ = mrpc()
+    train, _ = mrpc()
     for config in (SHAPES["tiny"], SHAPES[name]):
         before = resident() if device.type == "cpu" else 0
         if who == "HF":
@@ -218,18 +205,14 @@ def memory_of(who, name, options):
         check=True).stdout)
 
 
-# --------------------------------------------------------------------------------------------------
-# Rows
-# --------------------------------------------------------------------------------------------------
-
-def introduce(name, source, device, autocast):
+def introduce(name, device, autocast):
     """Print what is measured on what."""
     one = torch.ones(1, 1, device=device)
     with autocast():
         precision = F.linear(one, one).dtype
     hugging_face = f", transformers {transformers.__version__}" if transformers else ""
-    say(f"\n**{name}**, {source}, {precision}, {hardware(device)}, torch {torch.__version__}"
-        f"{hugging_face}")
+    say(f"\n**{name}**, lengths like MRPC's, {precision}, {hardware(device)}, "
+        f"torch {torch.__version__}{hugging_face}")
 
 
 def row(what, unit, ours, other=None, share=""):
@@ -240,8 +223,8 @@ def row(what, unit, ours, other=None, share=""):
 
 def bench(name, options, device, autocast):
     """Measure one shape and print its table, each row as soon as it is measured."""
-    (train, dev), source = mrpc()
-    introduce(name, source, device, autocast)
+    train, dev = mrpc()
+    introduce(name, device, autocast)
     peak = matmul_peak(device, autocast)
     say("\n| what | ratio | ours | the other | ours, of the matrix product's "
         f"{peak / 1e9:.0f} GFLOP/s |\n|---|---|---|---|---|")
@@ -344,9 +327,8 @@ def evaluation(compare, config, repeats, dev, device, autocast):
 def whole(name, device, autocast):
     """Print the seconds of a whole training on MRPC, estimated from MEASURED_STEPS steps with two
     uniform architectures, after every shape was there once."""
-    (train, _), source = mrpc()
-    introduce(name, source, device, autocast)
-    config, train = SHAPES[name], train[:3301]                       # a tenth is held out
+    introduce(name, device, autocast)
+    config, train = SHAPES[name], mrpc()[0][:3301]                   # a tenth is held out
     space, rng = SearchSpace.for_config(config), np.random.default_rng(0)
     P, steps = yoco.Categorical(space.categories), our_steps(config, device, autocast)
 

@@ -231,8 +231,7 @@ class Cell:
             path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.out + ".lock", "w") as lock:
             try:
-                if fcntl:
-                    fcntl.flock(lock, fcntl.LOCK_EX | (0 if needed else fcntl.LOCK_NB))
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if needed else fcntl.LOCK_NB))
             except BlockingIOError:
                 return
             if self.path.exists() and (not needed or Path(self.out, "run.json").exists()):
@@ -296,8 +295,8 @@ class Cell:
         if self.base in (*PLAIN, *ELASTIC):
             seconds += it.run["seconds"]
         same = {name: it.run[name] for name in ("steps", "hardware", "precision", "versions")}
-        return same | dict(seconds=seconds, settings=settings,
-                           evaluations=self.options.evaluations) | more
+        return {**same, "seconds": seconds, "settings": settings,
+                "evaluations": self.options.evaluations, **more}
 
     def plain(self):
         """Fine-tuning without elasticity, of the BERT or of the first half of its layers."""
