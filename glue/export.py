@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import data
+from glue import run_program
 from model import (TOKENIZER_FILES, ElasticBert, UserError, load_bert, read_json, save_bert, say,
                    tokenizer_files, weight_files)
 from yoco import Parser
@@ -177,28 +178,15 @@ def compare(model, exported, here, new, examples):
     return difference
 
 
-def parse(argv):
-    """Command-line words -> options."""
+def main(argv=None):
+    """Run the program; the exit status, as `glue.run_program` has it."""
     parser = Parser("glue.export", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="directory that search wrote, or train --stages largest")
     add("--format", required=True, choices=tuple(FILES), help="what will load it")
     add("--out", help="directory to write (default: export/NAME-FORMAT)")
     add("--overwrite", action="store_true", help="replace an export that is there")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """Run the program; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C."""
-    try:
-        export(parse(argv))
-    except KeyboardInterrupt:
-        return 130
-    except (UserError, OSError, MemoryError) as error:
-        text = " ".join(str(error).split()) or "out of memory"
-        print(f"glue.export: error: {text}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(parser, export, argv, UserError)
 
 
 if __name__ == "__main__":

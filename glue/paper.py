@@ -17,8 +17,8 @@ by HAT's evolution, which stands here. `seconds` are those of one process, train
 MiniLM's figures (6 layers x 384) are not comparable with BERT-base's.
 """
 
-import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import math
@@ -33,22 +33,20 @@ import torch
 
 import data
 import yoco
+from glue import run_program
 from model import (Arch, BertConfig, SearchSpace, UserError, arithmetic, count_flops, count_params,
-                   extract, fingerprint, hardware, load_bert, read_json, save_bert,
+                   extract, hardware, load_bert, read_json, save_bert,
                    tokenizer_files, write_json)
-
-try:
-    import fcntl
-except ImportError:                                                  # Windows: one process only
-    fcntl = None
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("MRPC", "RTE", "CoLA", "STS-B", "SST-2")
 SHARES = (0.75, 0.5)                                # budgets, of the encoder's parameters
 HOLDOUT = {"SST-2": 0.02}                           # else 0.1: of SST-2 1,347 sentences
 BATCH, DRAWN = 32, 300                              # examples a step; architectures of `matters`
-# What holds where nothing else is said, for fine-tuning and for each recipe.
-CHOSEN = {"plain": "lr=1e-4 epochs=3", "paper": "lr=1e-4 length=1", "best": "lr=1e-4 length=1"}
+# What holds where nothing else is said, for fine-tuning, with each recipe, and with neither.
+CHOSEN = {"plain": {"lr": "1e-4", "epochs": "3"}, "truncated": {"lr": "1e-4", "epochs": "3"},
+          "paper": {"lr": "1e-4", "length": "1"}, "best": {"lr": "1e-4", "length": "1"},
+          "HAT": {"lr": "1e-4", "length": "1"}, "OFA": {"lr": "1e-4", "length": "1"}}
 
 PLAIN = ("plain", "truncated")                      # all layers; the first half of them, alone
 ELASTIC = {                                         # flags of train
@@ -71,9 +69,9 @@ SAYS = ("Spearman of hold-out and dev, x 100",      # what `matters` tells, in %
         "standard deviation, dev", "standard error sqrt(p (1 - p) / n), dev",
         *(f"drawn ones below what {method} found, dev" for method in METHODS))
 BANDED, MATTERS = (["bands of paper", "bands of best"], ["matters of paper", "matters of best"])
-GRID = {recipe: [f"{recipe} lr={lr} length={length}" for lr in ("2e-5", "5e-5", "1e-4")
-                 for length in (1, 0.5, 0.25)] for recipe in ("paper", "best")}
-GRID["plain"] = [f"plain lr={lr} epochs={n}" for lr in ("2e-5", "5e-5", "1e-4") for n in (3, 10)]
+GRID = [[f"plain lr={lr} epochs={n}" for lr in ("2e-5", "5e-5", "1e-4") for n in (3, 10)]] + [
+    [f"{recipe} lr={lr} length={length}" for lr in ("2e-5", "5e-5", "1e-4")
+     for length in (1, 0.5, 0.25)] for recipe in ("paper", "best")]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,26 +114,27 @@ def in_words(found, reference=None):
 # Sizes, and the searches that are not the paper's
 # --------------------------------------------------------------------------------------------------
 
-def fixed(config):
-    """Parameters of embeddings and pooler: what a layer costs, taken off a model of one layer."""
-    one, two = (count_params(config, Arch([1] * n, [1] * n)) for n in (1, 2))
-    return 2 * one - two
-
-
 def budget(config, part):
     """`--max-params` for so much of the encoder."""
-    rest = fixed(config)
+    # Embeddings and pooler are what is left of a model of one layer without that layer.
+    one, two = (count_params(config, Arch([1] * n, [1] * n)) for n in (1, 2))
+    rest = 2 * one - two
     return round(rest + part * (count_params(config, config.arch) - rest))
 
 
-def propose_random(it, limit, rng, *_):
-    """An architecture drawn uniformly among those under the limit; it: as `opened` makes it."""
-    pi = yoco.Categorical(it.space.categories)
+def first_under(it, limit, draw):
+    """The first of the drawn architectures that is under the limit; it: as `opened` makes it."""
     for _ in range(10_000):
-        arch = it.space.arch(pi.sample(rng))
+        arch = it.space.arch(draw())
         if it.cost(arch) < limit:
             return arch
     return it.space.smallest()
+
+
+def propose_random(it, limit, rng, *_):
+    """An architecture drawn uniformly among those under the limit."""
+    pi = yoco.Categorical(it.space.categories)
+    return first_under(it, limit, lambda: pi.sample(rng))
 
 
 def propose_evolution(it, limit, rng, past, evaluations):
@@ -150,17 +149,17 @@ def propose_evolution(it, limit, rng, past, evaluations):
     born = list(past)[:first + (len(past) - first) // later * later]
     parents = sorted(born, key=lambda arch: -past[arch])[:best]
     pi = yoco.Categorical(it.space.categories)
-    for _ in range(10_000):
+
+    def child():
+        """Half of the time a mutation, every choice drawn anew with p = 0.3, else a crossover."""
         one, two = (it.space.choices(parents[i]) for i in rng.integers(len(parents), size=2))
-        # Half of the time a mutation, every choice drawn anew with p = 0.3, else a crossover.
-        drawn, mutates, child = pi.sample(rng), rng.random() < 0.5, []
+        drawn, mutates, choices = pi.sample(rng), rng.random() < 0.5, []
         for mine, theirs, new in zip(one, two, drawn):
             if rng.random() < (0.3 if mutates else 0.5):
                 mine = new if mutates else theirs
-            child.append(new if mine is None else mine)  # a layer that the parent has not
-        if it.cost(it.space.arch(child)) < limit:
-            return it.space.arch(child)
-    return it.space.smallest()
+            choices.append(new if mine is None else mine)    # a layer that the parent has not
+        return choices
+    return first_under(it, limit, child)
 
 
 def search_by(propose, it, limit, score, memo, evaluations, seed):
@@ -209,9 +208,9 @@ def scorers(it):
                             it.autocast) for on, parts in it.parts.items()}
 
 
-def row(budget, config, arch, holdout, score):
+def row(part, config, arch, holdout, score):
     """The facts of one architecture; its dev score is taken here."""
-    return dict(budget=budget, arch=arch._asdict(), params=count_params(config, arch),
+    return dict(budget=part, arch=arch._asdict(), params=count_params(config, arch),
                 flops=count_flops(config, arch), holdout=holdout, dev=score["dev"](arch))
 
 
@@ -232,8 +231,7 @@ class Cell:
             path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.out + ".lock", "w") as lock:
             try:
-                if fcntl:
-                    fcntl.flock(lock, fcntl.LOCK_EX | (0 if needed else fcntl.LOCK_NB))
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if needed else fcntl.LOCK_NB))
             except BlockingIOError:
                 return
             if self.path.exists() and (not needed or Path(self.out, "run.json").exists()):
@@ -241,8 +239,9 @@ class Cell:
             print(f"--- {self.name}", flush=True)
             fills = {"plain": self.plain, "truncated": self.plain, "tuned": self.tuned,
                      "bands": self.bands, "matters": self.matters}
-            kinds = [word for word in self.base.split() if word in fills]
-            begun, fill = commit(), fills[kinds[0]] if kinds else self.elastic
+            begun, fill = commit(), self.elastic
+            for word in self.base.split():
+                fill = fills.get(word, fill)
             write_json(self.path, task=self.task, variant=self.variant, seed=self.seed,
                        commit=begun, **fill())
 
@@ -261,14 +260,10 @@ class Cell:
 
     def train(self, bert, *flags):
         """Run `train`, or take what is there; what was trained, opened."""
-        wanted = {"plain": "plain", "truncated": "plain"}.get(self.base, self.base.split()[0])
-        wanted = split_variant("plain " + CHOSEN.get(wanted, CHOSEN["paper"]))[1]
         options = {"lr": self.options.lr, "epochs": self.options.epochs}
-        for given in ({name: value for name, value in options.items() if value}, self.given):
-            if "epochs" in given:
-                wanted.pop("length", None)
-            wanted |= given
-        if "length" in wanted:
+        given = {name: value for name, value in options.items() if value} | self.given
+        wanted = CHOSEN[self.base.split()[0]] | given
+        if "length" in given or "length" in wanted and "epochs" not in given:
             space = SearchSpace.for_config(BertConfig.load(bert))
             last = yoco.make_stages(space, self.task, 1)[-1]         # a step stands for an epoch
             wanted["epochs"] = float(wanted["length"]) * (last.first + last.steps)
@@ -300,8 +295,8 @@ class Cell:
         if self.base in (*PLAIN, *ELASTIC):
             seconds += it.run["seconds"]
         same = {name: it.run[name] for name in ("steps", "hardware", "precision", "versions")}
-        return same | dict(seconds=seconds, settings=settings,
-                           evaluations=self.options.evaluations) | more
+        return {**same, "seconds": seconds, "settings": settings,
+                "evaluations": self.options.evaluations, **more}
 
     def plain(self):
         """Fine-tuning without elasticity, of the BERT or of the first half of its layers."""
@@ -406,16 +401,9 @@ class Cell:
 
 
 def commit():
-    """The commit of this code, "+" where files other than results differ from it; outside a
-    repository what tells the sources apart."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        differs = git("status", "--porcelain", "--untracked-files=no", "--", ":!glue/results")
-        return git("rev-parse", "--short", "HEAD") + ("+" if differs else "")
-    names = ("yoco.py", "model.py", "data.py", "glue/paper.py")
-    return "sources " + fingerprint(*(ROOT / name for name in names))[:12]
+    """The commit of this code; "+" where a file in the repository differs from it."""
+    git = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -432,107 +420,100 @@ def load(options):
     for path in sorted(Path(options.results).glob("paper-*.json")):
         facts = read_json(path)
         task, variant, seed = facts["task"], facts["variant"], facts["seed"]
-        wanted = seed in (options.seeds or [seed]) and task in (options.tasks or [task])
-        if "evaluations" not in facts or not wanted:                 # or of an earlier version
+        if seed not in (options.seeds or [seed]) or task not in (options.tasks or [task]):
             continue
+        facts["alike"] = facts["settings"] | {"seed": 0, "device": ""} | {
+            name: facts[name] for name in ("evaluations", "precision")}
         cell = cells.setdefault((task, variant), {})
-        alike = facts["settings"] | {"seed": 0, "device": "", "evaluations": facts["evaluations"],
-                                     "precision": facts["precision"]}
         for other in cell.values():
-            if other["alike"] != alike:
+            if other["alike"] != facts["alike"]:
                 raise UserError(f"{path} was run with other settings than seed {other['seed']}: "
                                 "remove one")
-        cell[seed] = facts | {"alike": alike}
+        cell[seed] = named(facts)
         for method, found in facts.get("methods", {}).items():
             cells.setdefault((task, f"{variant}: {method}"), {})[seed] = found
     return cells
 
 
-def at(part, on="dev"):
-    """A getter of the score, on "dev" or "holdout", under a budget or in a band; None where a cell
-    has none."""
-    def get(facts):
-        for scores in facts.get("scores", []):
-            if scores["budget"] == part:
-                return scores[on]["score"]
-    return get
+def named(facts):
+    """The facts of a cell with its scores under the names that FIELDS has for them."""
+    scores = {found["budget"]: found for found in facts.get("scores", [])}
+    # The smallest comes last: half of the encoder, of plain fine-tuning all.
+    last = {"deployed": facts["scores"][-1]} if scores else {}
+    return facts | scores | last | dict(zip(SAYS, facts.get("told", [])))
 
 
-def deployed(facts):
-    """The dev score at half of the encoder, of plain fine-tuning that of all."""
-    half = at(SHARES[-1])(facts)
-    return at(1.0)(facts) if half is None else half
-
-
-def told(i):
-    """A getter of what `matters` says, in the order of SAYS."""
-    return lambda facts: facts["told"][i]
-
-
-HALVES = {f"dev, {part}x": at(part) for part in SHARES}
-UNIFORM = {"hold-out, uniform": lambda facts: facts.get("uniform")}
-HOLDOUTS = {"hold-out, largest": at(1.0, "holdout"),
-            "hold-out, found at 0.5x": at(0.5, "holdout"), **UNIFORM}
-FOUND = {"hold-out, best": lambda found: found["holdout"]["score"],
-         "hold-out, mean of the ten best": lambda found: found["ten_best"],
-         "dev of the best": lambda found: found["dev"]["score"]}
-TOLD = {name: told(i) for i, name in enumerate(SAYS)}
-# table: its parts, each (variants, {title: getter}); the others are compared with the first one.
+# {title: where it stands in the facts of a cell}; a table shows those that its cells have.
+HOLDOUTS = {"hold-out, largest": (1.0, "holdout", "score"),
+            "hold-out, found at 0.5x": (0.5, "holdout", "score"),
+            "hold-out, uniform": ("uniform",)}
+FIELDS = {"dev, largest": (1.0, "dev", "score"), "dev, 0.75x": (0.75, "dev", "score"),
+          "dev, 0.5x": (0.5, "dev", "score"), "hold-out, uniform": ("uniform",),
+          "hold-out, best": ("holdout", "score"), "hold-out, mean of the ten best": ("ten_best",),
+          "dev of the best": ("dev", "score")} | {name: (name,) for name in SAYS}
+for band, (low, high) in BANDS.items():
+    FIELDS[f"dev, {low} to {high} of the encoder"] = (band, "dev", "score")
+DEPLOYED = {"dev, half; of plain all": ("deployed", "dev", "score")}
+# table: its parts, the variants of each; all others are compared with the first one.
 TABLES = {
-    "choose": [(GRID["plain"], HOLDOUTS), (GRID["paper"], HOLDOUTS), (GRID["best"], HOLDOUTS)],
-    "core": [(["plain", "truncated", "paper", "best"], {
-                  "dev, half; of plain all": deployed, "dev, largest": at(1.0),
-                  "dev, 0.75x": at(0.75), **UNIFORM}),
-             (["truncated", "paper", "best"], {"dev, 0.5x": at(0.5)}),
-             (["paper", "best"], {"dev, 0.5x": at(0.5)})],
-    "1": [(BANDED, {f"dev, {low} to {high} of the encoder": at(band)
-                    for band, (low, high) in BANDS.items()})],
-    "3": [(["paper", "HAT", "OFA", *TUNED["HAT"], *TUNED["OFA"]], HALVES)],
-    "4": [([recipe, *(f"{recipe} {name}" for name in STRATEGIES)], HALVES)
-          for recipe in ("paper", "best")],
-    "5": [([recipe, *TUNED[recipe]], {"dev, 0.5x": at(0.5)}) for recipe in ("paper", "best")],
-    "ablation": [(["best", "best no-reorder", "best no-distill", "best first", "best progressive",
-                   "paper"], {"dev, largest": at(1.0), **HALVES, **UNIFORM})],
-    "methods": [([f"{variant}: {method}" for method in METHODS], FOUND) for variant in MATTERS],
-    "matters": [(MATTERS, TOLD)],
+    "choose": GRID,
+    "core": [["plain", "truncated", "paper", "best"], ["truncated", "paper", "best"],
+             ["paper", "best"]],
+    "1": [BANDED],
+    "3": [["paper", "HAT", "OFA", *TUNED["HAT"], *TUNED["OFA"]]],
+    "4": [[recipe, *(f"{recipe} {name}" for name in STRATEGIES)] for recipe in ("paper", "best")],
+    "5": [[recipe, *TUNED[recipe]] for recipe in ("paper", "best")],
+    "ablation": [["best", "best no-reorder", "best no-distill", "best first", "best progressive",
+                  "paper"]],
+    "methods": [[f"{variant}: {method}" for method in METHODS] for variant in MATTERS],
+    "matters": [MATTERS],
 }
 
 
 def variants_of(name):
     """All that stand in a table; else the variant itself."""
-    found = [variant.split(":")[0] for variants, _ in TABLES.get(name, [([name], {})])
-             for variant in variants]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(variant.split(":")[0] for variants in TABLES.get(name, [[name]])
+                              for variant in variants))
 
 
-def values(cells, task, variant, getter):
-    """{seed: value} of one field of the table; of MEAN the mean over all tasks that the cells have,
-    for seeds that all of them have."""
-    if task == MEAN:
-        of_tasks = [values(cells, each, variant, getter) for each in {task for task, _ in cells}]
-        common = set.intersection(*map(set, of_tasks))
-        return {seed: float(np.mean([found[seed] for found in of_tasks])) for seed in common}
-    found = {seed: getter(facts) for seed, facts in cells.get((task, variant), {}).items()}
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def compare(cells, variants, getter, title):
-    """Print a row per variant and a column per task, each with the paired difference from the first
-    variant; and nothing at all where nothing is known."""
+def tasks_of(cells):
+    """The tasks of some cells, and of several their mean."""
     there = {task for task, _ in cells}
     tasks = [task for task in TASKS if task in there] + sorted(there - set(TASKS))
-    tasks, rows = tasks + ([MEAN] if len(tasks) > 1 else []), []
+    return tasks + [MEAN] * (len(tasks) > 1)
+
+
+def values(cells, task, variant, place):
+    """{seed: value} of one field of the table; of MEAN the mean over all tasks that the cells have,
+    for seeds that all of them have."""
+    found = {}
+    if task == MEAN:
+        of_tasks = [values(cells, each, variant, place) for each in {task for task, _ in cells}]
+        for seed in set.intersection(*map(set, of_tasks)):
+            found[seed] = float(np.mean([of_task[seed] for of_task in of_tasks]))
+        return found
+    for seed, value in cells.get((task, variant), {}).items():
+        for key in place:
+            value = value.get(key, {})
+        if value != {}:
+            found[seed] = value
+    return found
+
+
+def compare(cells, variants, title, place):
+    """Print a row per variant and a column per task, each with the paired difference from the first
+    variant; and nothing at all where nothing is known."""
+    rows = []
     for variant in variants:
         texts = []
-        for task in tasks:
-            first = values(cells, task, variants[0], getter) if variant != variants[0] else None
-            texts.append(in_words(values(cells, task, variant, getter), first))
+        for task in tasks_of(cells):
+            first = values(cells, task, variants[0], place) if variant != variants[0] else None
+            texts.append(in_words(values(cells, task, variant, place), first))
         if any(texts):
             rows.append(f"| {variant} | " + " | ".join(texts) + " |")
     if rows:
-        print(f"| {title} | " + " | ".join(tasks) + " |\n|---" + "|---" * len(tasks) + "|")
-        print("\n".join(rows) + "\n")
-    return tasks
+        tasks = " | ".join(tasks_of(cells))
+        print("\n".join([f"| {title} | {tasks} |", "|---" * (len(texts) + 1) + "|", *rows, ""]))
 
 
 def table(name, cells):
@@ -544,12 +525,13 @@ def table(name, cells):
              if key[1].split(":")[0] in variants_of(name)}
     if not cells:
         raise UserError(f"no cells of table {name} yet: python -m glue.paper run --variants {name}")
-    for variants, fields in TABLES[name]:
-        for title, getter in fields.items():
-            tasks = compare(cells, variants, getter, title)
+    fields = {"choose": HOLDOUTS, "core": DEPLOYED | FIELDS}.get(name, FIELDS)
+    for variants in TABLES[name]:
+        for title, place in fields.items():
+            compare(cells, variants, title, place)
     for variant in ("paper", "best") if name == "core" else ():
-        for task in tasks:
-            half, full = (values(cells, task, v, deployed) for v in (variant, "plain"))
+        for task in tasks_of(cells):
+            half, full = (values(cells, task, v, *DEPLOYED.values()) for v in (variant, "plain"))
             kept = {seed: 100 * half[seed] / full[seed] for seed in half if full.get(seed)}
             print(f"{variant} at half of the encoder keeps, in % of plain, {task}: "
                   f"{in_words(kept)}")
@@ -559,47 +541,45 @@ def table(name, cells):
           f"process each, on {', '.join(where)}")
 
 
-def main(argv=None):
-    """Run one command; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C."""
-    parser = yoco.Parser("glue.paper", description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("run", "table"))
-    parser.add_argument("name", nargs="?", help=f"of the table: {', '.join(TABLES)}")
-    parser.add_argument("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table: all")
-    parser.add_argument("--variants", nargs="+", default=["core"],
-                        help="variants, or tables: all that stand in them")
-    parser.add_argument("--seeds", type=int, nargs="+", help="to run: without it 0 1 2")
-    parser.add_argument("--lr", type=float, help="of variants that do not say theirs")
-    parser.add_argument("--epochs", type=float, help="in all, likewise")
-    parser.add_argument("--evaluations", type=int, default=60, help="of each search and budget")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--data", default="glue", help="where the tasks' directories are")
-    parser.add_argument("--bert", default="all-MiniLM-L6-v2")
-    parser.add_argument("--work", default="superbert/paper", help="where models go")
-    parser.add_argument("--results", default=str(ROOT / "glue/results"), help="where cells go")
-    status = 0
-    try:
-        options = parser.parse_args(argv)
-        if options.command == "table":
-            if options.name not in TABLES:
-                parser.error(f"table knows {', '.join(TABLES)}")
-            table(options.name, load(options))
-            return 0
-        variants = sum(map(variants_of, options.variants), [])
-        for cell in [Cell(task, variant, seed, options) for variant in dict.fromkeys(variants)
-                     for seed in options.seeds or range(3) for task in options.tasks or TASKS[:2]]:
-            try:
-                cell.ensure()
-            except SystemExit as failed:                             # has told why
-                status = failed.code
-                if status > 2:                                       # a signal
-                    return status
-    except KeyboardInterrupt:
-        return 130
-    except (UserError, OSError) as error:
-        print(f"glue.paper: error: {error}", file=sys.stderr)
-        return 2
+def work(options):
+    """Run cells or print a table; the exit status, which of cells is that of the last that failed.
+    """
+    if options.command == "table":
+        if options.name not in TABLES:
+            raise UserError(f"table knows {', '.join(TABLES)}")
+        table(options.name, load(options))
+        return 0
+    status, variants = 0, dict.fromkeys(sum(map(variants_of, options.variants), []))
+    for cell in [Cell(task, variant, seed, options) for variant in variants
+                 for seed in options.seeds or range(3) for task in options.tasks or TASKS[:2]]:
+        try:
+            cell.ensure()
+        except SystemExit as failed:                                 # has told why
+            status = failed.code
+            if status > 2:                                           # a signal
+                break
     return status
+
+
+def main(argv=None):
+    """Run the program; the exit status, as `glue.run_program` has it."""
+    parser = yoco.Parser("glue.paper", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("command", choices=("run", "table"))
+    add("name", nargs="?", help=f"of the table: {', '.join(TABLES)}")
+    add("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table: all")
+    add("--variants", nargs="+", default=["core"], help="or tables: all that stand in them")
+    add("--seeds", type=int, nargs="+", help="to run: without it 0 1 2")
+    add("--lr", type=float, help="of variants that do not say theirs")
+    add("--epochs", type=float, help="in all, likewise")
+    add("--evaluations", type=int, default=60, help="of each search and budget")
+    add("--device", default="auto")
+    add("--precision", default="auto")
+    add("--data", default="glue", help="where the tasks' directories are")
+    add("--bert", default="all-MiniLM-L6-v2")
+    add("--work", default="superbert/paper", help="where models go")
+    add("--results", default=str(ROOT / "glue/results"), help="where cells go")
+    return run_program(parser, work, argv, UserError)
 
 
 if __name__ == "__main__":

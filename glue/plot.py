@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from glue import run_program
 from model import UserError, say, write_file
 from yoco import Parser, read_run, reading
 
@@ -142,19 +143,12 @@ def draw_training(directory, log):
 
 
 def main(argv=None):
-    """Run the program; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C."""
+    """Run the program; the exit status, as `glue.run_program` has it."""
     parser = Parser("glue.plot", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="what train or search wrote")
     parser.add_argument("--out", metavar="FILE.svg", help="the picture; without it NAME.svg, after "
                                                           "the first directory")
-    try:
-        plot(parser.parse_args(argv))
-    except KeyboardInterrupt:
-        return 130
-    except (UserError, OSError) as error:
-        print(f"glue.plot: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(parser, plot, argv, UserError)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import data
+from glue import run_program
 from model import UserError, arithmetic, load_bert, read_json, say, write_file
 from yoco import Parser
 
@@ -22,6 +23,10 @@ SUBMISSIONS = {"MNLI": {"test_matched.tsv": "MNLI-m.tsv", "test_mismatched.tsv":
 
 def predict(options):
     """Print a line per text, or write the files of a submission."""
+    if options.glue and (options.file or options.json):
+        raise UserError("--glue reads the test.tsv of its directory: leave out FILE and --json")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: it must be at least 1")
     device, autocast = arithmetic(options.device, options.precision)
     model, path = load_bert(options.model).to(device), Path(options.model, "run.json")
     run = read_json(path) if path.exists() else {}
@@ -118,8 +123,8 @@ def fitting(where, pairs, one, two=None, index=None):
     return data.Example(one, two, index)
 
 
-def parse(argv):
-    """Command-line words -> options."""
+def main(argv=None):
+    """Run the program; the exit status, as `glue.run_program` has it."""
     parser = Parser("glue.predict", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("file", nargs="?", metavar="FILE", help="the texts; without it standard input")
@@ -131,34 +136,7 @@ def parse(argv):
     add("--overwrite", action="store_true", help="replace them where they are there")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"))
-    options = parser.parse_args(argv)
-    if options.glue and (options.file or options.json):
-        raise UserError("--glue reads the test.tsv of its directory: leave out FILE and --json")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: it must be at least 1")
-    return options
-
-
-def main(argv=None):
-    """Run the program; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        # Its encoding may lack the letters of a label; and it is None where it is closed.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        predict(parse(argv))
-    except BrokenPipeError:
-        # Nobody reads any more, nor what Python would still write when it exits.
-        sys.stdout = None
-    except KeyboardInterrupt:
-        return 130
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and "memory" not in text:
-            raise
-        print(f"glue.predict: error: {text or 'out of memory'}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(parser, predict, argv, UserError)
 
 
 if __name__ == "__main__":

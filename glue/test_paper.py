@@ -44,20 +44,20 @@ def test_statistics():
 def test_means_over_tasks():
     """A seed that one task lacks is left out; a score of 0 at half is a score."""
     def cell(full, half):
-        return {"scores": [{"budget": 1.0, "dev": {"score": full}},
-                           {"budget": 0.5, "dev": {"score": half}}]}
+        return paper.named({"scores": [{"budget": 1.0, "dev": {"score": full}},
+                                       {"budget": 0.5, "dev": {"score": half}}]})
     cells = {("MRPC", "best"): {0: cell(90, 80), 1: cell(70, 0)},
              ("CoLA", "best"): {0: cell(50, 40)}}
-    assert paper.values(cells, paper.MEAN, "best", paper.at(1.0)) == {0: 70.0}
-    assert paper.values(cells, "MRPC", "best", paper.deployed) == {0: 80, 1: 0}
-    assert paper.values(cells, "MRPC", "best", paper.at(0.75)) == {}
+    assert paper.values(cells, paper.MEAN, "best", (1.0, "dev", "score")) == {0: 70.0}
+    assert paper.values(cells, "MRPC", "best", ("deployed", "dev", "score")) == {0: 80, 1: 0}
+    assert paper.values(cells, "MRPC", "best", (0.75, "dev", "score")) == {}
 
 
 def test_budgets_are_of_the_encoder():
     """A MiniLM layer: 4 (384^2 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384 parameters."""
     minilm = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
     layer = 4 * (384**2 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384
-    assert paper.fixed(minilm) == 22_713_216 - 6 * layer
+    assert paper.budget(minilm, 0) == 22_713_216 - 6 * layer
     assert paper.budget(minilm, 0.5) == 22_713_216 - 3 * layer
 
 
