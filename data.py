@@ -75,9 +75,7 @@ class Task:
 
 def load_task(directory):
     """Read train.tsv and dev.tsv (MNLI: dev_matched.tsv and dev_mismatched.tsv) of `directory`.
-
-    Raises UserError for whatever is missing, malformed, or leaves nothing to learn.
-    """
+    UserError for whatever is missing, malformed, or leaves nothing to learn."""
     directory, devs = Path(directory), []
     kind, train, labels = read_examples(directory / "train.tsv")
     if len({example.label for example in train}) < 2:
@@ -115,20 +113,23 @@ def read_table(path, test=False):
     file the column `index` (None without one) stands in the label's place."""
     rows, table = read_rows(Path(path)), []
     columns, first = rows[0], 1
+    # CoLA has no header: its rows are known by their shape.
     if len(columns) == 4 and columns[1] in COLA.labels and columns[2] in ("", "*"):
         kind, columns, first = COLA, ["source", "label", "mark", "sentence"], 0
     else:
         kind = find_format(path, columns, test)
+    wanted = [kind.sentence1, kind.sentence2, "index" if test else kind.label]
     for line, row in enumerate(rows[first:], 1 + first):
         if len(row) == len(columns):
-            cell = dict(zip(columns, row)).get
-            label = cell("index" if test else kind.label)
-            table.append((line, cell(kind.sentence1), cell(kind.sentence2), label))
+            cells = dict(zip(columns, row))
+            table.append((line, *(cells.get(name) for name in wanted)))
         # The official train of QQP has a few incomplete rows.
         elif kind.name != "QQP" or len(row) > len(columns) or test:
             raise UserError(f"{path}, line {line}: {len(row)} columns, expected {len(columns)}")
     if not table:
         raise UserError(f"{path} has no rows")
+    if len(table) < len(rows) - first:
+        say(f"{path}: {len(rows) - first - len(table)} incomplete row(s) left out")
     return kind, table
 
 
@@ -147,7 +148,8 @@ def find_format(path, columns, test):
 def read_rows(path):
     """A TSV file's rows as lists of strings: no quoting, LF or CRLF, byte-order mark or not."""
     if not path.exists():
-        hint = f"if it is one of GLUE's, run: python -m glue.download {path.parent.name}"
+        name = path.resolve().parent.name
+        hint = f"if it is one of GLUE's, run: python -m glue.download {name}"
         if path.parent.is_file():
             hint = f"{path.parent} is a file: name its directory"
         elif path.with_suffix(".csv").exists():
@@ -158,7 +160,7 @@ def read_rows(path):
         raise UserError(f"{path} is empty")
     for number, line in enumerate(content.split(b"\n"), 1):
         if b"\0" in line or len(line) > LONGEST_LINE:
-            raise UserError(f"{path}, line {number}: a NUL byte, or more than {LONGEST_LINE:,}")
+            raise UserError(f"{path}, line {number}: a NUL, or more than {LONGEST_LINE:,} bytes")
         try:
             rows.append(line.decode().removesuffix("\r").split("\t"))
         except UnicodeDecodeError:
@@ -224,15 +226,13 @@ def describe(task, kept, held, encoded, unk, max_length):
 
 
 def majority(task):
-    """ACC(m) on dev, in %, of a model that always gives train's most frequent label; of a
-    regression 0."""
-    answer = Counter(e.label for e in task.train).most_common(1)[0][0] if task.labels else 0
-    found = []
-    for dev in task.devs:
-        logits = np.zeros((len(dev), task.num_labels))
-        logits[:, answer] = 1
-        found.append(scores(task.metric, np.array([e.label for e in dev]), logits)["score"])
-    return float(np.mean(found))
+    """ACC(m) on dev, in %, of a model that always gives train's most frequent label."""
+    if not task.labels:
+        return 0.0
+    answer = Counter(e.label for e in task.train).most_common(1)[0][0]
+    logits = np.eye(len(task.labels))[[answer]]                      # [1, num_labels]
+    return float(np.mean([scores(task.metric, np.array([e.label for e in dev]),
+                                 logits.repeat(len(dev), 0))["score"] for dev in task.devs]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def load_tokenizer(directory):
     """The tokenizer of a BERT directory: its tokenizer.json, or its vocab.txt with the casing and
     the added tokens that the files beside it name. UserError where its ids are not the model's."""
     path = Path(directory) / "tokenizer_config.json"
-    config = json_if_there(path)
+    config = read_json(path) if path.exists() else {}
     kind = config.get("tokenizer_class")
     if kind not in TOKENIZERS or not config.get("do_basic_tokenize", True):
         raise UserError(f"{path}: tokenizer_class {kind!r} is not BERT's WordPiece")
@@ -255,6 +255,7 @@ def load_tokenizer(directory):
     if path.exists():
         with naming(path):
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer.encode("\U00012345")                           # what it cannot know is [UNK]
         tokenizer.no_padding()
         tokenizer.no_truncation()
     else:
@@ -287,28 +288,20 @@ def word_pieces(path, config):
             strip_accents=config.get("strip_accents"),
             handle_chinese_chars=config.get("tokenize_chinese_chars", True))
     for name in ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
-        with naming(path.with_name(name)):
-            add_tokens(tokenizer, name, json_if_there(path.with_name(name)))
+        path = path.with_name(name)
+        with naming(path):
+            fields = read_json(path) if path.exists() else {}
+            decoder = fields.get("added_tokens_decoder", {})
+            ids = {token["content"]: int(i) for i, token in decoder.items()}
+            if name == "added_tokens.json":
+                ids = fields
+            tokens = sorted(ids, key=ids.get) + (fields.get("additional_special_tokens") or [])
+            tokenizer.add_special_tokens([token if isinstance(token, str) else token["content"]
+                                          for token in tokens])
+            for token, i in ids.items():
+                if tokenizer.token_to_id(token) != i:
+                    raise UserError(f"{path}: the token {token!r} should have the id {i}")
     return tokenizer
-
-
-def add_tokens(tokenizer, name, fields):
-    """Add what a JSON file of this name, with these fields, says to be tokens beside the words."""
-    ids = fields
-    if name != "added_tokens.json":
-        decoder = fields.get("added_tokens_decoder", {})
-        ids = {token["content"]: int(i) for i, token in decoder.items()}
-    tokens = sorted(ids, key=ids.get) + (fields.get("additional_special_tokens") or [])
-    tokenizer.add_special_tokens([token if isinstance(token, str) else token["content"]
-                                  for token in tokens])
-    for token, i in ids.items():
-        if tokenizer.token_to_id(token) != i:
-            raise ValueError(f"the token {token!r} should have the id {i}")
-
-
-def json_if_there(path):
-    """A JSON object from a file, empty where there is none."""
-    return read_json(path) if path.exists() else {}
 
 
 @contextmanager
@@ -318,16 +311,14 @@ def naming(path):
         yield
     except UserError:
         raise
-    except Exception as error:                     # tokenizers has no narrower class
-        raise UserError(f"{path} is not as a BERT's tokenizer has it: {error!r}") from None
+    except Exception as error:                                       # tokenizers has no other class
+        raise UserError(f"{path} is not as a BERT's tokenizer has it: {error}") from None
 
 
 def encoder(directory, max_length=None):
-    """A function [Example] -> [Encoded] with the tokenizer of the BERT directory `directory`.
-
+    """A function [Example] -> [Encoded] with the tokenizer of the BERT directory `directory`:
     [CLS] sentence1 [SEP] or [CLS] sentence1 [SEP] sentence2 [SEP] (token types 0 and 1), cut to
-    `max_length` tokens (None: as many as in the model's training), the longer sentence first.
-    """
+    `max_length` tokens (None: as many as in the model's training), the longer sentence first."""
     tokenizer, config = load_tokenizer(directory), BertConfig.load(directory)
     tokenizer.enable_truncation(max_length or trained_length(directory), strategy="longest_first")
 
@@ -351,7 +342,8 @@ def trained_length(directory):
     the tokenizer; else its positions."""
     most = BertConfig.load(directory).max_position_embeddings
     for name, field in (("run.json", "max_length"), ("tokenizer_config.json", "model_max_length")):
-        length = json_if_there(Path(directory) / name).get(field)
+        path = Path(directory) / name
+        length = read_json(path).get(field) if path.exists() else None
         if type(length) in (int, float) and length >= 3:             # transformers may write 1e30
             return int(min(length, most))
     return most
@@ -414,10 +406,10 @@ def load(directory):
         """One text or a list, and as many second texts -> three [B, T] tensors."""
         if isinstance(texts, str):
             texts, pairs = [texts], [pairs]
-        if not len(texts):
-            raise UserError("no texts to encode")
         pairs = pairs or [None] * len(texts)
-        examples = [Example(*both, 0) for both in zip(texts, pairs, strict=True)]
+        examples = [Example(one, two, 0) for one, two in zip(texts, pairs, strict=True)]
+        if not examples:
+            raise UserError("no texts to encode")
         return collate(encode_examples(examples), range(len(examples)), most=most)[:3]
     return model, encode_texts
 
@@ -583,9 +575,7 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews_corrcoef,
 
 def scores(metric, labels, logits):
     """Every metric of a task in %, and ACC(m) of Eq. 7 as "score": the mean of those in `metric`.
-
-    labels [n], logits [n, num_labels] (numpy). F1 and Matthews are given for two labels.
-    """
+    labels [n], logits [n, num_labels] (numpy). F1 and Matthews are given for two labels."""
     if "pearson" in metric:
         names, predictions = ["pearson", "spearman"], logits[:, 0]
     else:
