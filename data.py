@@ -490,7 +490,7 @@ def remembered(model, batches):
 
 def replayed(model, batches, autocast):
     """The same for a GPU: the masked pass over each batch, recorded once as a CUDA graph and
-    replayed. The logits are those of `forward` but for rounding; the next call overwrites them."""
+    replayed. The logits are those of `model.forward` but for rounding."""
     sizes = layer_sizes(model.config, [model.config.arch], batches[0][0].device)    # [1, L, 2]
     pool = torch.cuda.graph_pool_handle()
     with torch.inference_mode(), autocast():
