@@ -197,7 +197,9 @@ def describe(task, kept, held, encoded, unk, max_length):
     labels, texts = [e.label for e in task.train], [e.sentence1 for e in task.train]
     if task.labels:
         counts = [f"{task.labels[label]} {n}" for label, n in Counter(labels).most_common(8)]
-        kind = f"{len(task.labels)} labels, most often {', '.join(counts)}"
+        if len(task.labels) > 8:
+            counts.append("...")
+        kind = f"{len(task.labels)} labels ({', '.join(counts)})"
     else:
         kind = f"scores from {min(labels):g} to {max(labels):g}, mean {np.mean(labels):.3g}"
     lengths = np.array([len(e.input_ids) for e in encoded])
