@@ -8,6 +8,7 @@ UTF-8 lines split at tabs, no quoting. A row that does not fit is an error with 
 
 import itertools
 from collections import Counter, namedtuple
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -39,9 +40,7 @@ FORMATS = [  # first match wins; name None: the directory's name; labels None: t
     Format(None, "sentence", None, "score", "pearson+spearman", ()),             # own
 ]
 COLA = Format("CoLA", "sentence", None, "label", "matthews", ("0", "1"))
-COLA_COLUMNS = ["source", "label", "mark", "sentence"]
 LONGEST_LINE = 10**6
-DOWNLOADS = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE")
 
 
 @dataclass
@@ -76,43 +75,35 @@ class Task:
 
 def load_task(directory):
     """Read train.tsv and dev.tsv (MNLI: dev_matched.tsv and dev_mismatched.tsv) of `directory`.
-
-    Raises UserError for whatever is missing, malformed, or leaves nothing to learn.
-    """
-    directory = Path(directory)
-    train_format, train, labels = read_examples(directory / "train.tsv")
-    if len(set(e.label for e in train)) < 2:
+    UserError for whatever is missing, malformed, or leaves nothing to learn."""
+    directory, devs = Path(directory), []
+    kind, train, labels = read_examples(directory / "train.tsv")
+    if len({example.label for example in train}) < 2:
         raise UserError(f"{directory / 'train.tsv'}: only one label; nothing to learn")
-    devs = ["dev_matched.tsv", "dev_mismatched.tsv"] if train_format.name == "MNLI" else ["dev.tsv"]
-    examples = []
-    for name in devs:
-        dev_format, dev, _ = read_examples(directory / name, labels)
-        if dev_format.label != train_format.label or dev_format.sentence1 != train_format.sentence1:
+    names = ["dev_matched.tsv", "dev_mismatched.tsv"] if kind.name == "MNLI" else ["dev.tsv"]
+    for name in names:
+        dev_kind, dev, _ = read_examples(directory / name, labels)
+        if dev_kind != kind:
             raise UserError(f"{directory / name} has other columns than train.tsv")
-        examples.append(dev)
-    return Task(train_format.name or directory.resolve().name, train, examples[0], labels,
-                train_format.metric, *examples[1:])
+        devs.append(dev)
+    name = kind.name or directory.resolve().name
+    return Task(name, train, devs[0], labels, kind.metric, *devs[1:])
 
 
 def read_examples(path, labels=None):
     """Read one TSV file: (its Format, [Example], label names). `labels`: the only ones allowed."""
     kind, table = read_table(path)
-    labels = labels if labels is not None else kind.labels
+    labels, examples = labels or kind.labels, []
     if labels is None:
-        labels = tuple(sorted({label for *_, label in table}))
-        for label in labels:
-            if not is_label(label):
-                raise UserError(f"{path}: the label {label[:40]!r} is empty or has a control "
-                                "character")
-    examples = []
+        labels = tuple(sorted({label for *_, label in table if is_label(label)}))
     for line, one, two, label in table:
         try:
-            value = labels.index(label) if labels else float(label)
-            if not np.isfinite(value):
-                raise ValueError
+            value = labels.index(label) if kind.labels != () else float(label)
         except ValueError:
-            raise UserError(f"{path}, line {line}: label {label[:40]!r} is not "
-                            + (f"one of {', '.join(labels)}" if labels else "a number")) from None
+            value = np.nan
+        if not np.isfinite(value):
+            legal = f"one of {', '.join(labels)}" if labels else "a number"
+            raise UserError(f"{path}, line {line}: label {label[:40]!r} is not {legal}")
         examples.append(Example(one, two, value))
     return kind, examples, labels
 
@@ -120,233 +111,224 @@ def read_examples(path, labels=None):
 def read_table(path, test=False):
     """The Format of a TSV file and its rows: (line, sentence1, sentence2 or None, label); of a test
     file the column `index` (None without one) stands in the label's place."""
-    rows = read_rows(Path(path))
+    rows, table = read_rows(Path(path)), []
     columns, first = rows[0], 1
-    kind = None
-    for one in FORMATS:
-        needed = [one.sentence1, one.sentence2] + ([] if test else [one.label])
-        if kind is None and all(name is None or name in columns for name in needed):
-            kind = one
-    if kind is None and len(columns) == 4 and columns[1] in COLA.labels and columns[2] in ("", "*"):
-        kind, first, columns = COLA, 0, COLA_COLUMNS
-    if {"label", "score"} <= set(columns) and not test:
-        raise UserError(f"{path} has a column label and a column score: leave one of them out")
-    if kind is None:
-        raise UserError(f"{path}: the header {columns[:8]} fits no GLUE format; a file of your own "
-                        "needs sentence, label or sentence1, sentence2, label (or score)")
-    last = kind.label if not test else "index" if "index" in columns else None
-    at = [columns.index(c) if c else None for c in (kind.sentence1, kind.sentence2, last)]
-
-    table, short = [], 0
+    # CoLA has no header: its rows are known by their shape.
+    if len(columns) == 4 and columns[1] in COLA.labels and columns[2] in ("", "*"):
+        kind, columns, first = COLA, ["source", "label", "mark", "sentence"], 0
+    else:
+        kind = find_format(path, columns, test)
+    wanted = [kind.sentence1, kind.sentence2, "index" if test else kind.label]
     for line, row in enumerate(rows[first:], 1 + first):
         if len(row) == len(columns):
-            table.append((line, *(row[i] if i is not None else None for i in at)))
-        elif kind.name == "QQP" and len(row) < len(columns) and not test:    # a few in train
-            short += 1
-        else:
+            cells = dict(zip(columns, row))
+            table.append((line, *(cells.get(name) for name in wanted)))
+        # The official train of QQP has a few incomplete rows.
+        elif kind.name != "QQP" or len(row) > len(columns) or test:
             raise UserError(f"{path}, line {line}: {len(row)} columns, expected {len(columns)}")
-    if short:
-        say(f"{path}: {short} incomplete row(s) left out")
     if not table:
         raise UserError(f"{path} has no rows")
+    if len(table) < len(rows) - first:
+        say(f"{path}: {len(rows) - first - len(table)} incomplete row(s) left out")
     return kind, table
+
+
+def find_format(path, columns, test):
+    """The first Format whose columns are all there; of a test file the label's need not be."""
+    if {"label", "score"} <= set(columns) and not test:
+        raise UserError(f"{path} has a column label and a column score: leave one of them out")
+    for kind in FORMATS:
+        needed = {kind.sentence1, kind.sentence2, None if test else kind.label}
+        if needed - {None} <= set(columns):
+            return kind
+    raise UserError(f"{path}: the header {columns[:8]} fits no GLUE format; a file of your own "
+                    "needs sentence, label or sentence1, sentence2, label (or score)")
 
 
 def read_rows(path):
     """A TSV file's rows as lists of strings: no quoting, LF or CRLF, byte-order mark or not."""
-    try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        name, hint = path.parent.name, ""
-        if name in DOWNLOADS:
-            hint = f"; run: python -m glue.download {name}"
-        elif path.parent.is_file():
-            hint = f"; {path.parent} is a file: name its directory"
+    if not path.exists():
+        name = path.resolve().parent.name
+        hint = f"if it is one of GLUE's, run: python -m glue.download {name}"
+        if path.parent.is_file():
+            hint = f"{path.parent} is a file: name its directory"
         elif path.with_suffix(".csv").exists():
-            hint = "; a .csv does: write it anew with tabs and without quotes"
-        raise UserError(f"{path} does not exist{hint}") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8") from None
-    lines = text.rstrip("\r\n").split("\n")
-    if lines == [""]:
+            hint = "a .csv does: write it anew with tabs and without quotes"
+        raise UserError(f"{path} does not exist; {hint}")
+    content, rows = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n"), []
+    if not content:
         raise UserError(f"{path} is empty")
-    for number, line in enumerate(lines, 1):
-        if "\0" in line:
-            raise UserError(f"{path}, line {number}: a NUL byte: this is no text file")
-        if len(line) > LONGEST_LINE:
-            raise UserError(f"{path}, line {number}: more than {LONGEST_LINE:,} characters")
-    return [line.removesuffix("\r").split("\t") for line in lines]
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if b"\0" in line or len(line) > LONGEST_LINE:
+            raise UserError(f"{path}, line {number}: a NUL, or more than {LONGEST_LINE:,} bytes")
+        try:
+            rows.append(line.decode().removesuffix("\r").split("\t"))
+        except UnicodeDecodeError:
+            raise UserError(f"{path}, line {number}: not UTF-8") from None
+    return rows
 
 
 def split_holdout(examples, fraction, seed):
     """Split train into (kept, held out): `fraction` of it, at least one example unless that is 0,
     and of every label, or of every stretch of the scores, its share."""
-    rng, held = np.random.default_rng(seed), set()
+    rng, labels = np.random.default_rng(seed), np.array([e.label for e in examples])
+    held = np.zeros(len(examples), bool)
     total = max(1, round(fraction * len(examples))) if fraction else 0
-    labels = [example.label for example in examples]
-    if total and isinstance(labels[0], float):
+    if total and labels.dtype == np.float64:
         # Neighbours in score: one of each `total` stretches of equal length.
-        for stretch in np.array_split(np.argsort(labels, kind="stable"), total):
-            held.add(int(rng.choice(stretch)))
+        for stretch in np.array_split(labels.argsort(kind="stable"), total):
+            held[rng.choice(stretch)] = True
     elif total:
         # Largest remainders: every label its whole share, the rest to the largest fractions.
-        exact = {label: total * n / len(labels) for label, n in sorted(Counter(labels).items())}
-        sizes = {label: int(share) for label, share in exact.items()}
-        by_remainder = sorted(exact, key=lambda label: sizes[label] - exact[label])
-        for label in by_remainder[:total - sum(sizes.values())]:
-            sizes[label] += 1
-        for label, size in sizes.items():
-            members = [i for i, other in enumerate(labels) if other == label]
-            held.update(rng.permutation(members)[:size].tolist())
-    return ([e for i, e in enumerate(examples) if i not in held],
-            [e for i, e in enumerate(examples) if i in held])
+        exact = total * np.bincount(labels) / len(labels)
+        sizes = exact.astype(int)
+        by_remainder = (sizes - exact).argsort(kind="stable")
+        sizes[by_remainder[:total - sizes.sum()]] += 1
+        for label, size in enumerate(sizes):
+            members = np.flatnonzero(labels == label)
+            held[rng.permutation(members)[:size]] = True
+    return ([e for e, out in zip(examples, held) if not out],
+            [e for e, out in zip(examples, held) if out])
 
 
 def describe(task, kept, held, encoded, unk, max_length):
     """Lines that say what was understood of a task, and what looks like a mistake. kept, held: the
     parts of train; encoded: the first; unk: the id of [UNK]."""
-    labels, lengths = [e.label for e in task.train], [len(e.input_ids) for e in encoded]
-    counts = Counter(labels)
-    share = np.mean([i == unk for e in encoded for i in e.input_ids])
-    cut = 100 * np.mean(np.array(lengths) >= max_length)
+    labels, texts = [e.label for e in task.train], [e.sentence1 for e in task.train]
     if task.labels:
-        names = [f"{task.labels[label]} {n}" for label, n in counts.most_common(8)]
-        kind = f"{len(task.labels)} labels ({', '.join(names)}{', ...' if len(counts) > 8 else ''})"
+        counts = [f"{task.labels[label]} {n}" for label, n in Counter(labels).most_common(8)]
+        if len(task.labels) > 8:
+            counts.append("...")
+        kind = f"{len(task.labels)} labels ({', '.join(counts)})"
     else:
         kind = f"scores from {min(labels):g} to {max(labels):g}, mean {np.mean(labels):.3g}"
-    pairs = "pairs" if task.pairs else "texts"
-    lines = [
-        f"{task.name}: {kind}; {len(kept)} {pairs} to train on, {len(held)} held out, "
-        f"{sum(map(len, task.devs))} in dev",
-        f"tokens: median {np.median(lengths):.0f}, {cut:.1f}% cut to {max_length}; "
-        f"{100 * share:.1f}% unknown",
-        f"always giving the most frequent answer scores {majority(task):.2f} on dev"]
-    texts = [e.sentence1 for e in task.train]
-    folded = Counter(" ".join(name.lower().split()) for name in task.labels)
-    train, other = {e[:2] for e in kept}, [e[:2] for e in itertools.chain(held, *task.devs)]
-    quoted = [i for i, text in enumerate(texts) if len(text) > 1 and text[0] == text[-1] == '"']
-    numbers = len(task.labels) > 10 and all(name.replace(".", "", 1).isdecimal()
-                                            for name in task.labels)
-    for wrong, text in (
-            (numbers, f"{len(task.labels)} labels that are numbers: if they are scores, name the "
-                      "column score instead of label"),
-            (len(folded) < len(task.labels), "some labels differ by blanks or case alone"),
-            (not all(text.strip() for text in texts), "some texts are empty"),
-            (len(quoted) > len(texts) / 5, "many texts stand in quotation marks, the first in row "
-             f"{quoted[0] + 1 if quoted else 0}: a CSV file's quotes are not removed"),
-            (share > 0.1, "many tokens are unknown: is this the BERT of this language and casing?"),
-            (train & set(other), f"{sum(e in train for e in other)} rows of the hold-out or of dev "
-                                 "are in train word for word"),
-            (not task.labels and not (np.std(labels) < 10 and abs(np.mean(labels)) < 10),
-             "scores far from 0: a regression learns them badly; scale them to about 0 to 5")):
-        if wrong:
-            lines.append(f"WARNING: {text}")
-    return lines
+    lengths = np.array([len(e.input_ids) for e in encoded])
+    unknown = np.mean([i == unk for e in encoded for i in e.input_ids])
+    quoted = [row for row, text in enumerate(texts, 1) if text[:1] == text[-1:] == '"']
+    trained = {e[:2] for e in kept}
+    seen = sum(e[:2] in trained for part in (held, *task.devs) for e in part)
+    warnings = {
+        "the labels are numbers: if they are scores, name their column score, not label":
+            len(task.labels) > 10 and "".join(task.labels).replace(".", "").isdecimal(),
+        "some labels differ by blanks or case alone":
+            len({" ".join(name.lower().split()) for name in task.labels}) < len(task.labels),
+        "some texts are empty": not all(text.strip() for text in texts),
+        f"many texts stand in a CSV file's quotes, which are not removed: rows {quoted[:3]} ...":
+            len(quoted) > len(texts) / 5,
+        "many tokens are unknown: is this the BERT of this language and casing?": unknown > 0.1,
+        f"{seen} rows of the hold-out or of dev are in train word for word": seen > 0,
+        "scores far from 0: a regression learns them badly; scale them to about 0 to 5":
+            not task.labels and max(map(abs, labels)) > 20}
+    return [f"{task.name}: {kind}; {len(kept)} {'pairs' if task.pairs else 'texts'} to train on, "
+            f"{len(held)} held out, {sum(map(len, task.devs))} in dev",
+            f"tokens: median {np.median(lengths):.0f}, {np.mean(lengths >= max_length):.1%} cut to "
+            f"{max_length}; {unknown:.1%} unknown",
+            f"always giving the most frequent answer scores {majority(task):.2f} on dev",
+            *(f"WARNING: {text}" for text, applies in warnings.items() if applies)]
 
 
 def majority(task):
     """ACC(m) on dev, in %, of a model that always gives train's most frequent label."""
     if not task.labels:
         return 0.0
-    logits = np.zeros(len(task.labels))
-    logits[Counter(e.label for e in task.train).most_common(1)[0][0]] = 1
+    answer = Counter(e.label for e in task.train).most_common(1)[0][0]
+    logits = np.eye(len(task.labels))[[answer]]                      # [1, num_labels]
     return float(np.mean([scores(task.metric, np.array([e.label for e in dev]),
-                                 np.tile(logits, (len(dev), 1)))["score"] for dev in task.devs]))
+                                 logits.repeat(len(dev), 0))["score"] for dev in task.devs]))
 
 
 # --------------------------------------------------------------------------------------------------
 # The tokenizer, and batches
 # --------------------------------------------------------------------------------------------------
 
-TOKENIZERS = {None, "BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer",
-              "DistilBertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"}
+TOKENIZERS = (None, "BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer",
+              "DistilBertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def load_tokenizer(directory):
     """The tokenizer of a BERT directory: its tokenizer.json, or its vocab.txt with the casing and
     the added tokens that the files beside it name. UserError where its ids are not the model's."""
-    directory, known = Path(directory), {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        known[name] = read_json(directory / name) if (directory / name).exists() else {}
-    config = known["tokenizer_config.json"]
-    if config.get("tokenizer_class") not in TOKENIZERS or not config.get("do_basic_tokenize", True):
-        raise UserError(f"{directory}/tokenizer_config.json: tokenizer_class "
-                        f"{config.get('tokenizer_class')!r} is not BERT's WordPiece")
-    if (directory / "tokenizer.json").exists():
-        path = directory / "tokenizer.json"
-        try:
+    path = Path(directory) / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    kind = config.get("tokenizer_class")
+    if kind not in TOKENIZERS or not config.get("do_basic_tokenize", True):
+        raise UserError(f"{path}: tokenizer_class {kind!r} is not BERT's WordPiece")
+    path = path.with_name("tokenizer.json")
+    if path.exists():
+        with naming(path):
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:                                   # of no narrower class
-            raise UserError(f"{path} is not a tokenizer ({error})") from None
+            tokenizer.encode("\U00012345")                           # what it cannot know is [UNK]
         tokenizer.no_padding()
         tokenizer.no_truncation()
     else:
-        path = directory / "vocab.txt"
-        tokenizer = word_pieces(path, known)
+        path = path.with_name("vocab.txt")
+        tokenizer = word_pieces(path, config)
+    words, size = tokenizer.get_vocab(), BertConfig.load(directory).vocab_size
     for token in ("[UNK]", "[CLS]", "[SEP]"):
-        if tokenizer.token_to_id(token) is None:
+        if token not in words:
             raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
-    most, size = max(tokenizer.get_vocab().values()), BertConfig.load(directory).vocab_size
+    if sum(word.startswith("\u2581") for word in words) > len(words) / 10:
+        raise UserError(f"{path} is not the vocabulary of a BERT's WordPiece")
+    most = max(words.values())
     if most >= size:
         raise UserError(f"{path} has the id {most}, but config.json's vocab_size is {size}")
     return tokenizer
 
 
-def word_pieces(path, known):
-    """The WordPiece tokenizer of a vocab.txt; `known`: the JSON files beside it, {name: dict}."""
-    try:
-        words = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist, nor a tokenizer.json beside it") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8") from None
-    vocab = {word.removesuffix("\r"): i for i, word in enumerate(words)}
-    for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
-        if token not in vocab:
-            raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
-    if sum(word.startswith("\u2581") for word in vocab) > len(vocab) / 10:
-        raise UserError(f"{path} is not the vocabulary of a BERT's WordPiece")
-    config = known["tokenizer_config.json"]
+def word_pieces(path, config):
+    """The WordPiece tokenizer of a vocab.txt; config: the fields of the tokenizer_config.json."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist, nor a tokenizer.json beside it")
+    with naming(path):
+        words = path.read_text("utf-8").removesuffix("\n").split("\n")
+        tokenizer = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(words)})
     # Where nobody says so, a vocabulary with capitals is a cased one.
-    cased = any(word != word.lower() for word in vocab if not word.startswith("["))
-    options = {"do_lower_case": not cased, "strip_accents": None, "tokenize_chinese_chars": True}
-    options |= {name: config[name] for name in options if config.get(name) is not None}
-    if not all(isinstance(value, bool | None) for value in options.values()):
-        raise UserError(f"{path}: {', '.join(options)} must be true or false")
-    tokenizer = tokenizers.BertWordPieceTokenizer(
-        vocab, lowercase=options["do_lower_case"], strip_accents=options["strip_accents"],
-        handle_chinese_chars=options["tokenize_chinese_chars"])
-    added = {token: i for token, i in known["added_tokens.json"].items()}
-    added |= {d["content"]: int(i) for i, d in config.get("added_tokens_decoder", {}).items()}
-    extra = known["special_tokens_map.json"].get("additional_special_tokens", [])
-    extra = extra + (config.get("additional_special_tokens") or [])
-    tokenizer.add_special_tokens(sorted(added, key=added.get) + [
-        token if isinstance(token, str) else token["content"] for token in extra])
-    for token, i in added.items():
-        if tokenizer.token_to_id(token) != i:
-            raise UserError(f"{path}: the added token {token!r} should have the id {i}")
+    uncased = all(word == word.lower() for word in words if not word.startswith("["))
+    with naming(path.with_name("tokenizer_config.json")):
+        tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
+            lowercase=config.get("do_lower_case", uncased),
+            strip_accents=config.get("strip_accents"),
+            handle_chinese_chars=config.get("tokenize_chinese_chars", True))
+    for name in ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
+        path = path.with_name(name)
+        with naming(path):
+            fields = read_json(path) if path.exists() else {}
+            decoder = fields.get("added_tokens_decoder", {})
+            ids = {token["content"]: int(i) for i, token in decoder.items()}
+            if name == "added_tokens.json":
+                ids = fields
+            tokens = sorted(ids, key=ids.get) + (fields.get("additional_special_tokens") or [])
+            tokenizer.add_special_tokens([token if isinstance(token, str) else token["content"]
+                                          for token in tokens])
+            for token, i in ids.items():
+                if tokenizer.token_to_id(token) != i:
+                    raise UserError(f"{path}: the token {token!r} should have the id {i}")
     return tokenizer
 
 
-def encoder(directory, max_length=None):
-    """A function [Example] -> [Encoded] with the tokenizer of the BERT directory `directory`.
+@contextmanager
+def naming(path):
+    """Whatever is wrong with what a file says ends in a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:                                       # tokenizers has no other class
+        raise UserError(f"{path} is not as a BERT's tokenizer has it: {error}") from None
 
+
+def encoder(directory, max_length=None):
+    """A function [Example] -> [Encoded] with the tokenizer of the BERT directory `directory`:
     [CLS] sentence1 [SEP] or [CLS] sentence1 [SEP] sentence2 [SEP] (token types 0 and 1), cut to
-    `max_length` tokens (None: as many as in the model's training), the longer sentence first.
-    """
+    `max_length` tokens (None: as many as in the model's training), the longer sentence first."""
     tokenizer, config = load_tokenizer(directory), BertConfig.load(directory)
     tokenizer.enable_truncation(max_length or trained_length(directory), strategy="longest_first")
 
     def encode_examples(examples):
         """[Example] -> [Encoded]; UserError for pairs where the BERT has one token type."""
+        texts = [e.sentence1 if e.sentence2 is None else e[:2] for e in examples]
         if config.type_vocab_size < 2 and any(e.sentence2 is not None for e in examples):
-            raise UserError(f"{directory}: the data has sentence pairs, the BERT only one token "
-                            "type")
-        texts = [e.sentence1 if e.sentence2 is None else (e.sentence1, e.sentence2)
-                 for e in examples]
+            raise UserError(f"{directory}: the data has pairs, the BERT only one token type")
         return [Encoded(t.ids, t.type_ids, e.label)
                 for t, e in zip(tokenizer.encode_batch(texts), examples)]
     return encode_examples
@@ -360,9 +342,10 @@ def encode(examples, directory, max_length=None):
 def trained_length(directory):
     """Tokens per example that a model was trained with: run.json says so, or in an exported model
     the tokenizer; else its positions."""
-    most, directory = BertConfig.load(directory).max_position_embeddings, Path(directory)
+    most = BertConfig.load(directory).max_position_embeddings
     for name, field in (("run.json", "max_length"), ("tokenizer_config.json", "model_max_length")):
-        length = read_json(directory / name).get(field) if (directory / name).exists() else None
+        path = Path(directory) / name
+        length = read_json(path).get(field) if path.exists() else None
         if type(length) in (int, float) and length >= 3:             # transformers may write 1e30
             return int(min(length, most))
     return most
@@ -425,10 +408,10 @@ def load(directory):
         """One text or a list, and as many second texts -> three [B, T] tensors."""
         if isinstance(texts, str):
             texts, pairs = [texts], [pairs]
-        if not len(texts):
-            raise UserError("no texts to encode")
         pairs = pairs or [None] * len(texts)
-        examples = [Example(*both, 0) for both in zip(texts, pairs, strict=True)]
+        examples = [Example(one, two, 0) for one, two in zip(texts, pairs, strict=True)]
+        if not examples:
+            raise UserError("no texts to encode")
         return collate(encode_examples(examples), range(len(examples)), most=most)[:3]
     return model, encode_texts
 
@@ -436,13 +419,12 @@ def load(directory):
 def predict(model, directory, examples, autocast, batch_size=32):
     """For every Example of an iterable, as soon as its batch is computed, yield the label's name
     and {name: probability}; of a regression, the score and {}."""
-    device, names = model.classifier.weight.device, model.config.labels
-    names = names or tuple(map(str, range(model.num_labels)))
+    device, most = model.classifier.weight.device, model.config.max_position_embeddings
+    names = model.config.labels or [str(i) for i in range(model.num_labels)]
     encode_examples, examples = encoder(directory), iter(examples)
     while batch := list(itertools.islice(examples, batch_size)):
         encoded = encode_examples([example._replace(label=0) for example in batch])
-        *inputs, _ = collate(encoded, range(len(batch)), device,
-                             model.config.max_position_embeddings)
+        *inputs, _ = collate(encoded, range(len(batch)), device, most)
         with torch.inference_mode(), autocast():
             logits = finite(model(*inputs).float().cpu())            # [B, num_labels]
         for row in logits:
@@ -456,67 +438,69 @@ PREFIX_MEMORY = 2**30    # bytes of hidden states that a scorer keeps for archit
 
 
 def scorer(model, parts, metric, device, autocast):
-    """A function arch -> {metric: %} over lists of encoded examples. Of several parts (MNLI's dev
-    has two) "score" is the mean.
-
-    The batches are made once and stay on the device. Architectures whose first layers are the same
-    compute them once: `kept` holds, per batch, the hidden states before each layer, as many as
-    PREFIX_MEMORY allows; those used longest ago go first. The result is the same to the bit.
-    """
+    """A function arch -> {metric: %} over lists of encoded examples, in batches that are made once
+    and stay on the device. Of two parts (MNLI's dev) "score" is the mean."""
     tokens = 2**11 if device.type == "cpu" else 2**15                # a CPU's caches like few
-    most = model.config.max_position_embeddings
-    made = [[collate(part, indices, device, most) for indices in token_batches(part, tokens)]
-            for part in parts]
-    held = sum(inputs[0].numel() for part in made for inputs in part)
-    prefixes = PREFIX_MEMORY // (4 * held * model.config.hidden_size)
-    kept = [[{} for _ in part] for part in made]
+    most, lengths = model.config.max_position_embeddings, [len(part) for part in parts]
+    batches = [collate(part, indices, device, most)
+               for part in parts for indices in token_batches(part, tokens)]
+    labels = torch.cat([labels for *_, labels in batches]).cpu().split(lengths)
     model = cast_once(model, device, autocast).eval()
-
-    def sliced(p, b, arch):
-        """Logits [B, num_labels] of batch b of part p, as `model.forward` computes them, from the
-        longest prefix of layers that is kept on; keeps the new ones and forgets the oldest."""
-        ids, types, mask, _ = made[p][b]
-        layers, keep = model.config.layers(arch), kept[p][b]
-        start = max((i for i in range(arch.depth) if layers[:i] in keep), default=0)
-        x = keep[layers[:start]] if layers[:start] in keep else model.embed(ids, types)
-        for n, (i, H, F_) in enumerate(layers[start:], start):
-            keep[layers[:n]] = x = keep.pop(layers[:n], x)           # the youngest of the dict
-            x = model.layers[i](x, mask[:, None, None, :], H, F_, last=n + 1 == arch.depth)
-        for prefix in list(keep)[:max(0, len(keep) - prefixes)]:
-            del keep[prefix]
-        return model.head(x)
-
-    forward = replayed(model, made, autocast) if device.type == "cuda" else sliced
+    if device.type == "cuda":
+        forward = replayed(model, batches, autocast)
+    else:
+        forward = remembered(model, batches)
 
     def score(arch):
         """{metric: %} of one architecture."""
-        results = []
         model.check(arch)
         with torch.inference_mode(), autocast():
-            for p, part in enumerate(made):
-                found = [forward(p, b, arch).float() for b in range(len(part))]
-                labels = torch.cat([labels for *_, labels in part])
-                results.append(scores(metric, labels.cpu().numpy(),
-                                      finite(torch.cat(found).cpu()).numpy()))
-        named = {k + "_mismatched" * i: v for i, r in enumerate(results) for k, v in r.items()}
-        return named | {"score": float(np.mean([r["score"] for r in results]))}
+            logits = torch.cat([forward(b, arch).float() for b in range(len(batches))])
+        found, *others = [scores(metric, right.numpy(), given.numpy())
+                          for right, given in zip(labels, finite(logits.cpu()).split(lengths))]
+        for other in others:
+            found |= {f"{name}_mismatched": value for name, value in other.items()}
+            found["score"] = (found["score"] + other["score"]) / 2
+        return found
     return score
 
 
-def replayed(model, made, autocast):
-    """A function (part, batch, arch) -> logits for a GPU: the masked pass over each batch, recorded
-    once as a CUDA graph and replayed. The logits are those of the slices but for rounding."""
-    sizes = layer_sizes(model.config, [model.config.arch], made[0][0][0].device)    # [1, L, 2]
-    pool, graphs = torch.cuda.graph_pool_handle(), []
-    with torch.inference_mode(), autocast():
-        for part in made:
-            graphs.append([record(partial(model.masked, *inputs, sizes), pool)
-                           for *inputs, _ in part])
+def remembered(model, batches):
+    """A function (index of a batch, arch) -> its logits [B, num_labels], those of `model.forward`
+    to the bit. Architectures whose first layers are the same compute them once: each batch keeps
+    the hidden states [B, T, C] before its layers, the youngest that PREFIX_MEMORY has room for."""
+    kept = [{} for _ in batches]                                     # {the layers before: states}
+    tokens = sum(ids.numel() for ids, *_ in batches)
+    room = PREFIX_MEMORY // (4 * tokens * model.config.hidden_size)
 
-    def forward(p, b, arch):
-        """Logits [B, num_labels] of batch b of part p; the next call may overwrite them."""
+    def forward(b, arch):
+        ids, types, mask, _ = batches[b]
+        layers, states = model.config.layers(arch), kept[b]
+        start = max((n for n in range(arch.depth) if layers[:n] in states), default=0)
+        # What is taken out here and put back below becomes the youngest of the dict.
+        x = states.pop(layers[:start], None)
+        if x is None:
+            x = model.embed(ids, types)
+        for n, (i, H, F_) in enumerate(layers[start:], start):
+            states[layers[:n]] = x
+            x = model.layers[i](x, mask[:, None, None, :], H, F_, last=n + 1 == arch.depth)
+        while len(states) > room:
+            del states[next(iter(states))]
+        return model.head(x)
+    return forward
+
+
+def replayed(model, batches, autocast):
+    """The same for a GPU: the masked pass over each batch, recorded once as a CUDA graph and
+    replayed. The logits are those of `model.forward` but for rounding."""
+    sizes = layer_sizes(model.config, [model.config.arch], batches[0][0].device)    # [1, L, 2]
+    pool = torch.cuda.graph_pool_handle()
+    with torch.inference_mode(), autocast():
+        graphs = [record(partial(model.masked, *inputs, sizes), pool) for *inputs, _ in batches]
+
+    def forward(b, arch):
         sizes.copy_(layer_sizes(model.config, [arch]))
-        graph, logits = graphs[p][b]
+        graph, logits = graphs[b]
         graph.replay()
         return logits[0].clone()
     return forward
@@ -526,13 +510,11 @@ def cast_once(model, device, autocast):
     """The model itself, or where autocast would cast its weights to bf16 in every call, a copy that
     has them in bf16: the same logits. The classifier stays in fp32."""
     with autocast():
-        if not torch.is_autocast_enabled(device.type):
-            return model
-    model = deepcopy(model)
-    for module in model.layers.modules():
-        if isinstance(module, nn.Linear):
-            module.bfloat16()
-    model.pooler.bfloat16()
+        if torch.is_autocast_enabled(device.type):
+            model = deepcopy(model)
+            for module in [*model.layers.modules(), model.pooler]:
+                if isinstance(module, nn.Linear):
+                    module.bfloat16()
     return model
 
 
@@ -595,9 +577,7 @@ METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews_corrcoef,
 
 def scores(metric, labels, logits):
     """Every metric of a task in %, and ACC(m) of Eq. 7 as "score": the mean of those in `metric`.
-
-    labels [n], logits [n, num_labels] (numpy). F1 and Matthews are given for two labels.
-    """
+    labels [n], logits [n, num_labels] (numpy). F1 and Matthews are given for two labels."""
     if "pearson" in metric:
         names, predictions = ["pearson", "spearman"], logits[:, 0]
     else:
