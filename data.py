@@ -69,9 +69,7 @@ class Task:
         return [self.dev] + ([self.dev_mismatched] if self.dev_mismatched else [])
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 def load_task(directory):
     """Read train.tsv and dev.tsv (MNLI: dev_matched.tsv and dev_mismatched.tsv) of `directory`.
@@ -237,9 +235,7 @@ def majority(task):
                                  logits.repeat(len(dev), 0))["score"] for dev in task.devs]))
 
 
-# --------------------------------------------------------------------------------------------------
-# The tokenizer, and batches
-# --------------------------------------------------------------------------------------------------
+# ---- The tokenizer, and batches ------------------------------------------------------------------
 
 TOKENIZERS = (None, "BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer",
               "DistilBertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -394,9 +390,7 @@ def collate(encoded, indices, device="cpu", most=10**6):
     return tuple(t.to(device) for t in (*map(torch.from_numpy, (ids, types, mask)), labels))
 
 
-# --------------------------------------------------------------------------------------------------
-# Using a model
-# --------------------------------------------------------------------------------------------------
+# ---- Using a model -------------------------------------------------------------------------------
 
 def load(directory):
     """A model that `train` or `search` wrote, and its encoder: encode(text), encode(text, pair), or
@@ -533,9 +527,7 @@ def load_trained(directory, task):
     return load_bert(directory, task.num_labels)
 
 
-# --------------------------------------------------------------------------------------------------
-# Metrics, on two sequences of n labels and n predictions; as fractions
-# --------------------------------------------------------------------------------------------------
+# ---- Metrics, on two sequences of n labels and n predictions; as fractions -----------------------
 
 def accuracy(labels, predictions):
     """The share of predictions that equal their label."""

@@ -39,9 +39,7 @@ class UserError(ValueError):
     """A mistake that the user can mend: one line that says what is wrong and what to do."""
 
 
-# --------------------------------------------------------------------------------------------------
-# Configuration
-# --------------------------------------------------------------------------------------------------
+# ---- Configuration -------------------------------------------------------------------------------
 
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": GELU_TANH,
@@ -154,9 +152,7 @@ class BertConfig:
             raise UserError(f"{path}: {error}") from None
 
 
-# --------------------------------------------------------------------------------------------------
-# Architectures and the search space
-# --------------------------------------------------------------------------------------------------
+# ---- Architectures and the search space ----------------------------------------------------------
 
 def kept_layers(rule, layers, depth):
     """Which of so many layers a sub-BERT of `depth` has, by the rule "first" or "even".
@@ -279,9 +275,7 @@ def count_flops(config, arch, seq_len=128):
     return 2 * (layers + C*C)
 
 
-# --------------------------------------------------------------------------------------------------
-# The model
-# --------------------------------------------------------------------------------------------------
+# ---- The model -----------------------------------------------------------------------------------
 
 def front_linear(x, linear, n_out=None, n_in=None):
     """x @ W[:n_out, :n_in].T + b[:n_out], the slice being a view. x [..., n_in] -> [..., n_out]."""
@@ -472,9 +466,7 @@ def reorder(model, importance):
             linear.weight.copy_(linear.weight[:, order])
 
 
-# --------------------------------------------------------------------------------------------------
-# Weights on disk, under Hugging Face's names
-# --------------------------------------------------------------------------------------------------
+# ---- Weights on disk, under Hugging Face's names -------------------------------------------------
 
 HF_NAMES = {"word_embeddings": "bert.embeddings.word_embeddings",
             "position_embeddings": "bert.embeddings.position_embeddings",
@@ -615,9 +607,7 @@ def save_bert(model, directory, tokenizer=None):
         write_file(Path(directory) / name, content)
 
 
-# --------------------------------------------------------------------------------------------------
-# Where it computes, and how long that takes
-# --------------------------------------------------------------------------------------------------
+# ---- Where it computes, and how long that takes --------------------------------------------------
 
 def arithmetic(device="auto", precision="auto"):
     """(torch.device, maker of autocast contexts); "auto": the fastest device there is, and bf16
@@ -692,9 +682,7 @@ def latency(models, B, T, autocast):
     return [1000 * statistics.median(seconds[3:]) for seconds in times]
 
 
-# --------------------------------------------------------------------------------------------------
-# Files, and what is said
-# --------------------------------------------------------------------------------------------------
+# ---- Files, and what is said ---------------------------------------------------------------------
 
 def read_json(path, otherwise="does not exist"):
     """A JSON object from a file; UserError `path otherwise` where there is none."""

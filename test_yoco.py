@@ -59,9 +59,7 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored in a shell's background job
 
 
-# --------------------------------------------------------------------------------------------------
-# model.py
-# --------------------------------------------------------------------------------------------------
+# ---- model.py ------------------------------------------------------------------------------------
 
 OFF = contextlib.nullcontext      # no autocast
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -369,9 +367,7 @@ def test_latency(monkeypatch):
     assert np.allclose(latency(subs, 3, 7, OFF), [8, 4])
 
 
-# --------------------------------------------------------------------------------------------------
-# data.py
-# --------------------------------------------------------------------------------------------------
+# ---- data.py -------------------------------------------------------------------------------------
 
 HEAD = ["sentence", "label"]
 
@@ -584,9 +580,7 @@ def test_scorer(monkeypatch, memory):
         assert abs(found - 100 * right) < 1e-3
 
 
-# --------------------------------------------------------------------------------------------------
-# yoco.py: the method
-# --------------------------------------------------------------------------------------------------
+# ---- yoco.py: the method -------------------------------------------------------------------------
 
 SIZES = (4,) + (12,) * 12         # of BERT-base's variables: depth, then one per layer
 
@@ -985,9 +979,7 @@ def test_budgets(words, values, capsys):
         assert kind == "latency" and yoco.parse_budget(wish, 1, 40, "ms") == value
 
 
-# --------------------------------------------------------------------------------------------------
-# yoco.py: the commands
-# --------------------------------------------------------------------------------------------------
+# ---- yoco.py: the commands -----------------------------------------------------------------------
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
 TRAIN = ["train", "--data", "tiny", "--epochs", "4", "--lr", "1e-3", "--batch-size", "8", *CPU]
@@ -1445,9 +1437,7 @@ def test_two_runs_one_directory(tiny, capsys):
     assert log_of("out")[-1] == {"step": 1}
 
 
-# --------------------------------------------------------------------------------------------------
-# Interruptions, after which a run ends as if nobody had interrupted it, and ranks
-# --------------------------------------------------------------------------------------------------
+# ---- Interruptions, after which a run ends as if nobody had interrupted it, and ranks ------------
 
 
 def stop_after(monkeypatch, steps, number=signal.SIGTERM):
@@ -1708,9 +1698,7 @@ def test_torchrun(tiny):
     assert Path("superbert/tiny/checkpoint.safetensors").exists()
 
 
-# --------------------------------------------------------------------------------------------------
-# A GPU: YOCO_TEST_GPU=1
-# --------------------------------------------------------------------------------------------------
+# ---- A GPU: YOCO_TEST_GPU=1 ----------------------------------------------------------------------
 
 
 @needs_gpu
@@ -1759,9 +1747,7 @@ def test_gpu_commands(tiny, precision):
         assert yoco.main(["eval", "--model", "subbert/whole-0.9x", "--device", device]) == 0
 
 
-# --------------------------------------------------------------------------------------------------
-# The project itself
-# --------------------------------------------------------------------------------------------------
+# ---- The project itself --------------------------------------------------------------------------
 
 
 def test_help_explains_every_setting(capsys):

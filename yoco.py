@@ -67,9 +67,7 @@ import torch.nn.functional as F
 import data
 
 
-# --------------------------------------------------------------------------------------------------
-# The distribution P_theta and its natural gradient (Sec. 3.3)
-# --------------------------------------------------------------------------------------------------
+# ---- The distribution P_theta and its natural gradient (Sec. 3.3) --------------------------------
 
 class Categorical:
     """P_theta(m): independent categorical variables; theta[v][c] is the probability of category c.
@@ -188,9 +186,7 @@ def exploit_probability(P):
     return P.entropy() / rho_max if rho_max > 0 else 1.0                                 # Eq. 6
 
 
-# --------------------------------------------------------------------------------------------------
-# Progressive expanding of the training space (Sec. 3.2)
-# --------------------------------------------------------------------------------------------------
+# ---- Progressive expanding of the training space (Sec. 3.2) --------------------------------------
 
 EPOCHS = {  # heads | FFN | depth: the epochs of every stage that opens one more choice
     "CoLA": ((4, 4), (4, 4, 4), (4, 4, 4)),
@@ -244,9 +240,7 @@ def make_stages(space, task, steps_per_epoch, kind="progressive", epochs=0.0):
     return stages
 
 
-# --------------------------------------------------------------------------------------------------
-# train: Algorithm 1
-# --------------------------------------------------------------------------------------------------
+# ---- train: Algorithm 1 --------------------------------------------------------------------------
 
 def setting(default, text, low=None, high=2**32):
     """A field of a command's settings: its default, --help text and, of a number, legal range."""
@@ -455,9 +449,7 @@ def importance(model, examples, settings, autocast):
     return totals
 
 
-# --------------------------------------------------------------------------------------------------
-# search: the same distribution, moved by a reward (Sec. 3.4)
-# --------------------------------------------------------------------------------------------------
+# ---- search: the same distribution, moved by a reward (Sec. 3.4) ---------------------------------
 
 def reward(score, cost, budget, full_cost, alpha=2):
     """ACC(m) where the sub-BERT fits; beyond the budget less and less, down to 0 at T(M) (Eq. 7).
@@ -566,9 +558,7 @@ def best_fit(memo, cost, budget):
     return max(fitting, key=lambda arch: (memo[arch], -cost(arch)), default=None)        # Eq. 2
 
 
-# --------------------------------------------------------------------------------------------------
-# eval
-# --------------------------------------------------------------------------------------------------
+# ---- eval ----------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class EvalSettings(Settings):
@@ -599,9 +589,7 @@ def evaluate(settings):
     return next(iter(results.values()))
 
 
-# --------------------------------------------------------------------------------------------------
-# Budgets and costs
-# --------------------------------------------------------------------------------------------------
+# ---- Budgets and costs ---------------------------------------------------------------------------
 
 UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
 ONE_SEQUENCE = "one sequence of 128 tokens, or as many as the model takes"
@@ -683,9 +671,7 @@ def in_words(config, arch, result):
             + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
 
 
-# --------------------------------------------------------------------------------------------------
-# What a training begins with, and what it reports
-# --------------------------------------------------------------------------------------------------
+# ---- What a training begins with, and what it reports --------------------------------------------
 
 def complete(settings):
     """Settings of train with nothing left open: the recipe's, and the directories by default."""
@@ -792,9 +778,7 @@ def tell(text):
         print(text, file=sys.stderr, flush=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# The directory of a run: log, checkpoint, resuming
-# --------------------------------------------------------------------------------------------------
+# ---- The directory of a run: log, checkpoint, resuming -------------------------------------------
 
 class Run:
     """The directory that a command writes. Its log grows by whole lines, its checkpoint is replaced
@@ -1017,9 +1001,7 @@ def latest_superbert():
     return max(found)[1]
 
 
-# --------------------------------------------------------------------------------------------------
-# Many at once: a GPU's graphs, and ranks
-# --------------------------------------------------------------------------------------------------
+# ---- Many at once: a GPU's graphs, and ranks -----------------------------------------------------
 
 def masked_gradient(model, batch, sizes, autocast, teacher=None):
     """What `weight_gradient` does, for a GPU, in one pass of shapes that no architecture changes.
@@ -1114,9 +1096,7 @@ def join_ranks():
             sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
             "eval": (EvalSettings, evaluate)}

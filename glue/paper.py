@@ -74,9 +74,7 @@ GRID = [[f"plain lr={lr} epochs={n}" for lr in ("2e-5", "5e-5", "1e-4") for n in
      for length in (1, 0.5, 0.25)] for recipe in ("paper", "best")]
 
 
-# --------------------------------------------------------------------------------------------------
-# Statistics, of {seed: value}
-# --------------------------------------------------------------------------------------------------
+# ---- Statistics, of {seed: value} ----------------------------------------------------------------
 
 # Two-sided 95% quantiles of Student's t for 1 ... 9 degrees of freedom; the last serves for more.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -110,9 +108,7 @@ def in_words(found, reference=None):
     return f"{text}; {less[0]:+.1f} [{less[0] - less[1]:+.1f}, {less[0] + less[1]:+.1f}]"
 
 
-# --------------------------------------------------------------------------------------------------
-# Sizes, and the searches that are not the paper's
-# --------------------------------------------------------------------------------------------------
+# ---- Sizes, and the searches that are not the paper's --------------------------------------------
 
 def budget(config, part):
     """`--max-params` for so much of the encoder."""
@@ -174,9 +170,7 @@ def search_by(propose, it, limit, score, memo, evaluations, seed):
     return past
 
 
-# --------------------------------------------------------------------------------------------------
-# Cells
-# --------------------------------------------------------------------------------------------------
+# ---- Cells ---------------------------------------------------------------------------------------
 
 def split_variant(variant):
     """'best lr=5e-5' -> ('best', {'lr': '5e-5'}); UserError where there is no such variant."""
@@ -406,9 +400,7 @@ def commit():
     return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-# --------------------------------------------------------------------------------------------------
-# Tables, from the JSON files alone
-# --------------------------------------------------------------------------------------------------
+# ---- Tables, from the JSON files alone -----------------------------------------------------------
 
 MEAN = "mean of tasks"
 
