@@ -7,6 +7,8 @@ UTF-8 lines split at tabs, no quoting. A row that does not fit is an error with 
 """
 
 import itertools
+import re
+import unicodedata
 from collections import Counter, namedtuple
 from contextlib import contextmanager
 from copy import deepcopy
@@ -41,6 +43,7 @@ FORMATS = [  # first match wins; name None: the directory's name; labels None: t
 ]
 COLA = Format("CoLA", "sentence", None, "label", "matthews", ("0", "1"))
 LONGEST_LINE = 10**6
+NUMBER = re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?%?", re.IGNORECASE)
 
 
 @dataclass
@@ -100,7 +103,7 @@ def read_examples(path, labels=None):
         except ValueError:
             value = np.nan
         if not np.isfinite(value):
-            legal = f"one of {', '.join(labels)}" if labels else "a number"
+            legal = "a number" if kind.labels == () else f"one of {', '.join(labels) or 'any'}"
             raise UserError(f"{path}, line {line}: label {label[:40]!r} is not {legal}")
         examples.append(Example(one, two, value))
     return kind, examples, labels
@@ -133,8 +136,11 @@ def read_table(path, test=False):
 
 def find_format(path, columns, test):
     """The first Format whose columns are all there; of a test file the label's need not be."""
-    if {"label", "score"} <= set(columns) and not test:
-        raise UserError(f"{path} has a column label and a column score: leave one of them out")
+    for one, other in (("label", "score"), ("sentence", "sentence1")):
+        if {one, other} <= set(columns) and not test:
+            raise UserError(f"{path} has a column {one} and a column {other}: leave one out")
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path}: the header {columns[:8]} has two columns of one name")
     for kind in FORMATS:
         needed = {kind.sentence1, kind.sentence2, None if test else kind.label}
         if needed - {None} <= set(columns):
@@ -171,7 +177,7 @@ def split_holdout(examples, fraction, seed):
     and of every label, or of every stretch of the scores, its share."""
     rng, labels = np.random.default_rng(seed), np.array([e.label for e in examples])
     held = np.zeros(len(examples), bool)
-    total = max(1, round(fraction * len(examples))) if fraction else 0
+    total = min(len(examples) - 1, max(1, round(fraction * len(examples)))) if fraction else 0
     if total and labels.dtype == np.float64:
         # Neighbours in score: one of each `total` stretches of equal length.
         for stretch in np.array_split(labels.argsort(kind="stable"), total):
@@ -192,7 +198,9 @@ def split_holdout(examples, fraction, seed):
 def describe(task, kept, held, encoded, unk, max_length):
     """Lines that say what was understood of a task, and what looks like a mistake. kept, held: the
     parts of train; encoded: the first; unk: the id of [UNK]."""
-    labels, texts = [e.label for e in task.train], [e.sentence1 for e in task.train]
+    labels = [e.label for e in task.train]
+    texts = [text for part in (task.train, *task.devs) for e in part
+             for text in e[:2] if text is not None]
     if task.labels:
         counts = [f"{task.labels[label]} {n}" for label, n in Counter(labels).most_common(8)]
         if len(task.labels) > 8:
@@ -202,26 +210,29 @@ def describe(task, kept, held, encoded, unk, max_length):
         kind = f"scores from {min(labels):g} to {max(labels):g}, mean {np.mean(labels):.3g}"
     lengths = np.array([len(e.input_ids) for e in encoded])
     unknown = np.mean([i == unk for e in encoded for i in e.input_ids])
-    quoted = [row for row, text in enumerate(texts, 1) if text[:1] == text[-1:] == '"']
+    quoted = [row for row, e in enumerate(task.train, 2)             # line 1 is the header
+              if any(text and text[0] == text[-1] == '"' for text in e[:2])]
     trained = {e[:2] for e in kept}
     seen = sum(e[:2] in trained for part in (held, *task.devs) for e in part)
     warnings = {
         "the labels are numbers: if they are scores, name their column score, not label":
-            len(task.labels) > 10 and "".join(task.labels).replace(".", "").isdecimal(),
+            len(task.labels) > 10 and all(map(NUMBER.fullmatch, task.labels)),
         "some labels differ by blanks or case alone":
-            len({" ".join(name.lower().split()) for name in task.labels}) < len(task.labels),
+            len({" ".join(unicodedata.normalize("NFKC", name).casefold().split())
+                 for name in task.labels}) < len(task.labels),
         "some texts are empty": not all(text.strip() for text in texts),
-        f"many texts stand in a CSV file's quotes, which are not removed: rows {quoted[:3]} ...":
-            len(quoted) > len(texts) / 5,
+        f"many texts stand in a CSV file's quotes, which are not removed: lines {quoted[:3]} ...":
+            len(quoted) > len(task.train) / 5,
         "many tokens are unknown: is this the BERT of this language and casing?": unknown > 0.1,
         f"{seen} rows of the hold-out or of dev are in train word for word": seen > 0,
         "scores far from 0: a regression learns them badly; scale them to about 0 to 5":
-            not task.labels and max(map(abs, labels)) > 20}
+            not task.labels and not (abs(np.mean(labels)) < 10 and 0.05 < np.std(labels) < 10)}
+    answer = "the most frequent answer" if task.labels else "the mean"
     return [f"{task.name}: {kind}; {len(kept)} {'pairs' if task.pairs else 'texts'} to train on, "
             f"{len(held)} held out, {sum(map(len, task.devs))} in dev",
             f"tokens: median {np.median(lengths):.0f}, {np.mean(lengths >= max_length):.1%} cut to "
             f"{max_length}; {unknown:.1%} unknown",
-            f"always giving the most frequent answer scores {majority(task):.2f} on dev",
+            f"always giving {answer} scores {majority(task):.2f} on dev",
             *(f"WARNING: {text}" for text, applies in warnings.items() if applies)]
 
 
@@ -237,32 +248,48 @@ def majority(task):
 
 # ---- The tokenizer, and batches ------------------------------------------------------------------
 
-TOKENIZERS = (None, "BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer",
-              "DistilBertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+ONE_TYPE = ("DistilBertTokenizer", "DistilBertTokenizerFast", "TokenizersBackend")
+TOKENIZERS = (None, "BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", *ONE_TYPE)
+# Fields of tokenizer_config.json that have one supported value, and those of the normalizer, under
+# the names that the library has for them.
+USUAL = {"do_basic_tokenize": True, "split_special_tokens": False, "truncation_side": "right",
+         "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
+              "tokenize_chinese_chars": "handle_chinese_chars"}
 
 
 def load_tokenizer(directory):
     """The tokenizer of a BERT directory: its tokenizer.json, or its vocab.txt with the casing and
     the added tokens that the files beside it name. UserError where its ids are not the model's."""
-    path = Path(directory) / "tokenizer_config.json"
+    here = Path(directory)
+    path = here / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
     kind = config.get("tokenizer_class")
-    if kind not in TOKENIZERS or not config.get("do_basic_tokenize", True):
+    if kind not in TOKENIZERS:
         raise UserError(f"{path}: tokenizer_class {kind!r} is not BERT's WordPiece")
-    path = path.with_name("tokenizer.json")
-    if path.exists():
-        with naming(path):
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            tokenizer.encode("\U00012345")                           # what it cannot know is [UNK]
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-    else:
-        path = path.with_name("vocab.txt")
-        tokenizer = word_pieces(path, config)
-    words, size = tokenizer.get_vocab(), BertConfig.load(directory).vocab_size
-    for token in ("[UNK]", "[CLS]", "[SEP]"):
-        if token not in words:
-            raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
+    for name, usual in USUAL.items():
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value not in (usual, None):
+            raise UserError(f"{path}: {name} is {value!r}; only {usual!r} is supported")
+    is_complete = (here / "tokenizer.json").exists()
+    path = here / ("tokenizer.json" if is_complete else "vocab.txt")
+    with naming(path):
+        tokenizer = whole_tokenizer(path, config) if is_complete else word_pieces(path, config)
+        add_tokens(tokenizer, here, known=is_complete)
+        # As in transformers, some classes give a second text the token type 0 unless told.
+        inputs = config.get("model_input_names", [])
+        if "token_type_ids" not in inputs and (inputs or kind in ONE_TYPE):
+            tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+                single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:0 [SEP]:0", special_tokens=[
+                    (token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")])
+        words, size = tokenizer.get_vocab(), BertConfig.load(directory).vocab_size
+        for token in ("[UNK]", "[CLS]", "[SEP]"):
+            if token not in words:
+                raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
+        pair = tokenizer.encode("\U00012345", "a")                   # what it cannot know is [UNK]
+        if (pair.tokens[0], pair.tokens[-1], max(pair.type_ids) < 2) != ("[CLS]", "[SEP]", True):
+            raise UserError(f"{path} does not give [CLS] text [SEP] text [SEP], as a BERT reads it")
     if sum(word.startswith("\u2581") for word in words) > len(words) / 10:
         raise UserError(f"{path} is not the vocabulary of a BERT's WordPiece")
     most = max(words.values())
@@ -271,35 +298,62 @@ def load_tokenizer(directory):
     return tokenizer
 
 
+def whole_tokenizer(path, config):
+    """The tokenizer of a tokenizer.json; config: the fields of the tokenizer_config.json."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    for name, theirs in NORMALIZER.items():
+        has = getattr(tokenizer.normalizer, theirs, config.get(name))
+        if config.get(name) not in (has, None):
+            raise UserError(f"{path} has {theirs} {has}, but tokenizer_config.json {name} "
+                            f"{config[name]}: make them agree")
+    return tokenizer
+
+
 def word_pieces(path, config):
     """The WordPiece tokenizer of a vocab.txt; config: the fields of the tokenizer_config.json."""
     if not path.exists():
         raise UserError(f"{path} does not exist, nor a tokenizer.json beside it")
-    with naming(path):
-        words = path.read_text("utf-8").removesuffix("\n").split("\n")
-        tokenizer = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(words)})
-    # Where nobody says so, a vocabulary with capitals is a cased one.
-    uncased = all(word == word.lower() for word in words if not word.startswith("["))
+    words = path.read_text("utf-8-sig").rstrip("\n").split("\n")
+    tokenizer = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(words)})
+    # Where nobody says so, a vocabulary with words in capitals is a cased one.
+    capitals = sum(word != word.lower() for word in words if word[:1] not in ("[", "<"))
     with naming(path.with_name("tokenizer_config.json")):
         tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
-            lowercase=config.get("do_lower_case", uncased),
+            lowercase=config.get("do_lower_case", capitals < len(words) / 100),
             strip_accents=config.get("strip_accents"),
             handle_chinese_chars=config.get("tokenize_chinese_chars", True))
-    for name in ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
-        path = path.with_name(name)
+    return tokenizer
+
+
+def add_tokens(tokenizer, directory, known):
+    """Add the tokens that the files beside a vocabulary name, in the order of their ids; `known`:
+    they are there already. UserError where one has another id."""
+    tokens, ids = {}, {}
+    for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
+        path = directory / name
         with naming(path):
             fields = read_json(path) if path.exists() else {}
-            decoder = fields.get("added_tokens_decoder", {})
-            ids = {token["content"]: int(i) for i, token in decoder.items()}
-            if name == "added_tokens.json":
-                ids = fields
-            tokens = sorted(ids, key=ids.get) + (fields.get("additional_special_tokens") or [])
-            tokenizer.add_special_tokens([token if isinstance(token, str) else token["content"]
-                                          for token in tokens])
-            for token, i in ids.items():
-                if tokenizer.token_to_id(token) != i:
-                    raise UserError(f"{path}: the token {token!r} should have the id {i}")
-    return tokenizer
+            for i, token in fields.get("added_tokens_decoder", {}).items():
+                tokens[token["content"]] = tokenizers.AddedToken(**token)
+                ids[token["content"]] = int(i)
+            for token in (fields.get("additional_special_tokens") or []) + (
+                    fields.get("extra_special_tokens") or []):
+                token = token if isinstance(token, str) else token["content"]
+                tokens.setdefault(token, tokenizers.AddedToken(token, special=True))
+            for token, i in fields.items() if name == "added_tokens.json" else ():
+                tokens.setdefault(token, tokenizers.AddedToken(token))
+                ids[token] = int(i)
+    for token in sorted(tokens, key=lambda token: ids.get(token, 10**9)):
+        if not known:
+            special = tokens[token].special
+            add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+            add([tokens[token]])
+        found = tokenizer.token_to_id(token)
+        if found is None or found != ids.get(token, found):
+            raise UserError(f"{directory}: the added token {token!r} has the id {found}, not the "
+                            f"one that its files name, {ids.get(token)}")
 
 
 @contextmanager

@@ -496,9 +496,13 @@ def load_bert(directory, num_labels=None, labels=None):
     model's; UserError names the first at fault.
     """
     config, tensors = BertConfig.load(directory), read_tensors(directory)
+    kinds = read_json(Path(directory) / "config.json").get("architectures")
+    if kinds not in (None, ["BertForSequenceClassification"]):
+        # A classifier of tokens or of choices is none of texts.
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("classifier.")}
     if labels is not None:
         fit_classifier(tensors, config, labels, directory)
-    if num_labels is None and "classifier.weight" not in tensors:
+    if num_labels is None and not tensors.get("classifier.weight", torch.zeros(())).dim():
         raise UserError(f"{directory} has no classifier: it was not fine-tuned")
     num_labels = num_labels or len(tensors["classifier.weight"])
     one_answer = config.problem_type == "regression"
@@ -534,13 +538,13 @@ def fit_classifier(tensors, config, labels, directory):
     """Fit the classifier among `tensors` to label names, () for regression: one of the same names
     in another order is permuted, one of other names is removed. `config` takes the names over."""
     known, own = config.labels, [name for name in tensors if name.startswith("classifier.")]
-    rows = len(tensors[own[0]]) if own else 0
+    rows = {tensors[name].shape[:1] for name in own}
     config.name_labels(labels)
-    if rows == len(labels) and sorted(labels) == sorted(known):
+    if rows == {(len(labels),)} and sorted(labels) == sorted(known):
         order = [known.index(name) for name in labels]
         for name in own:
             tensors[name] = tensors[name][order]
-    elif own and (labels or rows != 1):
+    elif own and (labels or rows != {(1,)}):
         say(f"{directory} has a classifier for other labels, {', '.join(known) or 'without names'}:"
             " it is not used")
         for name in own:
@@ -550,7 +554,7 @@ def fit_classifier(tensors, config, labels, directory):
 def weight_files(directory):
     """The safetensors files of a BERT directory: one, or those that an index names."""
     index, names = Path(directory) / "model.safetensors.index.json", {"model.safetensors"}
-    if index.exists():
+    if index.exists() and not index.with_name("model.safetensors").exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{index} has no weight_map")
@@ -560,7 +564,7 @@ def weight_files(directory):
 
 def read_tensors(directory):
     """{name: tensor} of a directory's weights: without the prefixes of wrappers, the pre-training
-    heads `cls.*` and the buffer `position_ids`, and under today's names where it has old ones."""
+    heads, a head for answers and the buffer `position_ids`; under today's names for old ones."""
     tensors = {}
     for path in weight_files(directory):
         try:
@@ -575,7 +579,7 @@ def read_tensors(directory):
             name = re.sub(r"^(embeddings|encoder|pooler)\.", r"bert.\1.", name)
             name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
             name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-            if not name.startswith("cls.") and not name.endswith("embeddings.position_ids"):
+            if not re.match(r"cls\.|qa_outputs\.|.*embeddings\.position_ids$", name):
                 tensors[name] = tensor
     return tensors
 

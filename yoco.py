@@ -704,7 +704,9 @@ def initial_model(settings, task):
     if bert.name in ("bert-base-uncased", "all-MiniLM-L6-v2") and not bert.exists():
         raise UserError(f"there is no directory {bert}; run: python -m glue.download {bert.name} "
                         "(or name another BERT with --bert)")
-    if bert == Path(settings.data) and not weight_files(bert)[0].exists():
+    if bert == Path(settings.data) and not any(
+            re.search(r"\.(safetensors|bin|h5)", path.name) for path in bert.iterdir()):
+        say(f"{bert} has a config.json and no weights: they start at random")
         model = ElasticBert(BertConfig.load(bert), task.num_labels)
         model.config.name_labels(task.labels)
     else:

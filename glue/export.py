@@ -95,7 +95,7 @@ def tokenizer_of(here):
     tokenizer.enable_truncation(length, strategy="longest_first")
     found = {**tokenizer_files(here), "tokenizer.json": tokenizer.to_str(pretty=True).encode()}
     config = json.loads(found.get("tokenizer_config.json", b"{}"))
-    config["model_max_length"] = length
+    config["model_max_length"], config["model_input_names"] = length, INPUTS
     if "vocab.txt" in found:
         config["tokenizer_class"] = "BertTokenizer"
     # transformers lowercases unless told otherwise, whatever tokenizer.json says.
