@@ -1271,6 +1271,8 @@ def test_positions_that_padding_exceeds(tiny):
     ({"train": b"sentence\tlabel\n" + b"good " * 200_001}, ["line 2", "more than 1,000,000"]),
     ({"train": b"sentence\tlabel\ngo\0od\t1"}, ["train.tsv, line 2: a NUL"]),
     ({"train": b"sentence\tlabel\n\xff\xfe\t1\n"}, ["line 2: not UTF-8"]),
+    ({"train": b"sentence\tlabel\tlabel\na\t1\t0\n"}, ["two columns of one name"]),
+    ({"train": b"sentence\tsentence1\tlabel\na\tb\t0\n"}, ["column sentence1: leave one out"]),
     ({"train": b"sentence\tlabel\na\t1\nb\t1\n"}, ["only one label"]),
     ({"train": b"sentence\tlabel\na\t1\nb\t0\n", "dev": b"sentence\tlabel\na\t2\n"},
      ["dev.tsv, line 2", "'2'", "0, 1"]),
@@ -1323,6 +1325,8 @@ def change(directory, name, tensor):
      ["the id 12", "vocab_size is 12"]),
     *[(lambda d, name=name, text=text: (d / name).write_text(text), [name]) for name, text in (
         ("tokenizer_config.json", '{"do_lower_case": "false"}'),
+        ("tokenizer_config.json", '{"truncation_side": "left"}'),
+        ("tokenizer_config.json", '{"cls_token": {"content": "<s>"}}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"12": 5}}'),
         ("special_tokens_map.json", '{"additional_special_tokens": "<e>"}'),
         ("added_tokens.json", '{"<e>": [12]}'), ("tokenizer.json", '{"model": 5}'))]])

@@ -6,6 +6,7 @@ if os.environ.get("YOCO_TEST_GPU") != "1":
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")   # before torch looks for one
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,8 +168,9 @@ def test_refusals(sub, capsys, monkeypatch):
 
 
 def test_ids_are_those_of_transformers(tmp_path):
-    """A directory as transformers writes it, with tokenizer.json and no vocab.txt, gives its ids:
-    on 300 odd texts and pairs, uncased, cased and with added tokens."""
+    """Directories as transformers 5 writes them, with tokenizer.json and no vocab.txt, and as 4
+    did, with vocab.txt and added tokens of all kinds, give its ids and token types: on 500 odd
+    texts and pairs, uncased, cased, and of a class without token types."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     minilm = Path(__file__).parents[1] / "all-MiniLM-L6-v2"
     vocab = Path(os.environ.get("MINILM_DIR", minilm), "vocab.txt")
@@ -176,16 +178,30 @@ def test_ids_are_those_of_transformers(tmp_path):
         pytest.skip("no MiniLM vocabulary: python -m glue.download all-MiniLM-L6-v2")
     rng = np.random.default_rng(0)
     parts = ["the film ", "Zürich ", "İstanbul ", "你好", "日本", "می‌رود ", "\u200d", "\u00a0", "😀",
-             "ﬁ", "½", "don't ", "(", "…", "[MASK]", "[SEP]", "##ing", "▁x", "\u2028", "<e> ", "\t"]
+             "ﬁ", "½", "don't ", "(", "…", "[MASK]", "[SEP]", "##ing", "▁x", "\u2028", "<e> ", "\t",
+             "COVID ", "covids ", "Covid", "<E>"]
     texts = ["".join(rng.choice(parts, rng.integers(1, 20))) for _ in range(100)]
-    for options in ({}, {"do_lower_case": False}, {"additional_special_tokens": ["<e>"]}):
-        theirs = transformers.BertTokenizer.from_pretrained(vocab.parent, **options)
-        theirs.save_pretrained(tmp_path)
-        transformers.BertConfig(vocab_size=len(theirs)).save_pretrained(tmp_path)
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-        assert (tmp_path / "tokenizer.json").exists() and not (tmp_path / "vocab.txt").exists()
+    token = {"content": "covid", "lstrip": False, "rstrip": True, "normalized": True,
+             "single_word": True, "special": False}
+    old = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "added_tokens_decoder": {
+        "30522": token, "30523": token | {"content": "<e>", "normalized": False, "special": True}}}
+    for options in ({}, {"do_lower_case": False}, {"additional_special_tokens": ["<e>"]}, old,
+                    {"model_input_names": ["input_ids", "attention_mask"]}):
+        here = tmp_path / str(len(list(tmp_path.iterdir())))
+        here.mkdir()
+        if options is old:
+            shutil.copy(vocab, here)
+            (here / "tokenizer_config.json").write_text(json.dumps(old))
+        else:
+            theirs = transformers.BertTokenizer.from_pretrained(vocab.parent, **options)
+            theirs.save_pretrained(here)
+            assert (here / "tokenizer.json").exists() and not (here / "vocab.txt").exists()
+        transformers.BertConfig(vocab_size=30522 + 2).save_pretrained(here)
+        theirs = transformers.AutoTokenizer.from_pretrained(here)
         for one, two in zip(texts, [None, *texts[:-1]] * 2):
             example = data.Example(one, two if rng.random() < 0.5 else None, 0)
             pair = [text for text in example[:2] if text is not None]
-            expected = theirs(*pair, truncation=True, max_length=40)["input_ids"]
-            assert data.encode([example], tmp_path, 40)[0].input_ids == expected, example
+            expected = theirs(*pair, truncation=True, max_length=40)
+            ours = data.encode([example], here, 40)[0]
+            assert ours.input_ids == expected["input_ids"], (options, example)
+            assert ours.token_type_ids == expected.get("token_type_ids", [0] * len(ours.input_ids))
