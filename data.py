@@ -7,6 +7,7 @@ UTF-8 lines split at tabs, no quoting. A row that does not fit is an error with 
 """
 
 import itertools
+import os
 import re
 import unicodedata
 from collections import Counter, namedtuple
@@ -17,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 # First of all model, which says how torch's threads wait.
-from model import (BertConfig, UserError, is_label, layer_sizes, load_bert, read_json, record,
-                   say)
+from model import (BertConfig, UserError, is_label, layer_sizes, load_bert, plain, read_json,
+                   record, say)
 
 import numpy as np
 import tokenizers
@@ -87,7 +88,7 @@ def load_task(directory):
         if dev_kind != kind:
             raise UserError(f"{directory / name} has other columns than train.tsv")
         devs.append(dev)
-    name = kind.name or directory.resolve().name
+    name = kind.name or os.path.basename(os.path.realpath(directory))
     return Task(name, train, devs[0], labels, kind.metric, *devs[1:])
 
 
@@ -152,14 +153,14 @@ def find_format(path, columns, test):
 def read_rows(path):
     """A TSV file's rows as lists of strings: no quoting, LF or CRLF, byte-order mark or not."""
     if not path.exists():
-        name = path.resolve().parent.name
+        name = os.path.basename(os.path.realpath(path.parent))
         hint = f"if it is one of GLUE's, run: python -m glue.download {name}"
         if path.parent.is_file():
             hint = f"{path.parent} is a file: name its directory"
         elif path.with_suffix(".csv").exists():
             hint = "a .csv does: write it anew with tabs and without quotes"
         raise UserError(f"{path} does not exist; {hint}")
-    content, rows = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n"), []
+    content, rows = plain(path).read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n"), []
     if not content:
         raise UserError(f"{path} is empty")
     for number, line in enumerate(content.split(b"\n"), 1):
@@ -275,7 +276,8 @@ def load_tokenizer(directory):
     is_complete = (here / "tokenizer.json").exists()
     path = here / ("tokenizer.json" if is_complete else "vocab.txt")
     with naming(path):
-        tokenizer = whole_tokenizer(path, config) if is_complete else word_pieces(path, config)
+        read = whole_tokenizer if is_complete else word_pieces
+        tokenizer = read(plain(path), config)
         add_tokens(tokenizer, here, known=is_complete)
         # As in transformers, some classes give a second text the token type 0 unless told.
         inputs = config.get("model_input_names", [])

@@ -568,7 +568,7 @@ def read_tensors(directory):
     tensors = {}
     for path in weight_files(directory):
         try:
-            found = safetensors.torch.load_file(path)
+            found = safetensors.torch.load_file(plain(path))
         except FileNotFoundError:
             raise UserError(f"{path} does not exist (a pytorch_model.bin becomes one by "
                             "transformers' from_pretrained(...).save_pretrained(...))") from None
@@ -591,7 +591,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "adde
 def tokenizer_files(directory):
     """{name: bytes} of a BERT directory's tokenizer, to be written beside another model."""
     paths = [Path(directory) / name for name in TOKENIZER_FILES]
-    return {path.name: path.read_bytes() for path in paths if path.exists()}
+    return {path.name: plain(path).read_bytes() for path in paths if path.exists()}
 
 
 def save_bert(model, directory, tokenizer=None):
@@ -688,10 +688,23 @@ def latency(models, B, T, autocast):
 
 # ---- Files, and what is said ---------------------------------------------------------------------
 
+def plain(path):
+    """The path; UserError where it is something else than a file: a pipe might never end."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is not a file")
+    return Path(path)
+
+
+def printable(text):
+    """A text without what would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def read_json(path, otherwise="does not exist"):
     """A JSON object from a file; UserError `path otherwise` where there is none."""
+    path = plain(path)
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} {otherwise}") from None
     except (ValueError, RecursionError):
@@ -728,7 +741,7 @@ def fingerprint(*paths):
     digest = hashlib.sha256()
     for path in map(Path, paths):
         if path.exists():
-            with open(path, "rb") as file:
+            with open(plain(path), "rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
@@ -736,6 +749,9 @@ def fingerprint(*paths):
 def say(text):
     """Print a line. Where nobody reads any more, the work goes on in silence."""
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
+    except OSError as error:
+        error.filename = "standard output"        # a full disk does not say where
+        raise

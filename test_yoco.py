@@ -1352,9 +1352,9 @@ S = ["search", "--max-params"]
     (["train", "--lr", "inf"], ["--lr"]), (["train", "--holdout", "1"], ["--holdout"]),
     (["train", "--strategy", "greedy"], ["'ee', 'exploit', 'explore', 'noise'"]),
     (["train", "--data", "glue/MRPC"], ["python -m glue.download MRPC"]),
-    (["train", "--data", "tiny", "--bert", "bert-base-uncased"],
+    (["train", "--data", "tiny", "--bert", "bert-base-uncased", "--out", "new"],
      ["python -m glue.download bert-base-uncased"]),
-    (["train", "--data", "tiny", "--bert", "subbert/tiny-0.9x"], ["sub-BERT"]),
+    (["train", "--data", "tiny", "--bert", "subbert/tiny-0.9x", "--out", "new"], ["sub-BERT"]),
     (["train", "--data", "tiny"], ["holds a finished result", "--overwrite"]),
     ([*TRAIN, "--resume", "--seed", "5"], ["started with seed = 0, not 5"]),
     (["train", "--data", "tiny", "--out", "tiny"], ["is what the command reads"]),
@@ -1402,17 +1402,19 @@ def json_change(**fields):
     ("part/checkpoint.safetensors", lambda b: b.replace(b'theta', b'thetb'), RESUME, ["damaged"]),
     ("part/log.jsonl", lambda b: b"{}\n" + b, RESUME, ["log.jsonl"]),
     ("part/log.jsonl", lambda b: b"\0\n" + b, RESUME, ["log.jsonl is damaged"]),
+    ("part/log.jsonl", lambda b: b"", RESUME, ["log.jsonl is damaged"]),
+    ("part/log.jsonl", lambda b: b[:b.index(b"\n") + 1], RESUME, ["the log is shorter"]),
     ("sub/log.jsonl", lambda b: b + b'{"choices": [9, 9, 9], "score": 1, "cost": 1}\n',
      [*SEARCH, "--out", "sub", "--resume"], ["log.jsonl is damaged"]),
     (SUPER, lambda b: b"{", [*SEARCH], ["run.json is not a JSON object"]),
     (SUPER, lambda b: b"{}", [*SEARCH, "--model", "superbert/tiny"], ["was not written by train"]),
     (SUPER, json_change(settings=None), [*SEARCH, "--model", "superbert/tiny"], ["run.json"]),
-    ("tiny/train.tsv", lambda b: b + b"the film\t1\n", RESUME, ["started with inputs ="]),
+    ("tiny/train.tsv", lambda b: b + b"the film\t1\n", RESUME, ["changed since part was started"]),
     ("tiny/train.tsv", lambda b: b + b"the film\t1\n", SEARCH, ["train.tsv has changed"]),
     ("superbert/tiny/model.safetensors", lambda b: b[:-1] + b"\1", SEARCH, ["is not what its"])])
 def test_damaged_files_are_refused(trained, capsys, monkeypatch, name, spoil, words, parts):
     """A run's own files, damaged or exchanged; with the file as it was, the command ends well."""
-    stop_after(monkeypatch, 7)
+    stop_after(monkeypatch, 12)
     assert yoco.main(RESUME[:-1]) == 128 + signal.SIGTERM
     stop_after(monkeypatch, 3)
     assert yoco.main([*SEARCH, "--out", "sub"]) == 128 + signal.SIGTERM
@@ -1423,6 +1425,12 @@ def test_damaged_files_are_refused(trained, capsys, monkeypatch, name, spoil, wo
     path.write_bytes(spoil(path.read_bytes()))
     refused(capsys, words, *parts)
     path.write_bytes(before[path])
+    if hasattr(os, "mkfifo") and path.suffix != ".jsonl":
+        path.unlink()
+        os.mkfifo(path)                                 # whoever opens it waits for ever
+        refused(capsys, words, f"{path} is not a file")
+        path.unlink()
+        path.write_bytes(before[path])
     for log in ("part/log.jsonl", "sub/log.jsonl"):     # cut to the checkpoint before it was read
         assert before[Path(log)].startswith(Path(log).read_bytes())
         Path(log).write_bytes(before[Path(log)])

@@ -54,8 +54,8 @@ from typing import Literal, get_args
 # First of all model, which says how torch's threads wait.
 from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, arithmetic, count_flops,
                    count_params, extract, fingerprint, hardware, latency, layer_sizes, load_bert,
-                   peak_memory, read_json, record, reorder, save_bert, say, tokenizer_files,
-                   weight_files, write_file, write_json, TOKENIZER_FILES)
+                   peak_memory, plain, printable, read_json, record, reorder, save_bert, say,
+                   tokenizer_files, weight_files, write_file, write_json, TOKENIZER_FILES)
 
 import numpy as np
 import safetensors.torch
@@ -303,11 +303,13 @@ CONTROLLERS = {"ee": exploit_probability, "noise": exploit_probability,
 def train(settings):
     """Train a super-BERT; return what its run.json says. On the right: Algorithm 1's lines."""
     settings = complete(settings)
+    run = Run(settings, settings.data, settings.bert)                # refused here, if at all
+    train_file = fingerprint(f"{settings.data}/train.tsv")
     device, autocast = arithmetic(settings.device, settings.precision)
     task, tokenizer = data.load_task(settings.data), tokenizer_files(settings.bert)
     torch.manual_seed(settings.seed)                                 # a new classifier, dropout
     model = initial_model(settings, task).to(device).train()                             # 1
-    space, split = SearchSpace.for_config(model.config), holdout_split(settings)
+    space, split = SearchSpace.for_config(model.config), holdout_split(settings, train_file)
     kept, held = data.split_holdout(task.train, *split)
     max_length = min(settings.max_length, model.config.max_position_embeddings)
     encode = data.encoder(settings.bert, max_length)
@@ -322,9 +324,10 @@ def train(settings):
     backward = graphed_gradient() if device.type == "cuda" else weight_gradient
     K, adam, teacher, first = 1.0, new_adam(model), None, 0
 
-    run = Run(settings, settings.data, settings.bert).open()
+    run.open()
     if run.finished:
-        return run.result()
+        say(f"{run.path} is finished")
+        return read_run(run.path)
     if run.resumed:
         first, K, teacher = restore(run, model, adam, P, rng)
     order = data.batches(examples, settings.batch_size, settings.seed, first)
@@ -376,8 +379,8 @@ def train(settings):
         scores = {name: score(arch) for name, arch in landmarks(space, theta).items()}
     save_bert(model, run.path, tokenizer)
     result = run.finish(device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
-                        data=settings.data, train=fingerprint(f"{settings.data}/train.tsv"),
-                        held_out=split, max_length=max_length, lr=lr, steps=steps, theta=theta,
+                        data=settings.data, train=train_file, held_out=split,
+                        max_length=max_length, lr=lr, steps=steps, theta=theta,
                         holdout=scores)
     for name, found in scores.items():
         say(f"hold-out, {name}: {in_words(model.config, landmarks(space, theta)[name], found)}")
@@ -540,7 +543,7 @@ def search(settings):
                    params=count_params(model.config, best), flops=count_flops(model.config, best),
                    selection_score=memo[best], dev=dev, evaluations_asked=settings.evaluations,
                    evaluations_run=len(read_log(run.path)) - 1)
-    results = [read_json(run.path / "run.json") for run in runs]
+    results = [read_run(run.path) for run in runs]
     for run, found in zip(runs, results):
         arch, optimistic = Arch(**found["arch"]), found["selected_on"] == "dev"
         say(f"found: {arch}, {found['cost']:,.6g} of {found['budget']:,.6g} {found['unit']}, in "
@@ -648,7 +651,7 @@ def one_each(settings, superbert, kind, wishes):
     parts = []
     for wish in wishes:
         ending = wish if kind == "params" else f"{wish}-{kind}"
-        out = f"subbert/{Path(superbert).resolve().name}-{ending}"
+        out = f"subbert/{os.path.basename(os.path.realpath(superbert))}-{ending}"
         if settings.out:
             out = settings.out if len(wishes) == 1 else f"{settings.out}/{ending}"
         parts.append(dataclasses.replace(settings, model=superbert, out=out,
@@ -678,7 +681,7 @@ def complete(settings):
     own = Path(settings.data, "config.json").exists()
     settings = dataclasses.replace(
         settings, bert=settings.bert or (settings.data if own else "bert-base-uncased"),
-        out=settings.out or f"superbert/{Path(settings.data).resolve().name}",
+        out=settings.out or f"superbert/{os.path.basename(os.path.realpath(settings.data))}",
         **{name: value for name, value in RECIPES[settings.recipe].items()
            if getattr(settings, name) is None})
     if settings.stages == "largest" and (settings.reorder or settings.distill):
@@ -687,10 +690,10 @@ def complete(settings):
     return settings
 
 
-def inputs_of(*directories):
+def inputs_of(*directories, also=()):
     """The fingerprint of all that is read in data and BERT directories."""
     names = ("train.tsv", "dev.tsv", "dev_matched.tsv", "dev_mismatched.tsv", "config.json",
-             *TOKENIZER_FILES)
+             *TOKENIZER_FILES, *also)
     paths = []
     for directory in directories:
         paths += [Path(directory, name) for name in names] + weight_files(directory)
@@ -715,12 +718,12 @@ def initial_model(settings, task):
     return model
 
 
-def holdout_split(settings):
+def holdout_split(settings, train_file):
     """[share, seed] of the hold-out. What --bert has learned from must not select: where it was
-    trained on the same train.tsv, its hold-out stays."""
+    trained on the same train.tsv, which has the fingerprint train_file, its hold-out stays."""
     path = Path(settings.bert) / "run.json"
     before = read_json(path) if path.exists() else {}
-    same = before.get("train") == fingerprint(f"{settings.data}/train.tsv")
+    same = before.get("train") == train_file
     return before["held_out"] if same else [settings.holdout, settings.seed]
 
 
@@ -777,7 +780,7 @@ class Progress:
 def tell(text):
     """Print to stderr. What nobody hears, or a full disk does not take, must not cost a run."""
     with contextlib.suppress(OSError, RuntimeError):                 # the latter in a handler
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 # ---- The directory of a run: log, checkpoint, resuming -------------------------------------------
@@ -795,9 +798,10 @@ class Run:
         self.resumed = bool(before)
         kept = {name: value for name, value in dataclasses.asdict(settings).items()
                 if name not in ("out", "overwrite", "resume")}
-        begun = dict(settings=kept, inputs=inputs_of(*reads), world_size=world_size())
+        begun = dict(settings=kept, inputs=inputs_of(*reads, also=["run.json"]),
+                     world_size=world_size())
         self.begun = json.loads(json.dumps(begun))                   # as it is read back
-        if self.path.resolve() in [Path(source).resolve() for source in reads]:
+        if os.path.realpath(self.path) in [os.path.realpath(source) for source in reads]:
             raise UserError(f"--out {self.path} is what the command reads: choose another")
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
@@ -807,13 +811,18 @@ class Run:
             if (self.path / name).exists() and not (goes_on or settings.overwrite):
                 raise UserError(f"{self.path} holds {holds}: choose another --out, replace it with "
                                 "--overwrite, or go on with --resume if it is unfinished")
+        if settings.resume and not before and (self.finished or self.checkpoint.exists()):
+            raise UserError(f"{self.log_path} is damaged: begin anew with --overwrite")
         if self.resumed:
             with reading(self.log_path):
                 then, now = before[0] | before[0]["settings"], self.begun | self.begun["settings"]
+            if then.get("inputs") != now["inputs"]:
+                raise UserError(f"the files in {' or '.join(reads)} have changed since {self.path} "
+                                "was started: put them back, or begin anew with --overwrite")
             for name in now:
                 if name != "settings" and then.get(name) != now[name]:
                     raise UserError(f"{self.path} was started with {name} = {then.get(name)!r}, "
-                                    f"not {now[name]!r}")
+                                    f"not {now[name]!r}: say so, or begin anew with --overwrite")
         if world_size() > 1:
             dist.barrier()                                           # all have looked
 
@@ -874,11 +883,6 @@ class Run:
             "peak")
         return facts
 
-    def result(self):
-        """What run.json says."""
-        say(f"{self.path} is finished")
-        return read_json(self.path / "run.json")
-
 
 @contextlib.contextmanager
 def reading(path):
@@ -938,7 +942,7 @@ def restore(run, model, adam, P, rng):
     teacher, parts = None, defaultdict(dict)
     with reading(run.checkpoint):
         if run.checkpoint.exists():
-            with safetensors.safe_open(run.checkpoint, "pt") as file:
+            with safetensors.safe_open(plain(run.checkpoint), "pt") as file:
                 state = json.loads(file.metadata()["state"])
                 for key in file.keys():
                     part, name = key.split("/")
@@ -961,6 +965,8 @@ def restore(run, model, adam, P, rng):
                 teacher = copy.deepcopy(model).eval()
                 teacher.load_state_dict(parts["teacher"])
             run.started -= state["seconds"]
+            if run.log_path.stat().st_size < state["log_bytes"]:
+                raise ValueError("the log is shorter than when it was written")
     if rank() == 0:
         run.log_file.truncate(state["log_bytes"])
     return state["t"], state["K"], teacher
@@ -1161,7 +1167,7 @@ def hear(number, _):
     """Note the first Ctrl-C or SIGTERM; the second stops at once."""
     SIGNALS.append(number)
     if len(SIGNALS) > 1 and world_size() == 1:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
     tell("\nstopping after this step" + ("; once more stops at once" if world_size() == 1 else ""))
 
 
@@ -1187,7 +1193,7 @@ def main(argv=None):
     except BrokenPipeError:                                          # nobody reads any more
         sys.stdout = open(os.devnull, "w")
     except KeyboardInterrupt as stop:
-        tell("\nstopped; the same command with --resume goes on")
+        tell("\nstopped" + ("; the same command with --resume goes on" if stop.args else ""))
         return 128 + (*stop.args, *SIGNALS, signal.SIGINT)[0]
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         text = str(error)
@@ -1197,8 +1203,7 @@ def main(argv=None):
             text = "out of memory (a training needs less with a smaller --batch-size)"
         elif not isinstance(error, UserError):
             raise
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
-        tell(f"yoco.py: error: {text[:1000]}")
+        tell(f"yoco.py: error: {' '.join(text.split())[:1000]}")
         return 2
     finally:
         for number, handler in before.items():

@@ -1,5 +1,6 @@
 """The programs around the method, each run as `python -m glue.NAME`; here, how all of them end."""
 
+import contextlib
 import sys
 
 
@@ -26,5 +27,6 @@ def run_program(parser, work, argv, refusals):
             raise
         # Names of files and a server's words may hold anything.
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-        print(f"{parser.prog}: error: {text}", file=sys.stderr)
+        with contextlib.suppress(OSError):                           # stderr may be full as well
+            print(f"{parser.prog}: error: {text}", file=sys.stderr)
         return 2

@@ -10,8 +10,10 @@ the heads and neurons that a sub-BERT dropped. With each come config.json, which
 and the tokenizer, whose tokenizer.json also cuts texts to the length of the training.
 """
 
+import io
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -24,8 +26,8 @@ import torch
 import data
 from glue import run_program
 from model import (TOKENIZER_FILES, ElasticBert, UserError, load_bert, read_json, save_bert, say,
-                   tokenizer_files, weight_files)
-from yoco import Parser
+                   tokenizer_files, weight_files, write_file)
+from yoco import Parser, read_run
 
 INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
 FILES = {"onnx": "model.onnx", "torch": "model.pt2", "hf": "model.safetensors"}
@@ -36,8 +38,11 @@ SENTENCES = ["One short sentence.", "Yes", "Né à Zürich, 1987: l'été 東京
 def export(options):
     """Write the model beside --out, read it back, and move it there if it computes the same."""
     here = Path(options.model)
-    out = Path(options.out or f"export/{here.resolve().name}-{options.format}").resolve()
+    name = os.path.basename(os.path.realpath(here))
+    out = Path(os.path.realpath(options.out or f"export/{name}-{options.format}"))
     run = read_json(here / "run.json") if (here / "run.json").exists() else {}
+    if "wrote" in run:
+        read_run(here)                           # refuses what has changed since
     if "theta" in run and run["settings"]["stages"] != "largest":
         raise UserError(f"{here} is a super-BERT: search it, and export what is found")
     model, examples = load_bert(here), read_examples(run)
@@ -66,7 +71,7 @@ def export(options):
 
 def check_place(out, here, overwrite):
     """UserError unless `out` may be written: nothing is there, or what an export wrote."""
-    if out == here.resolve():
+    if out == Path(os.path.realpath(here)):
         raise UserError(f"--out {out} is what the command reads: choose another")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if names - WRITTEN:
@@ -116,7 +121,10 @@ def write(model, directory, form):
         save_bert(widened(model), directory)
         return load_bert(directory)
     if form == "torch":
-        torch.export.save(traced(model), path)
+        # Through memory: on a full disk PyTorch's own writer ends the process.
+        content = io.BytesIO()
+        torch.export.save(traced(model), content)
+        write_file(path, content.getvalue())
         return torch.export.load(path).module()
     try:
         import onnx, onnxruntime, onnxscript                         # noqa: E401, F401
@@ -127,7 +135,7 @@ def write(model, directory, form):
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     program = torch.onnx.export(traced(model), dynamo=True, verbose=False, input_names=INPUTS,
                                 output_names=["logits"])
-    path.write_bytes(program.model_proto.SerializeToString())
+    write_file(path, program.model_proto.SerializeToString())
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def exported(*inputs):

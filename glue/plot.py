@@ -11,6 +11,7 @@ depth and of every layer over time. The same directories make the same bytes.
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def plot(options):
     """Draw one picture."""
     if matplotlib is None:
         raise UserError("plots need one more package: pip install matplotlib")
-    out = Path(options.out or f"{Path(options.directories[0]).resolve().name}.svg")
+    name = os.path.basename(os.path.realpath(options.directories[0]))
+    out = Path(options.out or f"{name}.svg")
     if out.suffix != ".svg":
         raise UserError(f"--out {out}: only .svg is written")
     logs = {directory: read_log(directory) for directory in options.directories}
@@ -67,6 +69,9 @@ def read_log(directory):
 def draw_searches(logs):
     """Score against cost, in one color for each super-BERT. logs: {directory: records}."""
     runs, pools = {directory: read_run(directory) for directory in logs}, {}
+    for directory, run in runs.items():
+        if "unit" not in run:
+            raise UserError(f"{directory} is no search, and its log has no steps of a training")
     scales = {(run["unit"], run["metric"], run["selected_on"]) for run in runs.values()}
     if len(scales) > 1:
         raise UserError("these do not fit into one picture: "
@@ -116,7 +121,7 @@ def draw_training(directory, log):
     steps, variables = [record["step"] for record in log], len(thetas[0][1])
     figure = Figure(figsize=(11, max(6, 0.55 * variables + 1)), layout="constrained")
     left, right = figure.subfigures(1, 2)
-    figure.suptitle(f"{Path(directory).resolve().name}: {steps[-1]} steps")
+    figure.suptitle(f"{os.path.basename(os.path.realpath(directory))}: {steps[-1]} steps")
     curves = left.subplots(4, 1, sharex=True)
     for axes, name, title in zip(curves, ("loss", "K", "entropy", "most_likely_params"), (
             "loss", "controller K", "entropy, nats", "parameters of the\nmost likely")):

@@ -16,7 +16,7 @@ from pathlib import Path
 import data
 from glue import run_program
 from model import UserError, arithmetic, load_bert, read_json, say, write_file
-from yoco import Parser
+from yoco import Parser, read_run
 
 SUBMISSIONS = {"MNLI": {"test_matched.tsv": "MNLI-m.tsv", "test_mismatched.tsv": "MNLI-mm.tsv"}}
 
@@ -30,6 +30,8 @@ def predict(options):
     device, autocast = arithmetic(options.device, options.precision)
     model, path = load_bert(options.model).to(device), Path(options.model, "run.json")
     run = read_json(path) if path.exists() else {}
+    if "wrote" in run:
+        read_run(options.model)                  # refuses what has changed since
     # From a stream each line is answered before the next one comes.
     size = options.batch_size or (32 if options.file or options.glue else 1)
 
