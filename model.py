@@ -136,7 +136,8 @@ class BertConfig:
         """Read `directory`/config.json. A field that changes what is computed is computed here or
         refused by name, and so is one that nobody here knows; null stands for its default."""
         path, own = Path(directory) / "config.json", {field.name for field in fields(cls)}
-        found = read_json(path, f"does not exist: {directory} is not a BERT directory")
+        found = read_json(path, f"does not exist: {directory} is no BERT's directory; one to "
+                                "fetch: python -m glue.download bert-base-uncased")
         if path.with_name("log.jsonl").exists() and not path.with_name("run.json").exists():
             raise UserError(f"{directory} is unfinished: go on with --resume")
         found = {name: value for name, value in found.items() if value is not None}

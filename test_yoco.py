@@ -585,10 +585,6 @@ def test_scorer(monkeypatch, memory):
 SIZES = (4,) + (12,) * 12         # of BERT-base's variables: depth, then one per layer
 
 
-def random_theta(rng, sizes):
-    return [rng.dirichlet(np.ones(size) * 2) for size in sizes]
-
-
 def fisher(theta):
     """The Fisher matrix of a categorical variable in its K - 1 free probabilities, written out."""
     return np.diag(1 / theta[:-1]) + 1 / theta[-1]
@@ -598,7 +594,7 @@ def test_inverse_fisher():
     """one_hot - theta = F^-1 grad ln P, and the Fisher norm is the dense quadratic form."""
     rng = np.random.default_rng(0)
     for K in (2, 3, 12):
-        theta, = random_theta(rng, [K])
+        theta = rng.dirichlet(np.full(K, 2.0))
         for choice in range(K):
             score = np.where(np.arange(K - 1) == choice, 1 / theta[:-1], 0)    # d ln P / d theta_j
             if choice == K - 1:
@@ -614,7 +610,7 @@ def test_expected_gradient():
     """E[natural gradient] is the natural gradient of the expected loss: enumerated, by autograd,
     and as a Monte Carlo mean."""
     rng, sizes = np.random.default_rng(1), (2, 3, 4)
-    theta, loss = random_theta(rng, sizes), rng.normal(size=sizes)
+    theta, loss = [rng.dirichlet(np.full(n, 2.0)) for n in sizes], rng.normal(size=sizes)
     free = [torch.tensor(t[:-1], requires_grad=True) for t in theta]
     full = [torch.cat([f, 1 - f.sum(0, keepdim=True)]) for f in free]
     torch.einsum("abc,a,b,c->", torch.tensor(loss), *full).backward()
@@ -648,7 +644,7 @@ def test_step_length():
     """Away from theta_min a step is `delta` long in the Fisher matrix of where it starts, and goes
     from the worse sample to the better one."""
     rng, P = np.random.default_rng(3), Categorical((3, 4))
-    P.theta = random_theta(rng, (3, 4))
+    P.theta = [rng.dirichlet(np.full(n, 2.0)) for n in (3, 4)]
     P.theta = [(t + 1) / (t + 1).sum() for t in P.theta]
     old = [t.copy() for t in P.theta]
     P.step([[0, 1], [2, 3]], [5.0, -1.0], delta=0.01)
@@ -1290,10 +1286,6 @@ def test_bad_data_is_refused(tmp_path, monkeypatch, capsys, files, parts):
     assert not Path("superbert").exists()
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-9])
-
-
 def change(directory, name, tensor):
     """Replace, add or (None) remove one tensor of a weights file."""
     tensors = load_file(directory / "model.safetensors") | {name: tensor}
@@ -1311,7 +1303,7 @@ def change(directory, name, tensor):
     (lambda d: tiny_bert(d, id2label={"1": "a"}), ["id2label is {'1': 'a'}, not"]),
     (lambda d: tiny_bert(d, position_embedding_type="relative_key"), ["position_embedding_type"]),
     (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), ["save_pretrained"]),
-    (lambda d: cut(d / "model.safetensors"), ["not a complete safetensors file"]),
+    (lambda d: os.truncate(d / "model.safetensors", 99), ["not a complete safetensors file"]),
     (lambda d: change(d, "classifier.bias", None), ["classifier.bias is missing"]),
     (lambda d: change(d, "bert.pooler.dense.bias", None), ["bert.pooler.dense.bias is missing"]),
     (lambda d: change(d, "bert.extra.weight", torch.ones(1)), ["unknown tensor bert.extra.weight"]),
@@ -1346,7 +1338,6 @@ S = ["search", "--max-params"]
 @pytest.mark.parametrize("words, parts", [
     ([], ["required"]), (["fit"], ["invalid choice"]),
     (["train", "--epoch", "1"], ["unknown", "--epochs"]),
-    (["train", "--freeze-teacher"], ["unknown"]), (["train", "--shuffle"], ["unknown"]),
     (["train", "--batch-size", "0"], ["at least 1"]), (["train", "--batch-size", "1.5"], ["int"]),
     (["train", "--epochs", "nan"], ["--epochs"]), (["train", "--epochs", "-1"], ["--epochs"]),
     (["train", "--lr", "inf"], ["--lr"]), (["train", "--holdout", "1"], ["--holdout"]),
@@ -1362,7 +1353,7 @@ S = ["search", "--max-params"]
       "--overwrite"], ["is what the command reads"]),
     ([*TRAIN, "--out", "/proc/x"], ["/proc/x"]), ([*TRAIN, "--out", "tiny/dev.tsv"], ["dev.tsv"]),
     (["search"], ["--max-params, --max-flops"]),
-    ([*S, "1M", "--method", "evolution"], ["unknown"]), (["search", "--pareto", "3"], ["unknown"]),
+    ([*S, "1M", "--method", "evolution"], ["unknown"]),
     ([*S, "0.9x", "9", "--out", "sub"], ["the smallest has"]),
     ([*S, "many", "--out", "sub"], ["positive budget"]),
     *[([*S, budget], ["budget"]) for budget in (

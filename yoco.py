@@ -704,9 +704,6 @@ def initial_model(settings, task):
     """The pretrained BERT; or one from random weights, where the data directory has a config.json
     of its own without weights."""
     bert = Path(settings.bert)
-    if bert.name in ("bert-base-uncased", "all-MiniLM-L6-v2") and not bert.exists():
-        raise UserError(f"there is no directory {bert}; run: python -m glue.download {bert.name} "
-                        "(or name another BERT with --bert)")
     if bert == Path(settings.data) and not any(
             re.search(r"\.(safetensors|bin|h5)", path.name) for path in bert.iterdir()):
         say(f"{bert} has a config.json and no weights: they start at random")
