@@ -798,14 +798,21 @@ class Run:
         begun = dict(settings=kept, inputs=inputs_of(*reads, also=["run.json"]),
                      world_size=world_size())
         self.begun = json.loads(json.dumps(begun))                   # as it is read back
+        self.check(settings, reads, before)
+        if world_size() > 1:
+            dist.barrier()                                           # all have looked
+
+    def check(self, settings, reads, before):
+        """UserError where the directory holds what must not be replaced, or what the command would
+        not go on with. before: what its log holds, where the run is to be resumed."""
         if os.path.realpath(self.path) in [os.path.realpath(source) for source in reads]:
             raise UserError(f"--out {self.path} is what the command reads: choose another")
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
+        may_hold = settings.overwrite or settings.resume and self.log_path.exists()
         for name, holds in (("run.json", "a finished result"), ("log.jsonl", "an unfinished run"),
                             ("config.json", "another model")):
-            goes_on = settings.resume and self.log_path.exists()
-            if (self.path / name).exists() and not (goes_on or settings.overwrite):
+            if (self.path / name).exists() and not may_hold:
                 raise UserError(f"{self.path} holds {holds}: choose another --out, replace it with "
                                 "--overwrite, or go on with --resume if it is unfinished")
         if settings.resume and not before and (self.finished or self.checkpoint.exists()):
@@ -820,8 +827,6 @@ class Run:
                 if name != "settings" and then.get(name) != now[name]:
                     raise UserError(f"{self.path} was started with {name} = {then.get(name)!r}, "
                                     f"not {now[name]!r}: say so, or begin anew with --overwrite")
-        if world_size() > 1:
-            dist.barrier()                                           # all have looked
 
     def open(self):
         """Lock the directory, and clear it unless the run goes on. The log's first line says what
