@@ -46,7 +46,7 @@ BATCH, DRAWN = 32, 300                              # examples a step; architect
 # What holds where nothing else is said, for fine-tuning, with each recipe, and with neither.
 CHOSEN = {"plain": {"lr": "1e-4", "epochs": "10"},
           "paper": {"lr": "1e-4", "length": "0.5"}, "best": {"lr": "1e-4", "length": "0.5"},
-          "HAT": {"lr": "1e-4", "length": "1"}, "OFA": {"lr": "1e-4", "length": "1"}}
+          "HAT": {"lr": "1e-4", "length": "0.5"}, "OFA": {"lr": "1e-4", "length": "0.5"}}
 
 PLAIN = ("plain", "truncated")                      # all layers; the first half of them, alone
 ELASTIC = {                                         # flags of train
