@@ -11,15 +11,14 @@ import os
 import re
 import unicodedata
 from collections import Counter, namedtuple
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# First of all model, which says how torch's threads wait.
+# First model, which sets how torch's threads wait before torch is loaded.
 from model import (BertConfig, UserError, is_label, layer_sizes, load_bert, plain, read_json,
-                   record, say)
+                   reading, record, say)
 
 import numpy as np
 import tokenizers
@@ -275,7 +274,7 @@ def load_tokenizer(directory):
             raise UserError(f"{path}: {name} is {value!r}; only {usual!r} is supported")
     is_complete = (here / "tokenizer.json").exists()
     path = here / ("tokenizer.json" if is_complete else "vocab.txt")
-    with naming(path):
+    with reading(path):
         read = whole_tokenizer if is_complete else word_pieces
         tokenizer = read(plain(path), config)
         add_tokens(tokenizer, here, known=is_complete)
@@ -321,7 +320,7 @@ def word_pieces(path, config):
     tokenizer = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(words)})
     # Where nobody says so, a vocabulary with words in capitals is a cased one.
     capitals = sum(word != word.lower() for word in words if word[:1] not in ("[", "<"))
-    with naming(path.with_name("tokenizer_config.json")):
+    with reading(path.with_name("tokenizer_config.json")):
         tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
             lowercase=config.get("do_lower_case", capitals < len(words) / 100),
             strip_accents=config.get("strip_accents"),
@@ -335,7 +334,7 @@ def add_tokens(tokenizer, directory, known):
     tokens, ids = {}, {}
     for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
         path = directory / name
-        with naming(path):
+        with reading(path):
             fields = read_json(path) if path.exists() else {}
             for i, token in fields.get("added_tokens_decoder", {}).items():
                 tokens[token["content"]] = tokenizers.AddedToken(**token)
@@ -356,17 +355,6 @@ def add_tokens(tokenizer, directory, known):
         if found is None or found != ids.get(token, found):
             raise UserError(f"{directory}: the added token {token!r} has the id {found}, not the "
                             f"one that its files name, {ids.get(token)}")
-
-
-@contextmanager
-def naming(path):
-    """Whatever is wrong with what a file says ends in a UserError that names the file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:                                       # tokenizers has no other class
-        raise UserError(f"{path} is not as a BERT's tokenizer has it: {error}") from None
 
 
 def encoder(directory, max_length=None):

@@ -21,7 +21,7 @@ import sys
 import time
 import unicodedata
 from collections import namedtuple
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class UserError(ValueError):
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": GELU_TANH,
                "gelu_pytorch_tanh": GELU_TANH, "relu": F.relu}
-# What is computed of the fields that have few values; the first six have no other use here.
+# What is computed of the fields that have few values.
 CHOICES = {"model_type": ["bert"], "position_embedding_type": ["absolute"], "is_decoder": [False],
            "is_encoder_decoder": [False], "add_cross_attention": [False], "pruned_heads": [{}],
            "hidden_act": list(ACTIVATIONS), "depth_keeps": ["first", "even"],
@@ -673,21 +673,31 @@ def record(compute, pool=None):
     return graph, result
 
 
-def latency(models, B, T, autocast):
-    """Milliseconds that B sequences of T tokens take each of some models: medians of 20 rounds
-    after 3 to warm up, in each of which all take their turn, so that a disturbance meets all."""
-    ids = torch.ones(B, T, dtype=torch.int64, device=models[0].pooler.weight.device)
-    times = [[] for _ in models]
+def latency(model, T, autocast):
+    """Milliseconds that one sequence of T tokens takes: the median of 20 times, after 3 to warm up.
+    """
+    ids, times = torch.ones(1, T, dtype=torch.int64, device=model.pooler.weight.device), []
     with torch.inference_mode(), autocast():
         for _ in range(23):
-            for model, seconds in zip(models, times):
-                start = time.perf_counter()
-                model(ids, ids - 1, ids)[0, 0].item()                    # waits for the device
-                seconds.append(time.perf_counter() - start)
-    return [1000 * statistics.median(seconds[3:]) for seconds in times]
+            start = time.perf_counter()
+            model(ids, ids - 1, ids)[0, 0].item()                        # waits for the device
+            times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[3:])
 
 
 # ---- Files, and what is said ---------------------------------------------------------------------
+
+@contextmanager
+def reading(path):
+    """Whatever is wrong with what a file says ends in a UserError that names the file."""
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:                    # tokenizers has no other class
+        raise UserError(f"{path} is damaged, or not what it is taken for: {str(error)[:100]}"
+                        ) from None
+
 
 def plain(path):
     """The path; UserError where it is something else than a file: a pipe might never end."""

@@ -42,29 +42,31 @@ import difflib
 import json
 import math
 import os
-import platform
 import re
 import signal
 import sys
 import time
 from collections import Counter, defaultdict, namedtuple
+from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args
 
-# First of all model, which says how torch's threads wait.
+# First model, which sets how torch's threads wait before torch is loaded.
 from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, arithmetic, count_flops,
                    count_params, extract, fingerprint, hardware, latency, layer_sizes, load_bert,
-                   peak_memory, plain, printable, read_json, record, reorder, save_bert, say,
-                   tokenizer_files, weight_files, write_file, write_json, TOKENIZER_FILES)
+                   peak_memory, plain, printable, read_json, reading, record, reorder, save_bert,
+                   say, tokenizer_files, weight_files, write_file, write_json, TOKENIZER_FILES)
 
 import numpy as np
 import safetensors.torch
-import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
+
+# The number of this process among those that torchrun started, from 0, and how many there are.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ---- The distribution P_theta and its natural gradient (Sec. 3.3) --------------------------------
@@ -79,7 +81,7 @@ class Categorical:
 
     def __init__(self, sizes):
         self.theta = [np.full(size, 1 / size) for size in sizes]     # all open, uniform
-        self.n = sum(size > 1 for size in sizes)                     # for theta_min
+        self.n = sum(size > 1 for size in sizes)                     # variables with a choice
 
     def uniform(self):
         """The exploration distribution pi: uniform over the open categories of each variable."""
@@ -114,15 +116,15 @@ class Categorical:
     def step(self, samples, losses, delta=1.0):
         """One update of theta: a step of Fisher length `delta` along the natural gradient. Nothing
         moves where all losses tie or all samples are the same."""
-        # DIFFERS from Eq. 5: ranks stand for losses, best +1 and worst -1. So this ascends, and
+        # DIFFERS from Eq. 5: ranks stand for losses, positive for the best. So this ascends, and
         # theta does not depend on the losses' scale.
         gradient = natural_gradient(self.theta, samples, ranking_utility(losses))        # Eq. 5
         norm = fisher_norm(self.theta, gradient)
         if norm > 1e-8:
             for theta, g in zip(self.theta, gradient):
-                if g.any():                                          # inactive: stays put
+                if g.any():                                          # else it stays as it is
                     is_open = theta > 0
-                    theta[is_open] = lift((theta + delta / norm * g)[is_open], self.n)
+                    theta[is_open] = above_floor((theta + delta / norm * g)[is_open], self.n)
 
 
 def natural_gradient(theta, samples, utilities):
@@ -152,7 +154,7 @@ def fisher_norm(theta, gradient):
     return math.sqrt(sum((g[t > 0] ** 2 / t[t > 0]).sum() for t, g in zip(theta, gradient)))
 
 
-def lift(theta, n):
+def above_floor(theta, n):
     """Raise one variable's open categories [size] to theta_min = 1 / (n (size - 1)), at most to
     1 / (2 size). n: the variables with a choice in the whole space, open or not. What this adds is
     taken from each in proportion to what it has above theta_min, so that the sum is 1 again and
@@ -175,7 +177,7 @@ def ranking_utility(losses):
     by_rank[:mu] += 1
     by_rank[-mu:] -= 1
     signs[np.argsort(losses, kind="stable")] = by_rank
-    # AUTHORS: see ties between positive values only; in search all are negative.
+    # AUTHORS: they find ties between positive values only; in search all are negative.
     _, group = np.unique(losses, return_inverse=True)
     return (np.bincount(group, signs) / np.bincount(group))[group] / mu
 
@@ -188,7 +190,9 @@ def exploit_probability(P):
 
 # ---- Progressive expanding of the training space (Sec. 3.2) --------------------------------------
 
-EPOCHS = {  # heads | FFN | depth: the epochs of every stage that opens one more choice
+# The epochs of every stage that opens one more choice, of heads, of FFN sizes and of depth. The
+# largest alone, at first, gets as many as the last stage.
+EPOCHS = {
     "CoLA": ((4, 4), (4, 4, 4), (4, 4, 4)),
     "MNLI": ((3, 1), (1, 1, 1), (1, 1, 1)),
     "MRPC": ((5, 3), (3, 3, 3), (3, 3, 3)),
@@ -203,8 +207,8 @@ EPOCHS = {  # heads | FFN | depth: the epochs of every stage that opens one more
 LEARNING_RATES = {"MNLI": 1e-5, "QNLI": 1e-5, "TOY": 1e-3, "default": 2e-5}
 
 
-# A stretch of steps with one open space: the open choices of each kind, largest first; and its
-# first step t.
+# A stretch of steps with one open space: the open choices of each kind, largest first; its first
+# step t, and how many it has.
 Stage = namedtuple("Stage", "name depths heads ffn_sizes first steps")
 
 
@@ -320,9 +324,10 @@ def train(settings):
     interval = max(1, per_epoch // 20)                               # I, as the authors'
     lr = settings.lr or LEARNING_RATES.get(task.name, LEARNING_RATES["default"])
     P, rng = Categorical(space.categories), np.random.default_rng(settings.seed)         # 1
-    # Two ways to the same losses and gradients: a GPU masks where a CPU slices.
+    # Two ways to the same losses and gradients; on a GPU masks are faster than slices.
     backward = graphed_gradient() if device.type == "cuda" else weight_gradient
-    K, adam, teacher, first = 1.0, new_adam(model), None, 0
+    adam, teacher = new_adam(model), None
+    first, K = 0, 1.0
 
     run.open()
     if run.finished:
@@ -342,14 +347,14 @@ def train(settings):
         if t == stage.first:
             P.open(open_masks(space, stage))                                             # 11
             adam = new_adam(model)
-        if stages[1:] and t == stages[1].first:                      # the largest was alone so far
+        if len(stages) > 1 and t == stages[1].first:                 # the largest was alone so far
             if settings.reorder:
                 reorder(model, importance(model, examples, settings, autocast))
             if settings.distill:
                 teacher = copy.deepcopy(model).eval()
         if t == stage.first or t % interval == 0:                                        # 3
             K = CONTROLLERS[settings.strategy](P)                                        # 4, 5
-        mine, share = rank_part(next(order))                         # one process: all of it, 1
+        mine, share = rank_part(next(order))                         # all of it, of one process
         batch = data.collate(examples, mine, device, max_length)                         # 6
         source = P if rng.random() < K else P.uniform()                                  # 7
         archs = [space.arch(source.sample(rng)) for _ in range(settings.archs_per_step)]   # 8
@@ -358,20 +363,21 @@ def train(settings):
         losses, stop = over_ranks(model, losses, share)              # sums; signals heard, if any
         # CHOICE: clipped, as by the authors, where the paper says nothing.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        losses = finite(losses, norm, t, stage, lr, archs)           # before they can spoil W
+        losses = as_numbers(losses, norm, t, stage, lr, archs)       # or stops before W is spoilt
         for group in adam.param_groups:                              # linear to 0 in every stage
             group["lr"] = lr * (1 - (t - stage.first) / stage.steps)
         adam.step()                                                                      # 10
         ranked = rng.permutation(losses) if settings.strategy == "noise" else losses
-        # As in Alg. 1, also samples of pi move theta. What the depth leaves out has choice None.
+        # As in Alg. 1, also samples of pi move theta. `choices` has None for what is not active.
         if settings.strategy != "explore":
             P.step([space.choices(arch) for arch in archs], ranked, settings.delta)      # 10
         report(run, progress, t + 1, stage, losses, K, P, space, model.config)
         if stop or (t + 1) % settings.checkpoint_every == 0 or t + 1 == steps:
             save(run, t + 1, K, model, adam, P, rng, teacher)
-            stop_if(stop)
+            if stop:
+                raise KeyboardInterrupt(stop[0])
 
-    if rank() > 0:
+    if RANK > 0:
         return None
     theta, scores = [variable.tolist() for variable in P.theta], {}
     if held:
@@ -400,7 +406,8 @@ def weight_gradient(model, batch, archs, autocast, teacher=None):
     for arch, count in Counter(archs).items():
         with autocast():
             logits = model(*inputs, arch).float()                    # [B, num_labels]
-        loss[arch] = total = task_loss(logits, labels)
+        loss[arch] = task_loss(logits, labels)
+        total = loss[arch]
         if teacher and arch != model.config.arch:
             # CHOICE: as much weight for the teacher as for the labels, temperature 1.
             total = (total + task_loss(logits, wanted)) / 2
@@ -511,6 +518,9 @@ def search(settings):
         run.open()
 
     for run, budget in zip(runs, budgets):
+        if run.finished:                                 # its log has filled the memo
+            say(f"{run.path} is finished")
+            continue
         P, rng = Categorical(space.categories), np.random.default_rng(settings.seed)
         P.theta = [np.array(theta) for theta in trained["theta"]]
         progress = Progress(0, settings.evaluations)
@@ -524,10 +534,8 @@ def search(settings):
             rewards = [reward(memo[m], cost(m), budget, cost(largest)) for m in archs]
             P.step([space.choices(m) for m in archs], [-r for r in rewards], settings.delta)
             progress.show(asked + n, f"asked, {len(memo)} known")
-            stop_if(SIGNALS)
-        if run.finished:                                 # before: its replay filled the memo
-            say(f"{run.path} is finished")
-            continue
+            if SIGNALS:
+                raise KeyboardInterrupt(SIGNALS[0])      # all is in the log
         best = best_fit(memo, cost, budget)
         # A latency must fit when it is measured again, too; else the next best is taken.
         while best and cost(best, again=True) >= budget:
@@ -640,7 +648,7 @@ def cost_of(kind, model, autocast, spent):
         if kind == "flops":
             return count_flops(model.config, arch)
         if again or arch not in spent:
-            ms, = latency([extract(model, arch)], 1, T, autocast)
+            ms = latency(extract(model, arch), T, autocast)
             spent[arch] = max(ms, spent.get(arch, 0.0))
         return spent[arch]
     return cost
@@ -724,7 +732,7 @@ def holdout_split(settings, train_file):
     return before["held_out"] if same else [settings.holdout, settings.seed]
 
 
-def finite(losses, norm, t, stage, lr, archs):
+def as_numbers(losses, norm, t, stage, lr, archs):
     """The losses as numbers (which waits for the device, once); UserError where they, or the norm
     of their gradient, are none."""
     *losses, norm = torch.stack([*losses, norm]).tolist()
@@ -739,7 +747,7 @@ def exploit_floor(P):
     """The K that theta_min still leaves when every variable of P has collapsed."""
     collapsed = P.uniform()
     for theta in collapsed.theta:
-        theta[theta > 0] = lift(np.eye((theta > 0).sum())[0], P.n)
+        theta[theta > 0] = above_floor(np.eye((theta > 0).sum())[0], P.n)
     return exploit_probability(collapsed)
 
 
@@ -796,10 +804,10 @@ class Run:
         kept = {name: value for name, value in dataclasses.asdict(settings).items()
                 if name not in ("out", "overwrite", "resume")}
         begun = dict(settings=kept, inputs=inputs_of(*reads, also=["run.json"]),
-                     world_size=world_size())
+                     world_size=WORLD_SIZE)
         self.begun = json.loads(json.dumps(begun))                   # as it is read back
         self.check(settings, reads, before)
-        if world_size() > 1:
+        if WORLD_SIZE > 1:
             dist.barrier()                                           # all have looked
 
     def check(self, settings, reads, before):
@@ -831,7 +839,7 @@ class Run:
     def open(self):
         """Lock the directory, and clear it unless the run goes on. The log's first line says what
         the run began with. Returns the run."""
-        if rank() > 0:
+        if RANK > 0:
             return self
         self.path.mkdir(parents=True, exist_ok=True)
         # Unbuffered, so that a full disk is noticed here, not when Python exits.
@@ -863,7 +871,7 @@ class Run:
         """Append one line to log.jsonl, written at once."""
         line = json.dumps(record).encode() + b"\n"
         try:
-            while line and rank() == 0:                              # a full disk takes a part,
+            while line and RANK == 0:                              # a full disk takes a part,
                 line = line[self.log_file.write(line):]              # then none
         except OSError as error:
             error.filename = str(self.log_path)
@@ -875,28 +883,15 @@ class Run:
             bf16 = torch.is_autocast_enabled(device.type)            # what "auto" has chosen
         facts |= dict(**self.begun, seconds=round(time.perf_counter() - self.started, 1),
                       peak_memory_mib=round(peak_memory(device)), hardware=hardware(device),
-                      precision="bf16" if bf16 else "fp32", wrote=inputs_of(self.path), versions={
-                          "python": platform.python_version(), "torch": torch.__version__,
-                          "numpy": np.__version__, "tokenizers": tokenizers.__version__},
+                      precision="bf16" if bf16 else "fp32", wrote=inputs_of(self.path),
+                      versions={name: metadata.version(name) for name in (
+                          "torch", "numpy", "tokenizers", "safetensors")},
                       finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         write_json(self.path / "run.json", **facts)
         self.checkpoint.unlink(missing_ok=True)
         say(f"wrote {self.path}; {facts['seconds']:.0f} s, {facts['peak_memory_mib']} MiB at the "
             "peak")
         return facts
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Own files are trusted; a damaged one ends in one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (safetensors.SafetensorError, ArithmeticError, AttributeError, LookupError,
-            RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({str(error)[:100]}): begin anew with --overwrite"
-                        ) from None
 
 
 def read_log(directory):
@@ -920,7 +915,7 @@ def recorded(runs, space):
 
 def save(run, t, K, model, adam, P, rng, teacher):
     """Write everything that step t depends on, as the checkpoint; `restore` reads it back."""
-    if rank() > 0:
+    if RANK > 0:
         return
     parts = {"model": model.state_dict(), "teacher": teacher.state_dict() if teacher else {},
              "rng": {"cpu": torch.get_rng_state()}}  # of rank 0: after a resumption all have it
@@ -969,7 +964,7 @@ def restore(run, model, adam, P, rng):
             run.started -= state["seconds"]
             if run.log_path.stat().st_size < state["log_bytes"]:
                 raise ValueError("the log is shorter than when it was written")
-    if rank() == 0:
+    if RANK == 0:
         run.log_file.truncate(state["log_bytes"])
     return state["t"], state["K"], teacher
 
@@ -1064,20 +1059,10 @@ def graphed_gradient():
     return gradient
 
 
-def rank():
-    """The number of this process, from 0, among those that torchrun started."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def rank_part(indices):
     """This rank's part of a batch, and its share. Where a small batch leaves none, any example: its
     gradient counts 0, but is there."""
-    mine = indices[rank()::world_size()]                             # of all lengths
+    mine = indices[RANK::WORLD_SIZE]                             # of all lengths
     return mine or indices[:1], len(mine) / len(indices)
 
 
@@ -1086,7 +1071,7 @@ def over_ranks(model, losses, share):
     return the losses' sums, and the signals that any of them has heard."""
     # CHOICE: all ranks train the same architectures: theta needs the losses of all on one batch,
     # and a layer that no architecture has is without gradient everywhere.
-    if world_size() == 1:
+    if WORLD_SIZE == 1:
         return losses, SIGNALS
     losses = torch.stack(losses)
     heard = losses.new_tensor([number in SIGNALS for number in STOPS])
@@ -1098,11 +1083,11 @@ def over_ranks(model, losses, share):
 
 def join_ranks():
     """Meet the other processes, where torchrun started several. Rank 0 alone is heard."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if WORLD_SIZE > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group()
-        if rank() > 0:
+        if RANK > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
@@ -1112,12 +1097,6 @@ COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
             "eval": (EvalSettings, evaluate)}
 SIGNALS = []    # heard so far: train and search stop after the step at hand
 STOPS = (signal.SIGINT, signal.SIGTERM)
-
-
-def stop_if(signals):
-    """Leave the run where a signal was heard; the exception's argument is its number."""
-    if signals:
-        raise KeyboardInterrupt(signals[0])
 
 
 class Parser(argparse.ArgumentParser):
@@ -1168,9 +1147,9 @@ def flag(field):
 def hear(number, _):
     """Note the first Ctrl-C or SIGTERM; the second stops at once."""
     SIGNALS.append(number)
-    if len(SIGNALS) > 1 and world_size() == 1:
+    if len(SIGNALS) > 1 and WORLD_SIZE == 1:
         raise KeyboardInterrupt(number)
-    tell("\nstopping after this step" + ("; once more stops at once" if world_size() == 1 else ""))
+    tell("\nstopping after this step" + ("; once more stops at once" if WORLD_SIZE == 1 else ""))
 
 
 def main(argv=None):
@@ -1184,7 +1163,7 @@ def main(argv=None):
     try:
         join_ranks()
         settings, function = parse(sys.argv[1:] if argv is None else argv)
-        if function is not train and world_size() > 1:
+        if function is not train and WORLD_SIZE > 1:
             raise UserError("only train shares its work: start without torchrun")
         for number, handler in before.items():
             if function is not evaluate and handler != signal.SIG_IGN:       # as in the background

@@ -44,7 +44,7 @@ SHARES = (0.75, 0.5)                                # budgets, of the encoder's 
 HOLDOUT = {"SST-2": 0.02}                           # else 0.1: of SST-2 1,347 sentences
 BATCH, DRAWN = 32, 300                              # examples a step; architectures of `matters`
 # What holds where nothing else is said, for fine-tuning, with each recipe, and with neither.
-CHOSEN = {"plain": {"lr": "1e-4", "epochs": "10"},
+CHOSEN = {"plain": {"lr": "1e-4", "epochs": "10"}, "truncated": {"lr": "1e-4", "epochs": "10"},
           "paper": {"lr": "1e-4", "length": "0.5"}, "best": {"lr": "1e-4", "length": "0.5"},
           "HAT": {"lr": "1e-4", "length": "0.5"}, "OFA": {"lr": "1e-4", "length": "0.5"}}
 
