@@ -190,8 +190,7 @@ def exploit_probability(P):
 
 # ---- Progressive expanding of the training space (Sec. 3.2) --------------------------------------
 
-# The epochs of every stage that opens one more choice, of heads, of FFN sizes and of depth. The
-# largest alone, at first, gets as many as the last stage.
+# Epochs of the stages that open one more choice: of heads, of FFN sizes, of depth.
 EPOCHS = {
     "CoLA": ((4, 4), (4, 4, 4), (4, 4, 4)),
     "MNLI": ((3, 1), (1, 1, 1), (1, 1, 1)),
@@ -246,57 +245,6 @@ def make_stages(space, task, steps_per_epoch, kind="progressive", epochs=0.0):
 
 # ---- train: Algorithm 1 --------------------------------------------------------------------------
 
-def setting(default, text, low=None, high=2**32):
-    """A field of a command's settings: its default, --help text and, of a number, legal range."""
-    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high))
-
-
-@dataclasses.dataclass
-class Settings:
-    """What all commands share."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to compute")
-    precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "bf16: autocast over fp32 weights; auto: bf16 where the hardware has it, else fp32")
-
-
-@dataclasses.dataclass
-class RunSettings(Settings):
-    """What train and search share."""
-    overwrite: bool = setting(False, "replace what --out holds")
-    resume: bool = setting(False, "continue an interrupted run")
-    archs_per_step: int = setting(2, "lambda: architectures sampled per step", 1)
-    delta: float = setting(1.0, "length of a step of theta in the Fisher norm", 0)
-    seed: int = setting(0, "seed of everything random", 0)
-
-
-@dataclasses.dataclass
-class TrainSettings(RunSettings):
-    """Train a super-BERT on a data directory."""
-    data: str = setting("glue/TOY", "directory with train.tsv and dev.tsv")
-    bert: str = setting("", "directory of the pretrained BERT; without it the data directory where "
-                            "that has a config.json, else bert-base-uncased")
-    out: str = setting("", "directory to write; without it superbert/<name of the data directory>")
-    recipe: Literal["paper", "best"] = setting(
-        "paper", "best: --stages all --reorder --distill --depth-keeps even")
-    strategy: Literal["ee", "exploit", "explore", "noise"] = setting(
-        "ee", "ee: the controller decides; exploit: always P_theta; explore: always pi, theta "
-              "fixed; noise: ee with permuted losses, a control")
-    stages: Literal["progressive", "all", "largest"] = setting(
-        None, "progressive: open the space step by step; all: the largest alone, then everything; "
-              "largest: the largest alone, which is plain fine-tuning")
-    reorder: bool = setting(None, "when smaller ones open, sort heads and neurons by importance")
-    distill: bool = setting(None, "learn also from the largest as it was when smaller ones opened")
-    depth_keeps: Literal["first", "even"] = setting(
-        None, "the layers of a smaller depth: the first, or evenly spaced ones and the last")
-    epochs: float = setting(0.0, "in all, shared out over the stages; 0: the table's", 0)
-    lr: float = setting(0.0, "learning rate at the start of each stage; 0: the paper's", 0)
-    # CHOICE: 32; the paper prints none.  AUTHORS: 8
-    batch_size: int = setting(32, "examples per step, of all ranks together", 1)
-    max_length: int = setting(128, "tokens per example; the rest is cut off", 8)
-    holdout: float = setting(0.1, "share of train held out for selection", 0, 0.9)
-    checkpoint_every: int = setting(500, "steps between checkpoints", 1)
-
-
 RECIPES = {
     "paper": {"stages": "progressive", "reorder": False, "distill": False, "depth_keeps": "first"},
     "best": {"stages": "all", "reorder": True, "distill": True, "depth_keeps": "even"}}
@@ -305,7 +253,7 @@ CONTROLLERS = {"ee": exploit_probability, "noise": exploit_probability,
 
 
 def train(settings):
-    """Train a super-BERT; return what its run.json says. On the right: Algorithm 1's lines."""
+    """Train a super-BERT as TrainSettings say; return its run.json. On the right: Algorithm 1."""
     settings = complete(settings)
     run = Run(settings, settings.data, settings.bert)                # refused here, if at all
     train_file = fingerprint(f"{settings.data}/train.tsv")
@@ -385,9 +333,8 @@ def train(settings):
         scores = {name: score(arch) for name, arch in landmarks(space, theta).items()}
     save_bert(model, run.path, tokenizer)
     result = run.finish(device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
-                        data=settings.data, train=train_file, held_out=split,
-                        max_length=max_length, lr=lr, steps=steps, theta=theta,
-                        holdout=scores)
+                        data=settings.data, train=train_file, held_out=split, lr=lr, steps=steps,
+                        max_length=max_length, theta=theta, holdout=scores)
     for name, found in scores.items():
         say(f"hold-out, {name}: {in_words(model.config, landmarks(space, theta)[name], found)}")
     return result
@@ -477,22 +424,6 @@ def reward(score, cost, budget, full_cost, alpha=2):
     return score * max(0.0, 1 - (cost - budget) / (full_cost - budget)) ** alpha         # Eq. 7
 
 
-@dataclasses.dataclass
-class SearchSettings(RunSettings):
-    """Find the best sub-BERT under a budget, and write it as a model of its own."""
-    model: str = setting("", "super-BERT directory; without it the one in superbert/ finished last")
-    out: str = setting("", "directory to write, of several budgets the one for all of theirs; "
-                           "without it subbert/<name>-<budget>")
-    max_params: list = setting((), "budgets: parameters of embeddings, encoder and pooler, as "
-                                   "60000000, 60e6, 60M or 0.5x (of the full model)")
-    max_flops: list = setting((), "budgets: FLOPs of encoder and pooler at 128 tokens, likewise")
-    max_latency: list = setting((), "budgets: milliseconds for one sequence of 128 tokens on this "
-                                    "machine, as 12, 12ms or 0.5x")
-    evaluations: int = setting(1000, "architectures to ask for, for each budget", 1)
-    select_on: Literal["holdout", "dev"] = setting(
-        "holdout", "what selects; dev, as in the paper, makes the dev score optimistic")
-
-
 def search(settings):
     """Move P_theta toward the highest reward with W fixed, and write the best sub-BERT that fits,
     one for each budget. Returns a list of what their run.json say."""
@@ -570,13 +501,6 @@ def best_fit(memo, cost, budget):
 
 
 # ---- eval ----------------------------------------------------------------------------------------
-
-@dataclasses.dataclass
-class EvalSettings(Settings):
-    """Score a sub-BERT, or a super-BERT's largest, most likely and smallest, on a dev set."""
-    model: str = setting("", "directory that train or search wrote")
-    data: str = setting("", "data directory; without it the one the model was trained on")
-
 
 def evaluate(settings):
     """Print architecture, parameters, FLOPs, latency and dev metrics. Returns the metrics in %, of
@@ -1089,6 +1013,82 @@ def join_ranks():
         dist.init_process_group()
         if RANK > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+def setting(default, text, low=None, high=2**32):
+    """A field of a command's settings: its default, --help text and, of a number, legal range."""
+    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high))
+
+
+@dataclasses.dataclass
+class Settings:
+    """What all commands share."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to compute")
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "bf16: autocast over fp32 weights; auto: bf16 where the hardware has it, else fp32")
+
+
+@dataclasses.dataclass
+class RunSettings(Settings):
+    """What train and search share."""
+    overwrite: bool = setting(False, "replace what --out holds")
+    resume: bool = setting(False, "continue an interrupted run")
+    archs_per_step: int = setting(2, "lambda: architectures sampled per step", 1)
+    delta: float = setting(1.0, "length of a step of theta in the Fisher norm", 0)
+    seed: int = setting(0, "seed of everything random", 0)
+
+
+@dataclasses.dataclass
+class TrainSettings(RunSettings):
+    """Train a super-BERT on a data directory."""
+    data: str = setting("glue/TOY", "directory with train.tsv and dev.tsv")
+    bert: str = setting("", "directory of the pretrained BERT; without it the data directory where "
+                            "that has a config.json, else bert-base-uncased")
+    out: str = setting("", "directory to write; without it superbert/<name of the data directory>")
+    recipe: Literal["paper", "best"] = setting(
+        "paper", "best: --stages all --reorder --distill --depth-keeps even")
+    strategy: Literal["ee", "exploit", "explore", "noise"] = setting(
+        "ee", "ee: the controller decides; exploit: always P_theta; explore: always pi, theta "
+              "fixed; noise: ee with permuted losses, a control")
+    stages: Literal["progressive", "all", "largest"] = setting(
+        None, "progressive: open the space step by step; all: the largest alone, then everything; "
+              "largest: the largest alone, which is plain fine-tuning")
+    reorder: bool = setting(None, "when smaller ones open, sort heads and neurons by importance")
+    distill: bool = setting(None, "learn also from the largest as it was when smaller ones opened")
+    depth_keeps: Literal["first", "even"] = setting(
+        None, "the layers of a smaller depth: the first, or evenly spaced ones and the last")
+    epochs: float = setting(0.0, "in all, shared out over the stages; 0: the table's", 0)
+    lr: float = setting(0.0, "learning rate at the start of each stage; 0: the paper's", 0)
+    # CHOICE: 32; the paper prints none.  AUTHORS: 8
+    batch_size: int = setting(32, "examples per step, of all ranks together", 1)
+    max_length: int = setting(128, "tokens per example; the rest is cut off", 8)
+    holdout: float = setting(0.1, "share of train held out for selection", 0, 0.9)
+    checkpoint_every: int = setting(500, "steps between checkpoints", 1)
+
+
+@dataclasses.dataclass
+class SearchSettings(RunSettings):
+    """Find the best sub-BERT under a budget, and write it as a model of its own."""
+    model: str = setting("", "super-BERT directory; without it the one in superbert/ finished last")
+    out: str = setting("", "directory to write, of several budgets the one for all of theirs; "
+                           "without it subbert/<name>-<budget>")
+    max_params: list = setting((), "budgets: parameters of embeddings, encoder and pooler, as "
+                                   "60000000, 60e6, 60M or 0.5x (of the full model)")
+    max_flops: list = setting((), "budgets: FLOPs of encoder and pooler at 128 tokens, likewise")
+    max_latency: list = setting((), "budgets: milliseconds for one sequence of 128 tokens on this "
+                                    "machine, as 12, 12ms or 0.5x")
+    evaluations: int = setting(1000, "architectures to ask for, for each budget", 1)
+    select_on: Literal["holdout", "dev"] = setting(
+        "holdout", "what selects; dev, as in the paper, makes the dev score optimistic")
+
+
+@dataclasses.dataclass
+class EvalSettings(Settings):
+    """Score a sub-BERT, or a super-BERT's largest, most likely and smallest, on a dev set."""
+    model: str = setting("", "directory that train or search wrote")
+    data: str = setting("", "data directory; without it the one the model was trained on")
 
 
 # ---- The command line ----------------------------------------------------------------------------
