@@ -65,8 +65,9 @@ import torch.nn.functional as F
 
 import data
 
-# The number of this process among those that torchrun started, from 0, and how many there are.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# How many processes torchrun started, and the number of this one among them, from 0.
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
 
 
 # ---- The distribution P_theta and its natural gradient (Sec. 3.3) --------------------------------
@@ -386,9 +387,8 @@ def new_adam(model):
 
 
 def importance(model, examples, settings, autocast):
-    """The importance of every head and neuron, for `reorder`: |sum of w dL/dw| over its output
-    weights, of the largest, summed over 32 batches (Molchanov et al. 2019). Per layer two tensors,
-    [H] and [F]."""
+    """The importance of every head [H] and neuron [F] of each layer, for `reorder`: |sum of w dL/dw|
+    over its output weights, of the largest, summed over 32 batches (Molchanov et al. 2019)."""
     totals = [[0, 0] for _ in model.layers]
     device, per_epoch = model.pooler.weight.device, -(-len(examples) // settings.batch_size)
     order = data.batches(examples, settings.batch_size, settings.seed)
