@@ -387,7 +387,7 @@ def new_adam(model):
 
 
 def importance(model, examples, settings, autocast):
-    """The importance of every head [H] and neuron [F] of each layer, for `reorder`: |sum of w dL/dw|
+    """The importance of every head [H] and neuron [F] of each layer, for `reorder`: |sum w dL/dw|
     over its output weights, of the largest, summed over 32 batches (Molchanov et al. 2019)."""
     totals = [[0, 0] for _ in model.layers]
     device, per_epoch = model.pooler.weight.device, -(-len(examples) // settings.batch_size)
