@@ -998,7 +998,7 @@ def over_ranks(model, losses, share):
     if WORLD_SIZE == 1:
         return losses, SIGNALS
     losses = torch.stack(losses)
-    heard = losses.new_tensor([number in SIGNALS for number in STOPS])
+    heard = losses.new_tensor([float(number in SIGNALS) for number in STOPS])
     for part in [w.grad for w in model.parameters() if w.grad is not None] + [losses]:
         dist.all_reduce(part.mul_(share))                            # the sum over ranks
     dist.all_reduce(heard)
