@@ -795,7 +795,7 @@ class Run:
         """Append one line to log.jsonl, written at once."""
         line = json.dumps(record).encode() + b"\n"
         try:
-            while line and RANK == 0:                              # a full disk takes a part,
+            while line and RANK == 0:                                # a full disk takes a part,
                 line = line[self.log_file.write(line):]              # then none
         except OSError as error:
             error.filename = str(self.log_path)
@@ -942,10 +942,11 @@ def masked_gradient(model, batch, sizes, autocast, teacher=None):
         logits = model.masked(*inputs, sizes).float()                # [lambda, B, num_labels]
     losses = totals = torch.stack([task_loss(one, labels) for one in logits])
     if teacher:
-        full = sizes.new_tensor([model.config.num_attention_heads, model.config.intermediate_size])
-        is_largest = (sizes == full).all(2).all(1)                   # [lambda]
+        # Compared with numbers: a graph that is being recorded takes no new tensor from the host.
+        heads, ffn_size = model.config.num_attention_heads, model.config.intermediate_size
+        is_full = (sizes[..., 0] == heads) & (sizes[..., 1] == ffn_size)     # [lambda, L]
         distilled = torch.stack([task_loss(one, wanted) for one in logits])
-        totals = torch.where(is_largest, losses, (losses + distilled) / 2)
+        totals = torch.where(is_full.all(1), losses, (losses + distilled) / 2)
     totals.mean().backward()                                                             # Eq. 5
     return losses.detach()
 
@@ -986,7 +987,7 @@ def graphed_gradient():
 def rank_part(indices):
     """This rank's part of a batch, and its share. Where a small batch leaves none, any example: its
     gradient counts 0, but is there."""
-    mine = indices[RANK::WORLD_SIZE]                             # of all lengths
+    mine = indices[RANK::WORLD_SIZE]                                 # of all lengths
     return mine or indices[:1], len(mine) / len(indices)
 
 
