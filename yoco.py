@@ -1011,7 +1011,7 @@ def join_ranks():
     if WORLD_SIZE > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if RANK > 0:
             sys.stdout = sys.stderr = open(os.devnull, "w")
 
