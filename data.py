@@ -512,6 +512,7 @@ def remembered(model, batches):
     room = PREFIX_MEMORY // (4 * tokens * model.config.hidden_size)
 
     def forward(b, arch):
+        """Logits [B, num_labels] of batch b, from the longest prefix of layers that is kept."""
         ids, types, mask, _ = batches[b]
         layers, states = model.config.layers(arch), kept[b]
         start = max((n for n in range(arch.depth) if layers[:n] in states), default=0)
@@ -537,6 +538,7 @@ def replayed(model, batches, autocast):
         graphs = [record(partial(model.masked, *inputs, sizes), pool) for *inputs, _ in batches]
 
     def forward(b, arch):
+        """Logits [B, num_labels] of batch b."""
         sizes.copy_(layer_sizes(model.config, [arch]))
         graph, logits = graphs[b]
         graph.replay()

@@ -275,8 +275,7 @@ def train(settings):
     P, rng = Categorical(space.categories), np.random.default_rng(settings.seed)         # 1
     # Two ways to the same losses and gradients; on a GPU masks are faster than slices.
     backward = graphed_gradient() if device.type == "cuda" else weight_gradient
-    adam, teacher = new_adam(model), None
-    first, K = 0, 1.0
+    first, K, adam, teacher = 0, 1.0, new_adam(model), None          # of a run that is new
 
     run.open()
     if run.finished:
@@ -328,16 +327,17 @@ def train(settings):
 
     if RANK > 0:
         return None
-    theta, scores = [variable.tolist() for variable in P.theta], {}
+    theta = [variable.tolist() for variable in P.theta]
+    named, scores = landmarks(space, theta), {}
     if held:
         score = data.scorer(model, [encode(held)], task.metric, device, autocast)
-        scores = {name: score(arch) for name, arch in landmarks(space, theta).items()}
+        scores = {name: score(arch) for name, arch in named.items()}
     save_bert(model, run.path, tokenizer)
     result = run.finish(device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
                         data=settings.data, train=train_file, held_out=split, lr=lr, steps=steps,
                         max_length=max_length, theta=theta, holdout=scores)
     for name, found in scores.items():
-        say(f"hold-out, {name}: {in_words(model.config, landmarks(space, theta)[name], found)}")
+        say(f"hold-out, {name}: {in_words(model.config, named[name], found)}")
     return result
 
 
