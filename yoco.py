@@ -998,19 +998,20 @@ def over_ranks(model, losses, share):
     # and a layer that no architecture has is without gradient everywhere.
     if WORLD_SIZE == 1:
         return losses, SIGNALS
-    parts = [w.grad for w in model.parameters() if w.grad is not None] + [torch.stack(losses)]
-    heard = parts[0].new_tensor([number in SIGNALS for number in STOPS])
-    flat = torch.cat([*(share * part.flatten() for part in parts), heard])
-    dist.all_reduce(flat)                                            # the sum over ranks
-    *sums, heard = flat.split([part.numel() for part in parts] + [len(STOPS)])
-    for part, total in zip(parts, sums):
-        part.copy_(total.view_as(part))
-    return list(parts[-1]), [number for number, count in zip(STOPS, heard.tolist()) if count]
+    losses = torch.stack(losses)
+    heard = losses.new_tensor([float(number in SIGNALS) for number in STOPS])
+    for part in [w.grad for w in model.parameters() if w.grad is not None] + [losses]:
+        dist.all_reduce(part.mul_(share))                            # the sum over ranks
+    dist.all_reduce(heard)
+    return list(losses), [number for number, count in zip(STOPS, heard.tolist()) if count]
 
 
 def join_ranks():
     """Meet the other processes, where torchrun started several. Rank 0 alone is heard."""
     if WORLD_SIZE > 1:
+        # What Adam loads anyway. Loaded after the group is made, it holds it past its end, and a
+        # thread of the group that still has a tensor when Python ends aborts the process.
+        import torch._dynamo                                         # noqa: F401
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
