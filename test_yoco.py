@@ -786,7 +786,7 @@ def test_noise_teaches_nothing():
 
 def test_stages():
     """BERT-base's nine stages as the paper lists them, the epochs as in the authors' table;
-    --epochs counts epochs, in its proportions; `all` has two stages, `largest` one."""
+    --epochs counts epochs, in its proportions; `all` has two stages, equal, `largest` one."""
     space = SearchSpace.for_config(BertConfig())
     stages = yoco.make_stages(space, "MRPC", 100)
     rows = [(s.depths, s.heads, s.ffn_sizes, s.steps // 100) for s in stages]
@@ -813,11 +813,11 @@ def test_stages():
         return [s.steps for s in yoco.make_stages(space, "MRPC", 100, kind, epochs)]
     assert steps("progressive", 58) == [600, 1000] + [600] * 7      # twice the table's 29
     assert abs(sum(steps("progressive", 4)) - 400) <= 9
-    assert steps("all") == [300, 2600] and steps("all", 14.5) == [150, 1300]
+    assert steps("all") == [1450, 1450] and steps("all", 14.5) == [725, 725]
     assert steps("largest") == [300] and steps("largest", 4) == [400]
     largest, both = yoco.make_stages(space, "MRPC", 100, "all")
     assert (largest.depths, largest.heads, largest.ffn_sizes) == ((12,), (12,), (3072,))
-    assert (both.depths, both.heads) == ((12, 10, 8, 6), (12, 8, 4)) and both.first == 300
+    assert (both.depths, both.heads) == ((12, 10, 8, 6), (12, 8, 4)) and both.first == 1450
 
 
 def summed_by_hand(model, inputs, labels, archs, loss_of):

@@ -221,8 +221,9 @@ def open_masks(space, stage):
 
 def make_stages(space, task, steps_per_epoch, kind="progressive", epochs=0.0):
     """The stages of a training. progressive: the largest alone, then one more choice at a time, of
-    heads, of FFN sizes, of depths; all: the largest alone, then all choices at once, for as many
-    epochs; largest: the first stage alone. epochs: in all, 0 for the table's."""
+    heads, of FFN sizes, of depths; all: the largest alone for half of the epochs, as it is what the
+    others inherit from and learn from, then all choices at once; largest: the first stage alone.
+    epochs: in all, 0 for the table's."""
     h_epochs, k_epochs, d_epochs = EPOCHS.get(task, EPOCHS["default"])
     d, h, k = space.depths[::-1], space.heads[::-1], space.ffn_sizes[::-1]
     # AUTHORS: no stage for the largest alone. CHOICE: as many epochs as the last stage.
@@ -231,8 +232,8 @@ def make_stages(space, task, steps_per_epoch, kind="progressive", epochs=0.0):
     table += [("FFN", 1, len(h), n, e) for n, e in zip(range(2, len(k) + 1), k_epochs)]
     table += [("depth", n, len(h), len(k), e) for n, e in zip(range(2, len(d) + 1), d_epochs)]
     if kind == "all":
-        rest = sum(row[-1] for row in table[1:])
-        table[1:] = [("all", len(d), len(h), len(k), rest)]
+        half = sum(row[-1] for row in table) / 2
+        table = [("largest", 1, 1, 1, half), ("all", len(d), len(h), len(k), half)]
     elif kind == "largest":
         table = table[:1]
     scale = epochs / sum(row[-1] for row in table) if epochs else 1.0
@@ -1057,8 +1058,8 @@ class TrainSettings(RunSettings):
         "ee", "ee: the controller decides; exploit: always P_theta; explore: always pi, theta "
               "fixed; noise: ee with permuted losses, a control")
     stages: Literal["progressive", "all", "largest"] = setting(
-        None, "progressive: open the space step by step; all: the largest alone, then everything; "
-              "largest: the largest alone, which is plain fine-tuning")
+        None, "progressive: open the space step by step; all: the largest alone for half of the "
+              "epochs, then everything; largest: the largest alone, which is plain fine-tuning")
     reorder: bool = setting(None, "when smaller ones open, sort heads and neurons by importance")
     distill: bool = setting(None, "learn also from the largest as it was when smaller ones opened")
     depth_keeps: Literal["first", "even"] = setting(
