@@ -221,9 +221,8 @@ def open_masks(space, stage):
 
 def make_stages(space, task, steps_per_epoch, kind="progressive", epochs=0.0):
     """The stages of a training. progressive: the largest alone, then one more choice at a time, of
-    heads, of FFN sizes, of depths; all: the largest alone for half of the epochs, as it is what the
-    others inherit from and learn from, then all choices at once; largest: the first stage alone.
-    epochs: in all, 0 for the table's."""
+    heads, of FFN sizes, of depths; all: the largest alone, then all choices at once, half of the
+    epochs each; largest: the first stage alone. epochs: in all, 0 for the table's."""
     h_epochs, k_epochs, d_epochs = EPOCHS.get(task, EPOCHS["default"])
     d, h, k = space.depths[::-1], space.heads[::-1], space.ffn_sizes[::-1]
     # AUTHORS: no stage for the largest alone. CHOICE: as many epochs as the last stage.
@@ -232,6 +231,7 @@ def make_stages(space, task, steps_per_epoch, kind="progressive", epochs=0.0):
     table += [("FFN", 1, len(h), n, e) for n, e in zip(range(2, len(k) + 1), k_epochs)]
     table += [("depth", n, len(h), len(k), e) for n, e in zip(range(2, len(d) + 1), d_epochs)]
     if kind == "all":
+        # CHOICE: half each, since all others inherit from the largest and learn from it.
         half = sum(row[-1] for row in table) / 2
         table = [("largest", 1, 1, 1, half), ("all", len(d), len(h), len(k), half)]
     elif kind == "largest":
