@@ -206,7 +206,6 @@ EPOCHS = {
 # AUTHORS: 1e-10 in QNLI's depth stages, which freezes W, and 1e-5 for SST-2; these are the paper's.
 LEARNING_RATES = {"MNLI": 1e-5, "QNLI": 1e-5, "TOY": 1e-3, "default": 2e-5}
 
-
 # A stretch of steps with one open space: the open choices of each kind, largest first; its first
 # step t, and how many it has.
 Stage = namedtuple("Stage", "name depths heads ffn_sizes first steps")
