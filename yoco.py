@@ -1009,8 +1009,8 @@ def over_ranks(model, losses, share):
 def join_ranks():
     """Meet the other processes, where torchrun started several. Rank 0 alone is heard."""
     if WORLD_SIZE > 1:
-        # What Adam loads anyway. Loaded after the group is made, it holds it past its end, and a
-        # thread of the group that still has a tensor when Python ends aborts the process.
+        # Adam imports this anyway. Imported once the group is made, it keeps the group alive, and
+        # a thread of the group that still has a tensor when Python ends aborts the process.
         import torch._dynamo                                         # noqa: F401
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
