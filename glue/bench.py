@@ -6,20 +6,16 @@
 Shapes with random weights, which change no time, on lengths like MRPC's. *The authors' way* runs on
 our own model: fp32, everything padded to 128 tokens, batches of 8, one architecture and one forward
 of an idle teacher per step, every architecture of a search evaluated twice. *Hugging Face* is
-`BertForSequenceClassification` at its best: in the precision of ours (bf16 by autocast) and, on a
-GPU, in fp32 as well, the faster of which counts; batches padded to 8 tokens beyond their longest at
-most; fused AdamW; in speed, our setting of malloc. Ours is what `train` does: on a GPU replayed
-graphs. The contenders of a row take turns, and a row is printed as soon as it is measured; figures
-are medians of `--repeats`: of training over `--batches` batches spread evenly over the lengths, of
-evaluation over all of dev (the authors' way: over five such batches). On a CPU nothing else should
-run.
+`BertForSequenceClassification` at its best: our precision or, on a GPU, fp32 where that is faster;
+padding to at most 8 tokens beyond the longest; fused AdamW; our setting of malloc (not where memory
+is measured). Ours is what `train` does. The contenders of a row take turns; figures are medians of
+`--repeats`: of training over `--batches` batches spread evenly over the lengths, of evaluation over
+all of dev (the authors' way: five such batches). On a CPU nothing else should run.
 
-A pass is one example through one architecture, forward and backward. The share of the matrix
-product is that of the sliced computation, also where a GPU computes all and masks; the product's
-own speed is the best of a few large ones.
+A pass is one example through one architecture, forward and backward. The share is that of the best
+of a few large matrix products; what masks waste on a GPU does not count for it.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -207,9 +203,8 @@ def memory_of(who, name, options):
 
 def introduce(name, device, autocast):
     """Print what is measured on what."""
-    one = torch.ones(1, 1, device=device)
     with autocast():
-        precision = F.linear(one, one).dtype
+        precision = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
     hugging_face = f", transformers {transformers.__version__}" if transformers else ""
     say(f"\n**{name}**, lengths like MRPC's, {precision}, {hardware(device)}, "
         f"torch {torch.__version__}{hugging_face}")
@@ -373,7 +368,7 @@ def main(argv=None):
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--memory", choices=("ours", "HF"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=("ours", "HF"), help="print that row's figure alone")
     parser.add_argument("--whole", action="store_true", help="estimate a whole training on MRPC")
     return run_program(parser, measure, argv, UserError)
 

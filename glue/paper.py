@@ -3,18 +3,17 @@
     python -m glue.paper run [--tasks MRPC RTE] [--variants core 4] [--seeds 0 1 2]
     python -m glue.paper table choose|core|1|3|4|5|ablation|methods|matters [--tasks MRPC ...]
 
-A cell is one task, variant and seed; `run` writes each as one JSON file under glue/results/. What
-is there is skipped, what was interrupted goes on, and what another process works on is left to it:
-so the same command may run several times at once, on one GPU as well. `table` reads those files
-alone. A variant is a name below, or a table's: all that stand in it. `lr=5e-5`, `epochs=3` and
-`length=0.5` (of the authors' epochs) may follow a name; else --lr and --epochs hold, or CHOSEN.
+A cell is one task, variant and seed, and one JSON file under glue/results/. `run` skips what is
+there, goes on with what was interrupted, and leaves to another process what that works on: the same
+command may run several times at once. `table` reads those files alone. A variant is a name below,
+or a table's: all in it. After a name, `lr=5e-5`, `epochs=3` (of plain fine-tuning) or `length=0.5`
+(of the authors' epochs) stand instead of what is chosen below.
 
 What a cell does: one `train` from the pretrained BERT; one `search` on the hold-out, which finds a
 sub-BERT with less than 0.75 and one with less than 0.5 of the *encoder's* parameters (MiniLM's
 embeddings are half of it and not elastic); dev is read once for each. 20 architectures drawn
 uniformly tell, on the hold-out, what the super-BERT is worth without a search. HAT and OFA search
-by HAT's evolution, which stands here. `seconds` are those of one process, training and searches.
-MiniLM's figures (6 layers x 384) are not comparable with BERT-base's.
+by evolution. `seconds` are those of one process, training and searches.
 """
 
 import dataclasses
@@ -43,10 +42,9 @@ TASKS = ("MRPC", "RTE", "CoLA", "STS-B", "SST-2")
 SHARES = (0.75, 0.5)                                # budgets, of the encoder's parameters
 HOLDOUT = {"SST-2": 0.02}                           # else 0.1: of SST-2 1,347 sentences
 BATCH, DRAWN = 32, 300                              # examples a step; architectures of `matters`
-# What holds where nothing else is said, for fine-tuning, with each recipe, and with neither.
-CHOSEN = {"plain": {"lr": "1e-4", "epochs": "10"}, "truncated": {"lr": "1e-4", "epochs": "10"},
-          "paper": {"lr": "1e-4", "length": "0.5"}, "best": {"lr": "1e-4", "length": "0.5"},
-          "HAT": {"lr": "1e-4", "length": "0.5"}, "OFA": {"lr": "1e-4", "length": "0.5"}}
+# The rate, chosen on the hold-out; and how long, in parts of the authors' epochs (else all).
+RATE, LENGTHS = 1e-4, {"MRPC": 0.5, "CoLA": 0.25, "STS-B": 0.25, "SST-2": 0.25}
+PLAIN_EPOCHS = {"SST-2": 2}                         # else 10
 
 PLAIN = ("plain", "truncated")                      # all layers; the first half of them, alone
 ELASTIC = {                                         # flags of train
@@ -177,7 +175,7 @@ def split_variant(variant):
     base = " ".join(word for word in variant.split() if "=" not in word)
     given = dict(word.split("=", 1) for word in variant.split() if "=" in word)
     known = [*PLAIN, *ELASTIC, *BANDED, *MATTERS, *sum(TUNED.values(), [])]
-    if base not in known or not set(given) <= {"lr", "epochs", "length"}:
+    if base not in known or not set(given) <= {"lr", "epochs" if base in PLAIN else "length"}:
         raise UserError(f"no variant {variant!r}; there are {', '.join(known)}")
     return base, given
 
@@ -254,17 +252,17 @@ class Cell:
 
     def train(self, bert, *flags):
         """Run `train`, or take what is there; what was trained, opened."""
-        options = {"lr": self.options.lr, "epochs": self.options.epochs}
-        given = {name: value for name, value in options.items() if value} | self.given
-        wanted = CHOSEN[self.base.split()[0]] | given
-        if "length" in given or "length" in wanted and "epochs" not in given:
+        lr = float(self.given.get("lr", RATE))
+        if self.base in PLAIN:
+            epochs = float(self.given.get("epochs", PLAIN_EPOCHS.get(self.task, 10)))
+        else:
             space = SearchSpace.for_config(BertConfig.load(bert))
             last = yoco.make_stages(space, self.task, 1)[-1]         # a step stands for an epoch
-            wanted["epochs"] = float(wanted["length"]) * (last.first + last.steps)
+            length = float(self.given.get("length", LENGTHS.get(self.task, 1)))
+            epochs = length * (last.first + last.steps)
         self.command("train", "--data", f"{self.options.data}/{self.task}", "--bert", bert,
-                     "--out", self.out, "--lr", str(wanted["lr"]), "--epochs",
-                     str(wanted["epochs"]), "--batch-size", str(BATCH), "--holdout",
-                     str(HOLDOUT.get(self.task, 0.1)), *flags)
+                     "--out", self.out, "--lr", str(lr), "--epochs", str(epochs), "--batch-size",
+                     str(BATCH), "--holdout", str(HOLDOUT.get(self.task, 0.1)), *flags)
         return opened(self.out, self.options)
 
     def search(self, model, budgets):
@@ -564,9 +562,7 @@ def main(argv=None):
     add("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table: all")
     add("--variants", nargs="+", default=["core"], help="or tables: all that stand in them")
     add("--seeds", type=int, nargs="+", help="to run: without it 0 1 2")
-    add("--lr", type=float, help="of variants that do not say theirs")
-    add("--epochs", type=float, help="in all, likewise")
-    add("--evaluations", type=int, default=60, help="of each search and budget")
+    add("--evaluations", type=int, default=40, help="of each search and budget")
     add("--device", default="auto")
     add("--precision", default="auto")
     add("--data", default="glue", help="where the tasks' directories are")

@@ -10,7 +10,6 @@ depth and of every layer over time. The same directories make the same bytes.
 """
 
 import io
-import json
 import os
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from glue import run_program
 from model import UserError, say, write_file
-from yoco import Parser, read_run, reading
+from yoco import Parser, read_log, read_run
 
 try:
     import matplotlib
@@ -39,7 +38,7 @@ def plot(options):
     out = Path(options.out or f"{name}.svg")
     if out.suffix != ".svg":
         raise UserError(f"--out {out}: only .svg is written")
-    logs = {directory: read_log(directory) for directory in options.directories}
+    logs = {directory: records_of(directory) for directory in options.directories}
     training = any("step" in log[0] for log in logs.values() if log)
     if training and len(logs) > 1:
         raise UserError("one picture shows sub-BERTs, or one super-BERT")
@@ -53,16 +52,14 @@ def plot(options):
     say(f"wrote {out}")
 
 
-def read_log(directory):
-    """The records of a log.jsonl, without its first line, which holds the settings, and without
-    what a running command has not finished writing."""
+def records_of(directory):
+    """The records of a run's log, without its first line, which holds the settings."""
     path = Path(directory) / "log.jsonl"
     if not path.exists():
         raise UserError(f"{path} does not exist: neither train nor search wrote {directory}")
-    with reading(path):
-        records = [json.loads(line) for line in path.read_bytes().split(b"\n")[1:-1]]
-        if not all(SEARCHED <= set(record) or TRAINED <= set(record) for record in records):
-            raise ValueError("a line is of neither train nor search")
+    records = read_log(directory)[1:]
+    if not all(SEARCHED <= set(record) or TRAINED <= set(record) for record in records):
+        raise UserError(f"{path} has lines of neither train nor search")
     return records
 
 

@@ -25,15 +25,13 @@ def predict(options):
     """Print a line per text, or write the files of a submission."""
     if options.glue and (options.file or options.json):
         raise UserError("--glue reads the test.tsv of its directory: leave out FILE and --json")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: it must be at least 1")
     device, autocast = arithmetic(options.device, options.precision)
     model, path = load_bert(options.model).to(device), Path(options.model, "run.json")
     run = read_json(path) if path.exists() else {}
     if "wrote" in run:
         read_run(options.model)                  # refuses what has changed since
     # From a stream each line is answered before the next one comes.
-    size = options.batch_size or (32 if options.file or options.glue else 1)
+    size = 32 if options.file or options.glue else 1
 
     def answers(examples):
         """(label, {name: probability}) of every Example of an iterable."""
@@ -132,7 +130,6 @@ def main(argv=None):
     add("file", nargs="?", metavar="FILE", help="the texts; without it standard input")
     add("--model", required=True, help="directory that train or search wrote")
     add("--json", action="store_true", help="a JSON object per line instead of columns")
-    add("--batch-size", type=int, help="texts at a time (default: 32; of standard input 1)")
     add("--glue", metavar="DATA_DIR", help="write the predictions of its test.tsv for GLUE")
     add("--out", default="submission", help="directory for these (default: submission)")
     add("--overwrite", action="store_true", help="replace them where they are there")

@@ -93,8 +93,8 @@ def work(tmp_path_factory):
     config = BertConfig.load(ROOT / "glue/TOY")
     save_bert(ElasticBert(config, 2), root / "bert", tokenizer_files(ROOT / "glue/TOY"))
     words = ["--tasks", "TOY", "--data", root / "data", "--bert", root / "bert", "--work",
-             root / "work", "--results", root / "results", "--epochs", "8", "--lr", "1e-3",
-             "--evaluations", "8", "--device", "cpu", "--precision", "fp32"]
+             root / "work", "--results", root / "results", "--evaluations", "8", "--device", "cpu",
+             "--precision", "fp32"]
     return SimpleNamespace(root=root, words=[str(word) for word in words])
 
 
@@ -128,7 +128,7 @@ def test_cells_and_tables(work, capsys, monkeypatch):
     assert {f"paper-TOY-{v}-0.json".replace(" ", "_") for v in more} <= set(found)
     tuned, best = found["paper-TOY-HAT_tuned_2e-5-0.json"], found["paper-TOY-best-0.json"]
     assert tuned["steps"] == 30                         # ten epochs of 72 examples, 32 a step
-    assert best["settings"]["epochs"] == 8 and best["settings"]["reorder"] is True
+    assert best["settings"]["epochs"] == 26 and best["settings"]["reorder"] is True
     given = found["paper-TOY-best_lr=2e-3_length=0.02-0.json"]["settings"]
     assert given["lr"] == 2e-3 and given["epochs"] == pytest.approx(0.02 * 26)
     config = load_bert(work.root / "bert", 2).config

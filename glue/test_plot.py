@@ -81,4 +81,4 @@ def test_refusals(place, tmp_path, capsys, monkeypatch):
     Path("log.jsonl").write_text('{"settings": {}}\n{"step": 10, "stage"')
     refused(capsys, plot, ["."], "no finished train or search")   # an unfinished line is no line
     Path("log.jsonl").write_text('{"settings": {}}\n{"step": 10}\n')
-    refused(capsys, plot, ["."], "is damaged")
+    refused(capsys, plot, ["."], "lines of neither")
