@@ -4,10 +4,11 @@ import contextlib
 import sys
 
 
-def run_program(parser, work, argv, refusals):
+def run_program(parser, work, argv):
     """Parse the words `argv` and do `work(options)`. Returns the exit status: what `work` returns,
-    else 0; 2 after an error told in one line: of the class `refusals`, of a file or of too little
-    memory; 130 after Ctrl-C."""
+    else 0; 2 after an error told in one line: a UserError, one of a file or of too little memory;
+    130 after Ctrl-C."""
+    from model import UserError, printable                           # glue.toy needs no torch
     for stream in (sys.stdout, sys.stderr):
         # Its encoding may lack the letters of a label; and it is None where it is closed.
         if hasattr(stream, "reconfigure"):
@@ -21,12 +22,11 @@ def run_program(parser, work, argv, refusals):
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
-    except (refusals, OSError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split()) or "out of memory"
         if isinstance(error, RuntimeError) and "memory" not in text:
             raise
-        # Names of files and a server's words may hold anything.
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
         with contextlib.suppress(OSError):                           # stderr may be full as well
-            print(f"{parser.prog}: error: {text}", file=sys.stderr)
+            # Names of files and a server's words may hold anything.
+            print(f"{parser.prog}: error: {printable(text)}", file=sys.stderr)
         return 2

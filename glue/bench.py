@@ -33,7 +33,7 @@ import data
 import model as model_module
 import yoco
 from glue import run_program
-from model import (BertConfig, ElasticBert, SearchSpace, UserError, arithmetic, count_flops,
+from model import (BertConfig, ElasticBert, SearchSpace, arithmetic, count_flops,
                    hardware, peak_memory, say)
 
 try:
@@ -370,7 +370,7 @@ def main(argv=None):
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--memory", choices=("ours", "HF"), help="print that row's figure alone")
     parser.add_argument("--whole", action="store_true", help="estimate a whole training on MRPC")
-    return run_program(parser, measure, argv, UserError)
+    return run_program(parser, measure, argv)
 
 
 if __name__ == "__main__":

@@ -280,7 +280,7 @@ def main(argv=None):
     parser.add_argument("--out", default=Path(__file__).resolve().parent.parent, type=Path,
                         metavar="DIR", help="default: the directory that glue/ is in")
     parser.add_argument("--overwrite", action="store_true", help="replace what is already there")
-    return run_program(parser, fetch, argv, UserError)
+    return run_program(parser, fetch, argv)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def main(argv=None):
     add("--format", required=True, choices=tuple(FILES), help="what will load it")
     add("--out", help="directory to write (default: export/NAME-FORMAT)")
     add("--overwrite", action="store_true", help="replace an export that is there")
-    return run_program(parser, export, argv, UserError)
+    return run_program(parser, export, argv)
 
 
 if __name__ == "__main__":

@@ -568,7 +568,7 @@ def main(argv=None):
     add("--bert", default="all-MiniLM-L6-v2")
     add("--work", default="superbert/paper", help="where models go")
     add("--results", default=str(ROOT / "glue/results"), help="where cells go")
-    return run_program(parser, work, argv, UserError)
+    return run_program(parser, work, argv)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def main(argv=None):
     parser.add_argument("directories", nargs="+", metavar="DIR", help="what train or search wrote")
     parser.add_argument("--out", metavar="FILE.svg", help="the picture; without it NAME.svg, after "
                                                           "the first directory")
-    return run_program(parser, plot, argv, UserError)
+    return run_program(parser, plot, argv)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def main(argv=None):
     add("--overwrite", action="store_true", help="replace them where they are there")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"))
-    return run_program(parser, predict, argv, UserError)
+    return run_program(parser, predict, argv)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,17 @@ def test_means_over_tasks():
     assert paper.values(cells, "MRPC", "best", (0.75, "dev", "score")) == {}
 
 
+def test_what_a_search_is_worth(tmp_path):
+    """By hand: the drawn ones' means are 75 on the hold-out and 64 on dev."""
+    facts = dict(task="MRPC", variant="matters of best", seed=0, settings={}, evaluations=1,
+                 precision="fp32", drawn=[[70, 60], [80, 68]],
+                 methods={"sng": {"holdout": {"score": 85}, "dev": {"score": 66}}})
+    (tmp_path / "paper-MRPC-matters_of_best-0.json").write_text(json.dumps(facts))
+    cells = paper.load(SimpleNamespace(results=tmp_path, seeds=None, tasks=None))
+    assert cells["MRPC", "matters of best"][0]["best"] == 68
+    assert cells["MRPC", "matters of best: sng"][0]["more"] == {"holdout": 10, "dev": 2}
+
+
 def test_budgets_are_of_the_encoder():
     """A MiniLM layer: 4 (384^2 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384 parameters."""
     minilm = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
