@@ -10,7 +10,6 @@ Letters: B batch, T tokens, C hidden size, H heads kept, D head size, F FFN neur
 """
 
 import ctypes
-import functools
 import hashlib
 import json
 import os
@@ -41,9 +40,8 @@ class UserError(ValueError):
 
 # ---- Configuration -------------------------------------------------------------------------------
 
-GELU_TANH = functools.partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {"gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": GELU_TANH,
-               "gelu_pytorch_tanh": GELU_TANH, "relu": F.relu}
+ACTIVATIONS = {"gelu": nn.GELU(), "gelu_python": nn.GELU(), "gelu_new": nn.GELU("tanh"),
+               "gelu_pytorch_tanh": nn.GELU("tanh"), "relu": nn.ReLU()}
 # What is computed of the fields that have few values.
 CHOICES = {"model_type": ["bert"], "position_embedding_type": ["absolute"], "is_decoder": [False],
            "is_encoder_decoder": [False], "add_cross_attention": [False], "pruned_heads": [{}],
