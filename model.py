@@ -18,7 +18,6 @@ import re
 import statistics
 import sys
 import time
-import unicodedata
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -59,10 +58,10 @@ HARMLESS = re.compile(r"""
 
 
 def is_label(name):
-    """Whether a text can name a label: not empty, and no character that breaks or steers a line.
-    (Joiners and blanks of all scripts are text.)"""
-    return isinstance(name, str) and name != "" and not any(
-        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
+    """Whether a text can name a label: not empty, and no character that breaks or steers a line."""
+    # Those are controls, separators of lines, and halves of characters.
+    steering = r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return isinstance(name, str) and name != "" and not re.search(steering, name)
 
 
 @dataclass
