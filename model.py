@@ -29,7 +29,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 
 
@@ -570,7 +569,7 @@ def read_tensors(directory):
         except FileNotFoundError:
             raise UserError(f"{path} does not exist (a pytorch_model.bin becomes one by "
                             "transformers' from_pretrained(...).save_pretrained(...))") from None
-        except (SafetensorError, ValueError, OverflowError, RuntimeError) as error:
+        except (safetensors.SafetensorError, ValueError, OverflowError, RuntimeError) as error:
             raise UserError(f"{path} is not a complete safetensors file ({error})") from None
         for name, tensor in found.items():
             name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
