@@ -436,13 +436,12 @@ def extract(model, arch):
                      layer_heads=list(arch.heads), layer_ffn_sizes=list(arch.ffn_sizes))
     with torch.device("meta"):                                           # shapes without memory
         sub = ElasticBert(config, model.num_labels)
-    full, state, active = model.state_dict(), {}, model.config.layers(arch)
+    active = nn.ModuleList(model.layers[i] for i, *_ in model.config.layers(arch))
+    full = {**model.state_dict(), **active.state_dict(prefix="layers.")}  # in their new places
+    state = {}
     for name, tensor in sub.state_dict().items():
-        there = name.split(".")
-        if there[0] == "layers":                                         # their places differ
-            there[1] = str(active[int(there[1])][0])
         corner = tuple(slice(n) for n in tensor.shape)                   # the front in every sense
-        state[name] = full[".".join(there)][corner].clone()
+        state[name] = full[name][corner].clone()
     sub.load_state_dict(state, assign=True)
     return sub.train(model.training)
 
