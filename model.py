@@ -549,13 +549,11 @@ def fit_classifier(tensors, config, labels, directory):
 
 def weight_files(directory):
     """The safetensors files of a BERT directory: one, or those that an index names."""
-    index, names = Path(directory) / "model.safetensors.index.json", {"model.safetensors"}
-    if index.exists() and not index.with_name("model.safetensors").exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{index} has no weight_map")
-        names = set(map(str, weight_map.values()))
-    return [Path(directory) / name for name in sorted(names)]
+    names, index = ["model.safetensors"], Path(directory, "model.safetensors.index.json")
+    if index.exists() and not Path(directory, "model.safetensors").exists():
+        with reading(index):
+            names = sorted(set(map(str, read_json(index)["weight_map"].values())))
+    return [Path(directory, name) for name in names]
 
 
 def read_tensors(directory):
