@@ -688,8 +688,7 @@ def reading(path):
     except (UserError, OSError, MemoryError):
         raise
     except Exception as error:                    # tokenizers has no other class
-        raise UserError(f"{path} is damaged, or not what it is taken for: {str(error)[:100]}"
-                        ) from None
+        raise UserError(f"{path} is damaged, or not what it seems: {str(error)[:100]}") from None
 
 
 def plain(path):
@@ -707,15 +706,13 @@ def printable(text):
 def read_json(path, otherwise="does not exist"):
     """A JSON object from a file; UserError `path otherwise` where there is none."""
     path = plain(path)
-    try:
+    if not path.exists():
+        raise UserError(f"{path} {otherwise}")
+    with suppress(ValueError, RecursionError):
         content = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} {otherwise}") from None
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content
+        if isinstance(content, dict):
+            return content
+    raise UserError(f"{path} is not a JSON object")
 
 
 def write_file(path, data):
