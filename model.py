@@ -141,8 +141,7 @@ class BertConfig:
             if value not in CHOICES.get(name, [value]):
                 raise UserError(f"{path}: {name} is {value!r}, not one of {CHOICES[name]}")
             if name not in own and name not in CHOICES and not HARMLESS.fullmatch(name):
-                raise UserError(f"{path}: unknown field {name!r}, which may change what the model "
-                                "computes: remove it if it does not")
+                raise UserError(f"{path}: unknown field {name!r}: remove it if it changes no logit")
         try:
             return cls(**{name: value for name, value in found.items() if name in own})
         except UserError as error:
@@ -541,8 +540,7 @@ def fit_classifier(tensors, config, labels, directory):
         for name in own:
             tensors[name] = tensors[name][order]
     elif own and (labels or rows != {(1,)}):
-        say(f"{directory} has a classifier for other labels, {', '.join(known) or 'without names'}:"
-            " it is not used")
+        say(f"{directory}: its classifier, of {', '.join(known) or 'unnamed labels'}, is not used")
         for name in own:
             del tensors[name]
 
@@ -667,8 +665,7 @@ def record(compute, pool=None):
 
 
 def latency(model, T, autocast):
-    """Milliseconds that one sequence of T tokens takes: the median of 20 times, after 3 to warm up.
-    """
+    """Milliseconds that one sequence of T tokens takes: the median of 20, after 3 to warm up."""
     ids, times = torch.ones(1, T, dtype=torch.int64, device=model.pooler.weight.device), []
     with torch.inference_mode(), autocast():
         for _ in range(23):
