@@ -437,10 +437,8 @@ def extract(model, arch):
         sub = ElasticBert(config, model.num_labels)
     active = nn.ModuleList(model.layers[i] for i, *_ in model.config.layers(arch))
     full = {**model.state_dict(), **active.state_dict(prefix="layers.")}  # in their new places
-    state = {}
-    for name, tensor in sub.state_dict().items():
-        corner = tuple(slice(n) for n in tensor.shape)                   # the front in every sense
-        state[name] = full[name][corner].clone()
+    state = {name: full[name][tuple(map(slice, tensor.shape))].clone()   # the front in every sense
+             for name, tensor in sub.state_dict().items()}
     sub.load_state_dict(state, assign=True)
     return sub.train(model.training)
 
