@@ -459,7 +459,7 @@ def reorder(model, importance):
             linear.weight.copy_(linear.weight[:, order])
 
 
-# ---- Weights on disk, under Hugging Face's names -------------------------------------------------
+# ---- Weights and tokenizer on disk, under Hugging Face's names -----------------------------------
 
 HF_NAMES = {"word_embeddings": "bert.embeddings.word_embeddings",
             "position_embeddings": "bert.embeddings.position_embeddings",
@@ -470,6 +470,8 @@ HF_NAMES = {"word_embeddings": "bert.embeddings.word_embeddings",
             "attention_norm": "attention.output.LayerNorm", "ffn_in": "intermediate.dense",
             "ffn_out": "output.dense", "ffn_norm": "output.LayerNorm",
             "pooler": "bert.pooler.dense", "classifier": "classifier"}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json",
+                   "special_tokens_map.json")
 
 
 def hf_name(name):
@@ -572,10 +574,6 @@ def read_tensors(directory):
             if not re.match(r"cls\.|qa_outputs\.|.*embeddings\.position_ids$", name):
                 tensors[name] = tensor
     return tensors
-
-
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json",
-                   "special_tokens_map.json")
 
 
 def tokenizer_files(directory):
