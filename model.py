@@ -66,7 +66,7 @@ def is_label(name):
 @dataclass
 class BertConfig:
     """The fields of a Hugging Face config.json that shape a BERT; the defaults are BERT-base's.
-    Raises UserError for sizes and shares that no BERT has."""
+    ValueError for sizes and shares that no BERT has."""
     vocab_size: int = 30522
     hidden_size: int = 768                     # C
     num_hidden_layers: int = 12
@@ -98,16 +98,16 @@ class BertConfig:
             if field.type is dict and not (
                     isinstance(value, dict) and all(map(is_label, value.values()))
                     and set(value) == {str(i) for i in range(len(set(value.values())))}):
-                legal = '{"0": name, ...}, different names without control characters'
+                legal = '{"0": name, ...}, different printable names'
             if field.type is list and not (
                     isinstance(value, list) and len(value) == self.num_hidden_layers
                     and all(type(size) is int and size > 0 for size in value)):
                 legal = "a whole number for each layer"
             if legal:
-                raise UserError(f"{field.name} is {value!r}, not {legal}")
+                raise ValueError(f"{field.name} is {value!r:.30}, not {legal}")
         heads, C = self.num_attention_heads, self.hidden_size
         if C % heads:
-            raise UserError(f"{heads} heads do not divide the hidden size {C}")
+            raise ValueError(f"{heads} heads do not divide the hidden size {C}")
         self.head_size = C // heads                                      # D, of every layer
         # The largest architecture that a model of this configuration holds.
         self.arch = Arch(self.layer_heads or [heads] * self.num_hidden_layers,
@@ -142,10 +142,8 @@ class BertConfig:
                 raise UserError(f"{path}: {name} is {value!r}, not one of {CHOICES[name]}")
             if name not in own and name not in CHOICES and not HARMLESS.fullmatch(name):
                 raise UserError(f"{path}: unknown field {name!r}: remove it if it changes no logit")
-        try:
+        with reading(path):
             return cls(**{name: value for name, value in found.items() if name in own})
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
 
 
 # ---- Architectures and the search space ----------------------------------------------------------
