@@ -197,8 +197,8 @@ class SearchSpace:
         self.depth_keeps = depth_keeps
         self.depths, self.heads, self.ffn_sizes = (
             tuple(sorted(set(sizes))) for sizes in (depths, heads, ffn_sizes))   # ascending
-        pairs = len(self.heads) * len(self.ffn_sizes)
-        self.categories = (len(self.depths),) + (pairs,) * self.depths[-1]
+        self.pairs = [(h, k) for k in self.ffn_sizes for h in self.heads]
+        self.categories = (len(self.depths),) + (len(self.pairs),) * self.depths[-1]
 
     @classmethod
     def for_config(cls, config):
@@ -236,15 +236,15 @@ class SearchSpace:
     def arch(self, choices):
         """Choices -> Arch. What stands at inactive layers is not looked at."""
         active = kept_layers(self.depth_keeps, self.depths[-1], self.depths[choices[0]])
-        pairs = [divmod(choices[1 + i], len(self.heads)) for i in active]
-        return Arch([self.heads[h] for _, h in pairs], [self.ffn_sizes[f] for f, _ in pairs])
+        heads, ffn_sizes = zip(*(self.pairs[choices[1 + i]] for i in active))
+        return Arch(heads, ffn_sizes)
 
     def choices(self, arch):
         """Arch -> choices, with None for every inactive layer."""
         self.check(arch)
         layers = [None] * self.depths[-1]
         for i, h, k in zip(kept_layers(self.depth_keeps, len(layers), arch.depth), *arch):
-            layers[i] = self.ffn_sizes.index(k) * len(self.heads) + self.heads.index(h)
+            layers[i] = self.pairs.index((h, k))
         return [self.depths.index(arch.depth)] + layers
 
 
