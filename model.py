@@ -535,8 +535,7 @@ def fit_classifier(tensors, config, labels, directory):
     config.name_labels(labels)
     if rows == {(len(labels),)} and sorted(labels) == sorted(known):
         order = [known.index(name) for name in labels]
-        for name in own:
-            tensors[name] = tensors[name][order]
+        tensors |= {name: tensors[name][order] for name in own}
     elif own and (labels or rows != {(1,)}):
         say(f"{directory}: its classifier, of {', '.join(known) or 'unnamed labels'}, is not used")
         for name in own:
