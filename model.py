@@ -556,13 +556,11 @@ def read_tensors(directory):
     heads, a head for answers and the buffer `position_ids`; under today's names for old ones."""
     tensors = {}
     for path in weight_files(directory):
-        try:
-            found = safetensors.torch.load_file(plain(path))
-        except FileNotFoundError:
+        if not plain(path).exists():
             raise UserError(f"{path} does not exist (a pytorch_model.bin becomes one by "
-                            "transformers' from_pretrained(...).save_pretrained(...))") from None
-        except (safetensors.SafetensorError, ValueError, OverflowError, RuntimeError) as error:
-            raise UserError(f"{path} is not a complete safetensors file ({error})") from None
+                            "transformers' from_pretrained(...).save_pretrained(...))")
+        with reading(path, "is not a complete safetensors file"):
+            found = safetensors.torch.load_file(path)
         for name, tensor in found.items():
             name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
             name = re.sub(r"^(embeddings|encoder|pooler)\.", r"bert.\1.", name)
@@ -671,14 +669,14 @@ def latency(model, T, autocast):
 # ---- Files, and what is said ---------------------------------------------------------------------
 
 @contextmanager
-def reading(path):
-    """Whatever is wrong with what a file says ends in a UserError that names the file."""
+def reading(path, fault="is damaged, or not what it seems"):
+    """Whatever is wrong with what a file says ends in a UserError that names file and fault."""
     try:
         yield
     except (UserError, OSError, MemoryError):
         raise
     except Exception as error:                    # tokenizers has no other class
-        raise UserError(f"{path} is damaged, or not what it seems: {str(error)[:100]}") from None
+        raise UserError(f"{path} {fault}: {str(error)[:100]}") from None
 
 
 def plain(path):
