@@ -227,11 +227,9 @@ class SearchSpace:
 
     def check(self, arch):
         """Raise UserError, naming the legal values, unless `arch` lies in the space."""
-        for name, values, legal in (("depth", [arch.depth], self.depths),
-                                    ("heads", arch.heads, self.heads),
-                                    ("FFN size", arch.ffn_sizes, self.ffn_sizes)):
-            if not set(values) <= set(legal):
-                raise UserError(f"{name} {values}: the search space has one of {legal} each")
+        if arch.depth not in self.depths or not set(zip(*arch)) <= set(self.pairs):
+            raise UserError(f"[{arch}] is not in the search space: depth one of {self.depths}, "
+                            f"heads of {self.heads}, FFN sizes of {self.ffn_sizes}")
 
     def arch(self, choices):
         """Choices -> Arch. What stands at inactive layers is not looked at."""
