@@ -142,7 +142,7 @@ class BertConfig:
                 raise UserError(f"{path}: {name} is {value!r}, not one of {CHOICES[name]}")
             if name not in own and name not in CHOICES and not HARMLESS.fullmatch(name):
                 raise UserError(f"{path}: unknown field {name!r}: remove it if it changes no logit")
-        with reading(path):
+        with reading(path, "does not describe a BERT"):
             return cls(**{name: value for name, value in found.items() if name in own})
 
 
@@ -694,11 +694,8 @@ def read_json(path, otherwise="does not exist"):
     path = plain(path)
     if not path.exists():
         raise UserError(f"{path} {otherwise}")
-    with suppress(ValueError, RecursionError):
-        content = json.loads(path.read_bytes())
-        if isinstance(content, dict):
-            return content
-    raise UserError(f"{path} is not a JSON object")
+    with reading(path, "is not a JSON object"):
+        return {**json.loads(path.read_bytes())}  # a list or a number cannot be unpacked
 
 
 def write_file(path, data):
