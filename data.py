@@ -191,8 +191,7 @@ def split_holdout(examples, fraction, seed):
         for label, size in enumerate(sizes):
             members = np.flatnonzero(labels == label)
             held[rng.permutation(members)[:size]] = True
-    return ([e for e, out in zip(examples, held) if not out],
-            [e for e, out in zip(examples, held) if out])
+    return list(itertools.compress(examples, ~held)), list(itertools.compress(examples, held))
 
 
 def describe(task, kept, held, encoded, unk, max_length):
