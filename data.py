@@ -342,14 +342,13 @@ def add_tokens(tokenizer, directory, known):
                     fields.get("extra_special_tokens") or []):
                 token = token if isinstance(token, str) else token["content"]
                 tokens.setdefault(token, tokenizers.AddedToken(token, special=True))
-            for token, i in fields.items() if name == "added_tokens.json" else ():
-                tokens.setdefault(token, tokenizers.AddedToken(token))
-                ids[token] = int(i)
+            if name == "added_tokens.json":
+                for token, i in fields.items():
+                    tokens.setdefault(token, tokenizers.AddedToken(token))
+                    ids[token] = int(i)
     for token in sorted(tokens, key=lambda token: ids.get(token, 10**9)):
         if not known:
-            special = tokens[token].special
-            add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
-            add([tokens[token]])
+            tokenizer.add_tokens([tokens[token]])
         found = tokenizer.token_to_id(token)
         if found is None or found != ids.get(token, found):
             raise UserError(f"{directory}: the added token {token!r} has the id {found}, not the "
