@@ -284,11 +284,8 @@ def load_tokenizer(directory):
                 single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:0 [SEP]:0", special_tokens=[
                     (token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")])
         words, size = tokenizer.get_vocab(), BertConfig.load(directory).vocab_size
-        for token in ("[UNK]", "[CLS]", "[SEP]"):
-            if token not in words:
-                raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
         pair = tokenizer.encode("\U00012345", "a")                   # what it cannot know is [UNK]
-        if (pair.tokens[0], pair.tokens[-1], max(pair.type_ids) < 2) != ("[CLS]", "[SEP]", True):
+        if pair.tokens[0] != "[CLS]" or pair.tokens[-1] != "[SEP]" or max(pair.type_ids) > 1:
             raise UserError(f"{path} does not give [CLS] text [SEP] text [SEP], as a BERT reads it")
     if sum(word.startswith("\u2581") for word in words) > len(words) / 10:
         raise UserError(f"{path} is not the vocabulary of a BERT's WordPiece")
@@ -316,15 +313,17 @@ def word_pieces(path, config):
     if not path.exists():
         raise UserError(f"{path} does not exist, nor a tokenizer.json beside it")
     words = path.read_text("utf-8-sig").rstrip("\n").split("\n")
-    tokenizer = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(words)})
+    for token in ("[UNK]", "[CLS]", "[SEP]"):
+        if token not in words:
+            raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
     # Where nobody says so, a vocabulary with words in capitals is a cased one.
     capitals = sum(word != word.lower() for word in words if word[:1] not in ("[", "<"))
     with reading(path.with_name("tokenizer_config.json")):
-        tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
+        return tokenizers.BertWordPieceTokenizer(
+            {word: i for i, word in enumerate(words)},
             lowercase=config.get("do_lower_case", capitals < len(words) / 100),
             strip_accents=config.get("strip_accents"),
             handle_chinese_chars=config.get("tokenize_chinese_chars", True))
-    return tokenizer
 
 
 def add_tokens(tokenizer, directory, known):
