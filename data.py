@@ -247,12 +247,13 @@ def majority(task):
 
 # ---- The tokenizer, and batches ------------------------------------------------------------------
 
-ONE_TYPE = ("DistilBertTokenizer", "DistilBertTokenizerFast", "TokenizersBackend")
-TOKENIZERS = (None, "BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", *ONE_TYPE)
-# Fields of tokenizer_config.json that have one supported value, and those of the normalizer, under
-# the names that the library has for them.
-USUAL = {"do_basic_tokenize": True, "split_special_tokens": False, "truncation_side": "right",
-         "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+ONE_TYPE = ["DistilBertTokenizer", "DistilBertTokenizerFast", "TokenizersBackend"]
+# What is supported of the fields of tokenizer_config.json that have few values; and those of the
+# normalizer, under the names that the library has for them.
+SUPPORTED = {
+    "tokenizer_class": ["BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", *ONE_TYPE],
+    "do_basic_tokenize": [True], "split_special_tokens": [False], "truncation_side": ["right"],
+    "unk_token": ["[UNK]"], "cls_token": ["[CLS]"], "sep_token": ["[SEP]"]}
 NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
               "tokenize_chinese_chars": "handle_chinese_chars"}
 
@@ -263,14 +264,11 @@ def load_tokenizer(directory):
     here = Path(directory)
     path = here / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
-    kind = config.get("tokenizer_class")
-    if kind not in TOKENIZERS:
-        raise UserError(f"{path}: tokenizer_class {kind!r} is not BERT's WordPiece")
-    for name, usual in USUAL.items():
+    for name, values in SUPPORTED.items():
         value = config.get(name)
         value = value.get("content") if isinstance(value, dict) else value
-        if value not in (usual, None):
-            raise UserError(f"{path}: {name} is {value!r}; only {usual!r} is supported")
+        if value not in [*values, None]:
+            raise UserError(f"{path}: {name} {value!r} is not BERT's WordPiece; it has {values}")
     is_complete = (here / "tokenizer.json").exists()
     path = here / ("tokenizer.json" if is_complete else "vocab.txt")
     with reading(path):
@@ -279,7 +277,7 @@ def load_tokenizer(directory):
         add_tokens(tokenizer, here, known=is_complete)
         # As in transformers, some classes give a second text the token type 0 unless told.
         inputs = config.get("model_input_names", [])
-        if "token_type_ids" not in inputs and (inputs or kind in ONE_TYPE):
+        if "token_type_ids" not in inputs and (inputs or config.get("tokenizer_class") in ONE_TYPE):
             tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
                 single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:0 [SEP]:0", special_tokens=[
                     (token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")])
