@@ -272,8 +272,16 @@ def load_tokenizer(directory):
     is_complete = (here / "tokenizer.json").exists()
     path = here / ("tokenizer.json" if is_complete else "vocab.txt")
     with reading(path):
-        read = whole_tokenizer if is_complete else word_pieces
-        tokenizer = read(plain(path), config)
+        if is_complete:
+            tokenizer = tokenizers.Tokenizer.from_file(str(plain(path)))
+            tokenizer.no_padding()
+        else:
+            tokenizer = word_pieces(plain(path), config)
+        for name, theirs in NORMALIZER.items():
+            has = getattr(tokenizer.normalizer, theirs, config.get(name))
+            if config.get(name) not in (has, None):
+                raise UserError(f"{path} has {theirs} {has}, but tokenizer_config.json {name} "
+                                f"{config[name]}: make them agree")
         add_tokens(tokenizer, here, known=is_complete)
         # As in transformers, some classes give a second text the token type 0 unless told.
         inputs = config.get("model_input_names", [])
@@ -290,19 +298,6 @@ def load_tokenizer(directory):
     most = max(words.values())
     if most >= size:
         raise UserError(f"{path} has the id {most}, but config.json's vocab_size is {size}")
-    return tokenizer
-
-
-def whole_tokenizer(path, config):
-    """The tokenizer of a tokenizer.json; config: the fields of the tokenizer_config.json."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    for name, theirs in NORMALIZER.items():
-        has = getattr(tokenizer.normalizer, theirs, config.get(name))
-        if config.get(name) not in (has, None):
-            raise UserError(f"{path} has {theirs} {has}, but tokenizer_config.json {name} "
-                            f"{config[name]}: make them agree")
     return tokenizer
 
 
