@@ -9,7 +9,6 @@ UTF-8 lines split at tabs, no quoting. A row that does not fit is an error with 
 import itertools
 import os
 import re
-import unicodedata
 from collections import Counter, namedtuple
 from copy import deepcopy
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ FORMATS = [  # first match wins; name None: the directory's name; labels None: t
 ]
 COLA = Format("CoLA", "sentence", None, "label", "matthews", ("0", "1"))
 LONGEST_LINE = 10**6
-NUMBER = re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?%?", re.IGNORECASE)
 
 
 @dataclass
@@ -198,8 +196,8 @@ def describe(task, kept, held, encoded, unk, max_length):
     """Lines that say what was understood of a task, and what looks like a mistake. kept, held: the
     parts of train; encoded: the first; unk: the id of [UNK]."""
     labels = [e.label for e in task.train]
-    texts = [text for part in (task.train, *task.devs) for e in part
-             for text in e[:2] if text is not None]
+    dev = [e for part in task.devs for e in part]
+    texts = [text for e in task.train + dev for text in e[:2] if text is not None]
     if task.labels:
         counts = [f"{task.labels[label]} {n}" for label, n in Counter(labels).most_common(8)]
         if len(task.labels) > 8:
@@ -212,13 +210,12 @@ def describe(task, kept, held, encoded, unk, max_length):
     quoted = [row for row, e in enumerate(task.train, 2)             # line 1 is the header
               if any(text and text[0] == text[-1] == '"' for text in e[:2])]
     trained = {e[:2] for e in kept}
-    seen = sum(e[:2] in trained for part in (held, *task.devs) for e in part)
+    seen = sum(e[:2] in trained for e in held + dev)
     warnings = {
         "the labels are numbers: if they are scores, name their column score, not label":
-            len(task.labels) > 10 and all(map(NUMBER.fullmatch, task.labels)),
+            len(task.labels) > 10 and all(re.fullmatch(r"[-+\d.,eE%]+", x) for x in task.labels),
         "some labels differ by blanks or case alone":
-            len({" ".join(unicodedata.normalize("NFKC", name).casefold().split())
-                 for name in task.labels}) < len(task.labels),
+            len({" ".join(name.casefold().split()) for name in task.labels}) < len(task.labels),
         "some texts are empty": not all(text.strip() for text in texts),
         f"many texts stand in a CSV file's quotes, which are not removed: lines {quoted[:3]} ...":
             len(quoted) > len(task.train) / 5,
@@ -228,7 +225,7 @@ def describe(task, kept, held, encoded, unk, max_length):
             not task.labels and not (abs(np.mean(labels)) < 10 and 0.05 < np.std(labels) < 10)}
     answer = "the most frequent answer" if task.labels else "the mean"
     return [f"{task.name}: {kind}; {len(kept)} {'pairs' if task.pairs else 'texts'} to train on, "
-            f"{len(held)} held out, {sum(map(len, task.devs))} in dev",
+            f"{len(held)} held out, {len(dev)} in dev",
             f"tokens: median {np.median(lengths):.0f}, {np.mean(lengths >= max_length):.1%} cut to "
             f"{max_length}; {unknown:.1%} unknown",
             f"always giving {answer} scores {majority(task):.2f} on dev",
