@@ -596,17 +596,14 @@ def spearman(labels, predictions):
     return pearson(ranks(labels), ranks(predictions))
 
 
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews_corrcoef,
-           "pearson": pearson, "spearman": spearman}
-
-
 def scores(metric, labels, logits):
     """Every metric of a task in %, and ACC(m) of Eq. 7 as "score": the mean of those in `metric`.
     labels [n], logits [n, num_labels] (numpy). F1 and Matthews are given for two labels."""
     if "pearson" in metric:
-        names, predictions = ["pearson", "spearman"], logits[:, 0]
+        functions, predictions = {"pearson": pearson, "spearman": spearman}, logits[:, 0]
     else:
-        names, predictions = ["accuracy"], logits.argmax(1)
-        names += ["f1", "matthews"] if logits.shape[1] == 2 else []
-    values = {name: 100 * METRICS[name](labels, predictions) for name in names}
+        functions, predictions = {"accuracy": accuracy}, logits.argmax(1)
+        if logits.shape[1] == 2:
+            functions |= {"f1": f1, "matthews": matthews_corrcoef}
+    values = {name: 100 * function(labels, predictions) for name, function in functions.items()}
     return {"score": float(np.mean([values[name] for name in metric.split("+")])), **values}
