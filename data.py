@@ -266,19 +266,18 @@ def load_tokenizer(directory):
         value = value.get("content") if isinstance(value, dict) else value
         if value not in [*values, None]:
             raise UserError(f"{path}: {name} {value!r} is not BERT's WordPiece; it has {values}")
+    casing = {theirs: config[name] for name, theirs in NORMALIZER.items() if name in config}
     is_complete = (here / "tokenizer.json").exists()
     path = here / ("tokenizer.json" if is_complete else "vocab.txt")
     with reading(path):
         if is_complete:
             tokenizer = tokenizers.Tokenizer.from_file(str(plain(path)))
             tokenizer.no_padding()
+            for name, value in casing.items():
+                if value not in (getattr(tokenizer.normalizer, name, value), None):
+                    raise UserError(f"{path} contradicts tokenizer_config.json: {name} {value}")
         else:
-            tokenizer = word_pieces(plain(path), config)
-        for name, theirs in NORMALIZER.items():
-            has = getattr(tokenizer.normalizer, theirs, config.get(name))
-            if config.get(name) not in (has, None):
-                raise UserError(f"{path} has {theirs} {has}, but tokenizer_config.json {name} "
-                                f"{config[name]}: make them agree")
+            tokenizer = word_pieces(plain(path), casing)
         add_tokens(tokenizer, here, known=is_complete)
         # As in transformers, some classes give a second text the token type 0 unless told.
         inputs = config.get("model_input_names", [])
@@ -298,8 +297,8 @@ def load_tokenizer(directory):
     return tokenizer
 
 
-def word_pieces(path, config):
-    """The WordPiece tokenizer of a vocab.txt; config: the fields of the tokenizer_config.json."""
+def word_pieces(path, casing):
+    """The WordPiece tokenizer of a vocab.txt; casing: what tokenizer_config.json says about it."""
     if not path.exists():
         raise UserError(f"{path} does not exist, nor a tokenizer.json beside it")
     words = path.read_text("utf-8-sig").rstrip("\n").split("\n")
@@ -311,9 +310,7 @@ def word_pieces(path, config):
     with reading(path.with_name("tokenizer_config.json")):
         return tokenizers.BertWordPieceTokenizer(
             {word: i for i, word in enumerate(words)},
-            lowercase=config.get("do_lower_case", capitals < len(words) / 100),
-            strip_accents=config.get("strip_accents"),
-            handle_chinese_chars=config.get("tokenize_chinese_chars", True))
+            **{"lowercase": capitals < len(words) / 100, **casing})
 
 
 def add_tokens(tokenizer, directory, known):
