@@ -200,8 +200,6 @@ def describe(task, kept, held, encoded, unk, max_length):
     texts = [text for e in task.train + dev for text in e[:2] if text is not None]
     if task.labels:
         counts = [f"{task.labels[label]} {n}" for label, n in Counter(labels).most_common(8)]
-        if len(task.labels) > 8:
-            counts.append("...")
         kind = f"{len(task.labels)} labels ({', '.join(counts)})"
     else:
         kind = f"scores from {min(labels):g} to {max(labels):g}, mean {np.mean(labels):.3g}"
@@ -223,12 +221,11 @@ def describe(task, kept, held, encoded, unk, max_length):
         f"{seen} rows of the hold-out or of dev are in train word for word": seen > 0,
         "scores far from 0: a regression learns them badly; scale them to about 0 to 5":
             not task.labels and not (abs(np.mean(labels)) < 10 and 0.05 < np.std(labels) < 10)}
-    answer = "the most frequent answer" if task.labels else "the mean"
     return [f"{task.name}: {kind}; {len(kept)} {'pairs' if task.pairs else 'texts'} to train on, "
             f"{len(held)} held out, {len(dev)} in dev",
             f"tokens: median {np.median(lengths):.0f}, {np.mean(lengths >= max_length):.1%} cut to "
             f"{max_length}; {unknown:.1%} unknown",
-            f"always giving {answer} scores {majority(task):.2f} on dev",
+            f"always giving the most frequent answer scores {majority(task):.2f} on dev",
             *(f"WARNING: {text}" for text, applies in warnings.items() if applies)]
 
 
