@@ -225,7 +225,8 @@ def describe(task, kept, held, encoded, unk, max_length):
             f"{len(held)} held out, {len(dev)} in dev",
             f"tokens: median {np.median(lengths):.0f}, {np.mean(lengths >= max_length):.1%} cut to "
             f"{max_length}; {unknown:.1%} unknown",
-            f"always giving the most frequent answer scores {majority(task):.2f} on dev",
+            f"always giving {'the most frequent answer' if task.labels else 'the mean'} scores "
+            f"{majority(task):.2f} on dev",
             *(f"WARNING: {text}" for text, applies in warnings.items() if applies)]
 
 

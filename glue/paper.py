@@ -561,7 +561,7 @@ def main(argv=None):
     add("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table: all")
     add("--variants", nargs="+", default=["core"], help="or tables: all that stand in them")
     add("--seeds", type=int, nargs="+", help="to run: without it 0 1 2")
-    add("--evaluations", type=int, default=40, help="of each search and budget")
+    add("--evaluations", type=int, default=200, help="of each search and budget")
     add("--device", default="auto")
     add("--precision", default="auto")
     add("--data", default="glue", help="where the tasks' directories are")
