@@ -442,9 +442,10 @@ def search(settings):
     kind, wishes = wished(settings)
     runs = [Run(part, trained["data"], superbert)        # refused here, if at all
             for part in one_each(settings, superbert, kind, wishes)]
-    memo, spent = recorded(runs, space)                  # arch -> ACC(m) in %; arch -> T(m)
-    cost = cost_of(kind, model, autocast, spent)
-    budgets = [parse_budget(wish, cost(smallest), cost(largest), UNITS[kind]) for wish in wishes]
+    measure = cost_of(kind, model, autocast)
+    memo, known = recorded(runs, space)                  # arch -> ACC(m) in %; arch -> T(m)
+    cost = {arch: measure(arch) for arch in (largest, smallest)} | known
+    budgets = [parse_budget(wish, cost[smallest], cost[largest], UNITS[kind]) for wish in wishes]
     for run in runs:
         run.open()
 
@@ -461,24 +462,26 @@ def search(settings):
             for arch in (largest, smallest, *archs):     # the ends always, so that something fits
                 if arch not in memo:
                     memo[arch] = score(arch)["score"]
-                    run.log(choices=space.choices(arch), score=memo[arch], cost=cost(arch))
-            rewards = [reward(memo[m], cost(m), budget, cost(largest)) for m in archs]
+                    cost[arch] = cost.get(arch) or measure(arch)
+                    run.log(choices=space.choices(arch), score=memo[arch], cost=cost[arch])
+            rewards = [reward(memo[m], cost[m], budget, cost[largest]) for m in archs]
             P.step([space.choices(m) for m in archs], [-r for r in rewards], settings.delta)
             progress.show(asked + n, f"asked, {len(memo)} known")
             if SIGNALS:
                 raise KeyboardInterrupt(SIGNALS[0])      # all is in the log
-        best = best_fit(memo, cost, budget)
         # A latency must fit when it is measured again, too; else the next best is taken.
-        while best and cost(best, again=True) >= budget:
-            best = best_fit(memo, cost, budget)
+        while best := best_fit(memo, cost.get, budget):
+            cost[best] = max(cost[best], measure(best))
+            if cost[best] < budget:
+                break
         if best is None:
             raise UserError(f"nothing kept {budget:.4g} {UNITS[kind]} when it was measured again")
         dev = data.scorer(model, devs, task.metric, device, autocast)(best)
         save_bert(extract(model, best), run.path, tokenizer)
         inherited = ("task", "metric", "pairs", "data", "train", "held_out", "max_length")
         run.finish(device, autocast, **{name: trained[name] for name in inherited},
-                   superbert=superbert, unit=UNITS[kind], budget=budget, cost=cost(best),
-                   full_cost=cost(largest), arch=best._asdict(), selected_on=settings.select_on,
+                   superbert=superbert, unit=UNITS[kind], budget=budget, cost=cost[best],
+                   full_cost=cost[largest], arch=best._asdict(), selected_on=settings.select_on,
                    params=count_params(model.config, best), flops=count_flops(model.config, best),
                    selection_score=memo[best], dev=dev, evaluations_asked=settings.evaluations,
                    evaluations_run=len(read_log(run.path)) - 1)
@@ -513,13 +516,13 @@ def evaluate(settings):
     model = data.load_trained(settings.model, task).to(device)
     devs = [data.encode(part, settings.model) for part in task.devs]
     score = data.scorer(model, devs, task.metric, device, autocast)
-    cost, named = cost_of("latency", model, autocast, {}), {"sub-BERT": model.config.arch}
+    measure, named = cost_of("latency", model, autocast), {"sub-BERT": model.config.arch}
     if "theta" in run:
         named = landmarks(SearchSpace.for_config(model.config), run["theta"])
     results = {name: score(arch) for name, arch in named.items()}
     for name, arch in named.items():
         say(f"{name}: {arch}\n  {in_words(model.config, arch, results[name])}\n  latency "
-            f"{cost(arch):.2f} ms: {ONE_SEQUENCE}, {hardware(device)}")
+            f"{measure(arch):.2f} ms: {ONE_SEQUENCE}, {hardware(device)}")
     say(f"on dev of {task.name}; always the most frequent answer: {data.majority(task):.2f}")
     return next(iter(results.values()))
 
@@ -560,22 +563,13 @@ def parse_budget(text, least, full, unit):
     return budget
 
 
-def cost_of(kind, model, autocast, spent):
-    """T(m) as a function of an architecture. A latency, of the extracted model, is measured once
-    and kept in spent, {arch: T(m)}; with again=True once more, and the larger value counts."""
+def cost_of(kind, model, autocast):
+    """T(m) as a function of an architecture: its parameters, its FLOPs, or the milliseconds that
+    one sequence takes the extracted model, measured anew in every call."""
     T = min(128, model.config.max_position_embeddings)
-
-    def cost(arch, again=False):
-        """Parameters, FLOPs, or milliseconds of one sequence of T tokens."""
-        if kind == "params":
-            return count_params(model.config, arch)
-        if kind == "flops":
-            return count_flops(model.config, arch)
-        if again or arch not in spent:
-            ms = latency(extract(model, arch), T, autocast)
-            spent[arch] = max(ms, spent.get(arch, 0.0))
-        return spent[arch]
-    return cost
+    return {"params": lambda arch: count_params(model.config, arch),
+            "flops": lambda arch: count_flops(model.config, arch),
+            "latency": lambda arch: latency(extract(model, arch), T, autocast)}[kind]
 
 
 def one_each(settings, superbert, kind, wishes):
