@@ -964,13 +964,13 @@ def test_best_fit():
 def test_budgets(words, values, capsys):
     """As words of the command line, in either case, with blanks or without, one or several."""
     for typed in (words.split(), [words]):
-        kind, wishes = yoco.wished(yoco.SearchSettings(max_params=typed))
+        kind, wishes = yoco.wished(yoco.SearchSettings(max_params=typed), "superbert")
         assert kind == "params"
         assert [yoco.parse_budget(wish, 10, 10**8, "parameters") for wish in wishes] == values
     said = "bounds nothing" in capsys.readouterr().out
     assert said == any(value > 10**8 for value in values)
     for text, value in (("12", 12), ("12ms", 12), ("12 MS", 12), ("0.5x", 20)):
-        kind, (wish,) = yoco.wished(yoco.SearchSettings(max_latency=text.split()))
+        kind, (wish,) = yoco.wished(yoco.SearchSettings(max_latency=text.split()), "superbert")
         assert kind == "latency" and yoco.parse_budget(wish, 1, 40, "ms") == value
 
 

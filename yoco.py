@@ -439,13 +439,12 @@ def search(settings):
     selects = devs if settings.select_on == "dev" else [encode(held)]
     score = data.scorer(model, selects, task.metric, device, autocast)
     largest, smallest = space.largest(), space.smallest()
-    kind, wishes = wished(settings)
-    runs = [Run(part, trained["data"], superbert)        # refused here, if at all
-            for part in one_each(settings, superbert, kind, wishes)]
+    kind, parts = wished(settings, superbert)            # {budget as typed: its own settings}
+    runs = [Run(part, trained["data"], superbert) for part in parts.values()]    # or refused
     measure = cost_of(kind, model, autocast)
     memo, known = recorded(runs, space)                  # arch -> ACC(m) in %; arch -> T(m)
     cost = {arch: measure(arch) for arch in (largest, smallest)} | known
-    budgets = [parse_budget(wish, cost[smallest], cost[largest], UNITS[kind]) for wish in wishes]
+    budgets = [parse_budget(wish, cost[smallest], cost[largest], UNITS[kind]) for wish in parts]
     for run in runs:
         run.open()
 
@@ -533,15 +532,24 @@ UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
 ONE_SEQUENCE = "one sequence of 128 tokens, or as many as the model takes"
 
 
-def wished(settings):
-    """The kind of budget that is asked for, and the budgets as typed, in small letters."""
+def wished(settings, superbert):
+    """The kind of budget that is asked for; and {budget: settings of the search for it alone, with
+    the directory that it writes}, each budget as typed, in small letters."""
     kinds = [kind for kind in UNITS if getattr(settings, f"max_{kind}")]
     if len(kinds) != 1:
         raise UserError("name one kind of budget: --max-params, --max-flops or --max-latency")
-    texts = " ".join(getattr(settings, f"max_{kinds[0]}")).lower()
+    kind = kinds[0]
     # A blank may stand before a unit: "60 M".
-    wishes = re.sub(r"(?<=[\d.])\s+(?=[a-z])", "", texts).split() or [""]
-    return kinds[0], list(dict.fromkeys(wishes))
+    typed = re.sub(r"\s+(?=[a-z])", "", " ".join(getattr(settings, f"max_{kind}")).lower())
+    wishes, parts = typed.split() or [""], {}
+    for wish in wishes:
+        ending = wish if kind == "params" else f"{wish}-{kind}"
+        out = f"subbert/{Path(superbert).resolve().name}-{ending}"
+        if settings.out:
+            out = settings.out if len(set(wishes)) == 1 else f"{settings.out}/{ending}"
+        parts[wish] = dataclasses.replace(settings, model=superbert, out=out,
+                                          **{f"max_{kind}": [wish]})
+    return kind, parts
 
 
 def parse_budget(text, least, full, unit):
@@ -570,19 +578,6 @@ def cost_of(kind, model, autocast):
     return {"params": lambda arch: count_params(model.config, arch),
             "flops": lambda arch: count_flops(model.config, arch),
             "latency": lambda arch: latency(extract(model, arch), T, autocast)}[kind]
-
-
-def one_each(settings, superbert, kind, wishes):
-    """The settings of a search for each budget alone, with the directory that it writes."""
-    parts = []
-    for wish in wishes:
-        ending = wish if kind == "params" else f"{wish}-{kind}"
-        out = f"subbert/{os.path.basename(os.path.realpath(superbert))}-{ending}"
-        if settings.out:
-            out = settings.out if len(wishes) == 1 else f"{settings.out}/{ending}"
-        parts.append(dataclasses.replace(settings, model=superbert, out=out,
-                                         **{f"max_{kind}": [wish]}))
-    return parts
 
 
 def landmarks(space, theta):
