@@ -832,13 +832,11 @@ def save(run, t, K, model, adam, P, rng, teacher):
         return
     parts = {"model": model.state_dict(), "teacher": teacher.state_dict() if teacher else {},
              "rng": {"cpu": torch.get_rng_state()}}  # of rank 0: after a resumption all have it
-    for i, moments in adam.state_dict()["state"].items():
-        parts[f"adam {i}"] = moments
+    parts |= {f"adam {i}": moments for i, moments in adam.state_dict()["state"].items()}
     if torch.cuda.is_available():
         parts["rng"]["cuda"] = torch.cuda.get_rng_state()
-    tensors = {}
-    for part, found in parts.items():
-        tensors |= {f"{part}/{name}": tensor.cpu() for name, tensor in found.items()}
+    tensors = {f"{part}/{name}": tensor.cpu()
+               for part, found in parts.items() for name, tensor in found.items()}
     os.fsync(run.log_file.fileno())                  # the log that belongs to it is there before it
     state = dict(t=t, K=K, theta=[theta.tolist() for theta in P.theta], rng=rng.bit_generator.state,
                  log_bytes=run.log_path.stat().st_size, seconds=time.perf_counter() - run.started)
@@ -858,13 +856,8 @@ def restore(run, model, adam, P, rng):
                     part, name = key.split("/")
                     parts[part][name] = file.get_tensor(key)
             model.load_state_dict(parts["model"])
-            moments = {}
-            for i, w in enumerate(model.parameters()):
-                if any(tensor.dim() and tensor.shape != w.shape
-                       for tensor in parts[f"adam {i}"].values()):
-                    raise ValueError(f"the moments of weight {i} have another shape")
-                if parts[f"adam {i}"]:               # else it was never moved
-                    moments[i] = parts[f"adam {i}"]
+            moments = {i: parts[f"adam {i}"] for i, _ in enumerate(model.parameters())
+                       if f"adam {i}" in parts}      # else it was never moved
             adam.load_state_dict(adam.state_dict() | {"state": moments})
             P.theta = [np.array(theta) for theta in state["theta"]]
             rng.bit_generator.state = state["rng"]
