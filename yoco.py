@@ -1141,24 +1141,19 @@ def hear(number, _):
 def main(argv=None):
     """Run one command; the exit status: 0; 2 after an error told in one line; 130 after Ctrl-C and
     143 after SIGTERM."""
-    for stream in (sys.stdout, sys.stderr):                          # one may be closed: None
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")            # an encoding of few letters
+    if hasattr(sys.stdout, "reconfigure"):                           # it is None where closed
+        sys.stdout.reconfigure(errors="backslashreplace")            # as stderr has it anyway
     SIGNALS.clear()
     before = {number: signal.getsignal(number) for number in STOPS}
     try:
         join_ranks()
-        settings, function = parse(sys.argv[1:] if argv is None else argv)
+        settings, function = parse(argv)
         if function is not train and WORLD_SIZE > 1:
             raise UserError("only train shares its work: start without torchrun")
         for number, handler in before.items():
             if function is not evaluate and handler != signal.SIG_IGN:       # as in the background
                 signal.signal(number, hear)
         function(settings)
-        if sys.stdout:
-            sys.stdout.flush()
-    except BrokenPipeError:                                          # nobody reads any more
-        sys.stdout = open(os.devnull, "w")
     except KeyboardInterrupt as stop:
         tell("\nstopped" + ("; the same command with --resume goes on" if stop.args else ""))
         return 128 + (*stop.args, *SIGNALS, signal.SIGINT)[0]
