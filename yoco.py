@@ -308,7 +308,7 @@ def train(settings):
         archs = [space.arch(source.sample(rng)) for _ in range(settings.archs_per_step)]   # 8
         # The losses; Eq. 5's gradient of W is then in every .grad.
         losses = backward(model, batch, archs, autocast, teacher)                        # 9
-        losses, stop = over_ranks(model, losses, share)              # sums; signals heard, if any
+        losses, stop = over_ranks(model, losses, share)              # sums; the signal heard, or 0
         # CHOICE: clipped, as by the authors, where the paper says nothing.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         losses = as_numbers(losses, norm, t, stage, lr, archs)       # or stops before W is spoilt
@@ -323,7 +323,7 @@ def train(settings):
         if stop or (t + 1) % settings.checkpoint_every == 0 or t + 1 == steps:
             save(run, t + 1, K, model, adam, P, rng, teacher)
             if stop:
-                raise KeyboardInterrupt(stop[0])
+                raise KeyboardInterrupt(stop)
 
     if RANK > 0:
         return None
@@ -975,17 +975,17 @@ def rank_part(indices):
 
 def over_ranks(model, losses, share):
     """Replace every .grad by its sum over the ranks, each weighted with its share of the batch;
-    return the losses' sums, and the signals that any of them has heard."""
+    return the losses' sums, and the signal that any of them has heard, 0 without one."""
     # CHOICE: all ranks train the same architectures: theta needs the losses of all on one batch,
     # and a layer that no architecture has is without gradient everywhere.
     if WORLD_SIZE == 1:
-        return losses, SIGNALS
+        return losses, max(SIGNALS, default=0)
     losses = torch.stack(losses)
-    heard = losses.new_tensor([float(number in SIGNALS) for number in STOPS])
+    heard = torch.tensor(max(SIGNALS, default=0), device=losses.device)
     for part in [w.grad for w in model.parameters() if w.grad is not None] + [losses]:
         dist.all_reduce(part.mul_(share))                            # the sum over ranks
-    dist.all_reduce(heard)
-    return list(losses), [number for number, count in zip(STOPS, heard.tolist()) if count]
+    dist.all_reduce(heard, dist.ReduceOp.MAX)
+    return list(losses), int(heard)
 
 
 def join_ranks():
@@ -1082,7 +1082,6 @@ class EvalSettings(Settings):
 COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
             "eval": (EvalSettings, evaluate)}
 SIGNALS = []    # heard so far: train and search stop after the step at hand
-STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1144,7 +1143,7 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):                           # it is None where closed
         sys.stdout.reconfigure(errors="backslashreplace")            # as stderr has it anyway
     SIGNALS.clear()
-    before = {number: signal.getsignal(number) for number in STOPS}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         join_ranks()
         settings, function = parse(argv)
