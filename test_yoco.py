@@ -1419,7 +1419,8 @@ def test_damaged_files_are_refused(trained, capsys, monkeypatch, name, spoil, wo
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks on Windows")
 def test_two_runs_one_directory(tiny, capsys):
     """The second run refuses, whatever it was told, and spoils nothing."""
-    first = yoco.Run(yoco.complete(yoco.parse(TRAIN + ["--out", "out"])[0]), "tiny", "tiny").open()
+    first = yoco.Run(yoco.complete(yoco.parse(TRAIN + ["--out", "out"])[0]), "tiny", "tiny")
+    first.open()
     first.log(step=1)
     refused(capsys, TRAIN + ["--out", "out"], "holds an unfinished run")
     for word in ("--overwrite", "--resume"):

@@ -279,7 +279,6 @@ def train(settings):
 
     run.open()
     if run.finished:
-        say(f"{run.path} is finished")
         return read_run(run.path)
     if run.resumed:
         first, K, teacher = restore(run, model, adam, P, rng)
@@ -450,7 +449,6 @@ def search(settings):
 
     for run, budget in zip(runs, budgets):
         if run.finished:                                 # its log has filled the memo
-            say(f"{run.path} is finished")
             continue
         P, rng = Categorical(space.categories), np.random.default_rng(settings.seed)
         P.theta = [np.array(theta) for theta in trained["theta"]]
@@ -708,25 +706,20 @@ class Run:
     as a whole, and run.json comes last: where that is, the run is finished. Rank 0 alone writes."""
 
     def __init__(self, settings, *reads):
+        """UserError where the directory holds what must not be replaced, or what the command would
+        not go on with. reads: the directories that the command reads."""
         self.path, self.started = Path(settings.out), time.perf_counter()
         self.log_path = self.path / "log.jsonl"
         self.checkpoint = self.path / "checkpoint.safetensors"
         self.finished = (self.path / "run.json").exists() and not settings.overwrite
         before = read_log(self.path) if settings.resume else []
         self.resumed = bool(before)
-        kept = {name: value for name, value in dataclasses.asdict(settings).items()
-                if name not in ("out", "overwrite", "resume")}
-        begun = dict(settings=kept, inputs=inputs_of(*reads, also=["run.json"]),
+        own = {name: value for name, value in dataclasses.asdict(settings).items()
+               if name not in ("out", "overwrite", "resume")}
+        begun = dict(settings=own, inputs=inputs_of(*reads, also=["run.json"]),
                      world_size=WORLD_SIZE)
         self.begun = json.loads(json.dumps(begun))                   # as it is read back
-        self.check(settings, reads, before)
-        if WORLD_SIZE > 1:
-            dist.barrier()                                           # all have looked
-
-    def check(self, settings, reads, before):
-        """UserError where the directory holds what must not be replaced, or what the command would
-        not go on with. before: what its log holds, where the run is to be resumed."""
-        if os.path.realpath(self.path) in [os.path.realpath(source) for source in reads]:
+        if self.path.resolve() in [Path(source).resolve() for source in reads]:
             raise UserError(f"--out {self.path} is what the command reads: choose another")
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
@@ -748,12 +741,14 @@ class Run:
                 if name != "settings" and then.get(name) != now[name]:
                     raise UserError(f"{self.path} was started with {name} = {then.get(name)!r}, "
                                     f"not {now[name]!r}: say so, or begin anew with --overwrite")
+        if WORLD_SIZE > 1:
+            dist.barrier()                                           # all have looked
 
     def open(self):
         """Lock the directory, and clear it unless the run goes on. The log's first line says what
-        the run began with. Returns the run."""
+        the run began with."""
         if RANK > 0:
-            return self
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         # Unbuffered, so that a full disk is noticed here, not when Python exits.
         self.log_file = open(self.log_path, "ab", buffering=0)
@@ -776,9 +771,9 @@ class Run:
                 (self.path / name).unlink(missing_ok=True)
             self.log_file.truncate(0)
             self.log(**self.begun)
-        if self.finished:                                            # if it was killed before that
-            self.checkpoint.unlink(missing_ok=True)
-        return self
+        if self.finished:
+            say(f"{self.path} is finished")
+            self.checkpoint.unlink(missing_ok=True)                  # if it was killed before that
 
     def log(self, **record):
         """Append one line to log.jsonl, written at once."""
