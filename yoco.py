@@ -284,8 +284,7 @@ def train(settings):
         first, K, teacher = restore(run, model, adam, P, rng)
     order = data.batches(examples, settings.batch_size, settings.seed, first)
     unk = data.load_tokenizer(settings.bert).token_to_id("[UNK]")
-    for line in data.describe(task, kept, held, examples, unk, max_length):
-        say(line)
+    say("\n".join(data.describe(task, kept, held, examples, unk, max_length)))
     say(f"{steps} steps, {steps / per_epoch:.3g} epochs; {space.size():.1e} architectures")
     progress = Progress(first, steps)
     # CHOICE: t counts batches, as Alg. 1's loop takes one each, though it calls them epochs.
@@ -353,8 +352,7 @@ def weight_gradient(model, batch, archs, autocast, teacher=None):
     for arch, count in Counter(archs).items():
         with autocast():
             logits = model(*inputs, arch).float()                    # [B, num_labels]
-        loss[arch] = task_loss(logits, labels)
-        total = loss[arch]
+        loss[arch] = total = task_loss(logits, labels)
         if teacher and arch != model.config.arch:
             # CHOICE: as much weight for the teacher as for the labels, temperature 1.
             total = (total + task_loss(logits, wanted)) / 2
@@ -519,7 +517,7 @@ def evaluate(settings):
     results = {name: score(arch) for name, arch in named.items()}
     for name, arch in named.items():
         say(f"{name}: {arch}\n  {in_words(model.config, arch, results[name])}\n  latency "
-            f"{measure(arch):.2f} ms: {ONE_SEQUENCE}, {hardware(device)}")
+            f"{measure(arch):.2f} ms: one sequence of at most 128 tokens, {hardware(device)}")
     say(f"on dev of {task.name}; always the most frequent answer: {data.majority(task):.2f}")
     return next(iter(results.values()))
 
@@ -527,7 +525,6 @@ def evaluate(settings):
 # ---- Budgets and costs ---------------------------------------------------------------------------
 
 UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
-ONE_SEQUENCE = "one sequence of 128 tokens, or as many as the model takes"
 
 
 def wished(settings, superbert):
@@ -553,14 +550,13 @@ def wished(settings, superbert):
 def parse_budget(text, least, full, unit):
     """'60000000', '60e6', '60m', '0.5x' (of T(M)), or of milliseconds '12' or '12ms' -> Omega.
     least, full: T(m) of the smallest and of the largest. UserError where nothing fits."""
-    scales = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "x": full}
+    scales, such = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "x": full}, "6e7, 60M or 0.5x"
     if unit == "ms":
-        scales = {"": 1, "ms": 1, "x": full}
+        scales, such = {"": 1, "ms": 1, "x": full}, "12, 12ms or 0.5x"
     match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?)([a-z]*)", text)
     budget = float(match[1]) * scales.get(match[2], 0) if match else 0
     if budget <= 0:
-        raise UserError(f"{text!r} is not a positive budget in {unit}, such as "
-                        + ("12, 12ms or 0.5x" if unit == "ms" else "60000000, 60e6, 60M or 0.5x"))
+        raise UserError(f"{text!r} is not a positive budget in {unit}, such as {such}")
     if least >= budget:
         raise UserError(f"no sub-BERT has T(m) < {budget:,.12g} {unit}: the smallest has "
                         f"{least:,.12g} ({least / full:.3f}x)")
@@ -598,14 +594,13 @@ def in_words(config, arch, result):
 def complete(settings):
     """Settings of train with nothing left open: the recipe's, and the directories by default."""
     own = Path(settings.data, "config.json").exists()
-    settings = dataclasses.replace(
-        settings, bert=settings.bert or (settings.data if own else "bert-base-uncased"),
-        out=settings.out or f"superbert/{os.path.basename(os.path.realpath(settings.data))}",
-        **{name: value for name, value in RECIPES[settings.recipe].items()
-           if getattr(settings, name) is None})
+    bert = settings.bert or (settings.data if own else "bert-base-uncased")
+    out = settings.out or f"superbert/{Path(settings.data).resolve().name}"
+    recipe = {name: value for name, value in RECIPES[settings.recipe].items()
+              if getattr(settings, name) is None}
+    settings = dataclasses.replace(settings, bert=bert, out=out, **recipe)
     if settings.stages == "largest" and (settings.reorder or settings.distill):
-        raise UserError("--stages largest trains one architecture: --reorder and --distill are for "
-                        "those smaller than the largest")
+        raise UserError("--stages largest trains one architecture: no --reorder and no --distill")
     return settings
 
 
@@ -648,9 +643,8 @@ def as_numbers(losses, norm, t, stage, lr, archs):
     of their gradient, are none."""
     *losses, norm = torch.stack([*losses, norm]).tolist()
     if not np.isfinite([*losses, norm]).all():
-        raise UserError(f"diverged: the loss is {losses}, the norm of its gradient {norm} at step "
-                        f"{t + 1}, stage {stage.name}, learning rate {lr:g}, architectures "
-                        f"{'; '.join(map(str, archs))}")
+        raise UserError(f"diverged: losses {losses}, norm of the gradient {norm}; step {t + 1}, "
+                        f"stage {stage.name}, learning rate {lr:g}; {'; '.join(map(str, archs))}")
     return losses
 
 
@@ -797,8 +791,7 @@ class Run:
                       finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         write_json(self.path / "run.json", **facts)
         self.checkpoint.unlink(missing_ok=True)
-        say(f"wrote {self.path}; {facts['seconds']:.0f} s, {facts['peak_memory_mib']} MiB at the "
-            "peak")
+        say(f"wrote {self.path}; {facts['seconds']:.0f} s, {facts['peak_memory_mib']} MiB at most")
         return facts
 
 
@@ -893,16 +886,14 @@ def read_superbert(directory):
 
 
 def latest_superbert():
-    """The directory in superbert/ whose training finished last; plain fine-tuning does not count.
-    """
+    """The super-BERT in superbert/ that was finished last; plain fine-tuning makes none."""
     found = []
     for path in Path("superbert").glob("*/run.json"):
         run = read_json(path)
         if run.get("settings", {}).get("stages", "largest") != "largest":
             found.append((run["finished"], str(path.parent)))
     if not found:
-        raise UserError("there is no finished super-BERT in superbert/: run `python yoco.py train` "
-                        "first, or name one with --model")
+        raise UserError("no finished super-BERT in superbert/: train one, or name one by --model")
     say(f"using {max(found)[1]}, the super-BERT finished last")
     return max(found)[1]
 
