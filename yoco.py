@@ -110,8 +110,7 @@ class Categorical:
         # AUTHORS: keep theta on closed categories, where clipping drains it before any sample.
         for theta, mask in zip(self.theta, masks):
             stay, new = mask & (theta > 0), mask / mask.sum()
-            if stay.any():
-                new[stay] = theta[stay] / theta[stay].sum() * stay.sum() / mask.sum()
+            new[stay] = theta[stay] / theta[stay].sum() * stay.sum() / mask.sum()
             theta[:] = new
 
     def step(self, samples, losses, delta=1.0):
@@ -174,10 +173,9 @@ def ranking_utility(losses):
     array([-1.,  1.,  0.,  0.])
     """
     mu = math.ceil(len(losses) / 4)
-    by_rank, signs = np.zeros(len(losses)), np.empty(len(losses))
-    by_rank[:mu] += 1
-    by_rank[-mu:] -= 1
-    signs[np.argsort(losses, kind="stable")] = by_rank
+    order, signs = np.argsort(losses), np.zeros(len(losses))
+    signs[order[:mu]] += 1
+    signs[order[-mu:]] -= 1
     # AUTHORS: they find ties between positive values only; in search all are negative.
     _, group = np.unique(losses, return_inverse=True)
     return (np.bincount(group, signs) / np.bincount(group))[group] / mu
@@ -501,8 +499,7 @@ def best_fit(memo, cost, budget):
 # ---- eval ----------------------------------------------------------------------------------------
 
 def evaluate(settings):
-    """Print architecture, parameters, FLOPs, latency and dev metrics. Returns the metrics in %, of
-    a super-BERT those of the largest."""
+    """Print architecture, parameters, FLOPs, latency and dev metrics."""
     if not settings.model:
         raise UserError("name a model with --model, such as subbert/MRPC-60000000")
     device, autocast = arithmetic(settings.device, settings.precision)
@@ -514,12 +511,10 @@ def evaluate(settings):
     measure, named = cost_of("latency", model, autocast), {"sub-BERT": model.config.arch}
     if "theta" in run:
         named = landmarks(SearchSpace.for_config(model.config), run["theta"])
-    results = {name: score(arch) for name, arch in named.items()}
     for name, arch in named.items():
-        say(f"{name}: {arch}\n  {in_words(model.config, arch, results[name])}\n  latency "
+        say(f"{name}: {arch}\n  {in_words(model.config, arch, score(arch))}\n  latency "
             f"{measure(arch):.2f} ms: one sequence of at most 128 tokens, {hardware(device)}")
     say(f"on dev of {task.name}; always the most frequent answer: {data.majority(task):.2f}")
-    return next(iter(results.values()))
 
 
 # ---- Budgets and costs ---------------------------------------------------------------------------
@@ -576,9 +571,8 @@ def cost_of(kind, model, autocast):
 
 def landmarks(space, theta):
     """The architectures by which a super-BERT is judged."""
-    modes = [int(np.argmax(variable)) for variable in theta]
-    return {"largest": space.largest(), "most likely": space.arch(modes),
-            "smallest": space.smallest()}
+    likely = space.arch([int(np.argmax(variable)) for variable in theta])
+    return {"largest": space.largest(), "most likely": likely, "smallest": space.smallest()}
 
 
 def in_words(config, arch, result):
