@@ -324,17 +324,16 @@ def train(settings):
     if RANK > 0:
         return None
     theta = [variable.tolist() for variable in P.theta]
-    named, scores = landmarks(space, theta), {}
+    scores = {}
     if held:
         score = data.scorer(model, [encode(held)], task.metric, device, autocast)
-        scores = {name: score(arch) for name, arch in named.items()}
+        for name, arch in landmarks(space, theta).items():
+            scores[name] = score(arch)
+            say(f"hold-out, {name}: {in_words(model.config, arch, scores[name])}")
     save_bert(model, run.path, tokenizer)
-    result = run.finish(device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
-                        data=settings.data, train=train_file, held_out=split, lr=lr, steps=steps,
-                        max_length=max_length, theta=theta, holdout=scores)
-    for name, found in scores.items():
-        say(f"hold-out, {name}: {in_words(model.config, named[name], found)}")
-    return result
+    return run.finish(device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
+                      data=settings.data, train=train_file, held_out=split, lr=lr, steps=steps,
+                      max_length=max_length, theta=theta, holdout=scores)
 
 
 def weight_gradient(model, batch, archs, autocast, teacher=None):
@@ -496,7 +495,7 @@ def best_fit(memo, cost, budget):
     return max(fitting, key=lambda arch: (memo[arch], -cost(arch)), default=None)        # Eq. 2
 
 
-# ---- eval ----------------------------------------------------------------------------------------
+# ---- eval; budgets and costs ---------------------------------------------------------------------
 
 def evaluate(settings):
     """Print architecture, parameters, FLOPs, latency and dev metrics."""
@@ -517,8 +516,6 @@ def evaluate(settings):
     say(f"on dev of {task.name}; always the most frequent answer: {data.majority(task):.2f}")
 
 
-# ---- Budgets and costs ---------------------------------------------------------------------------
-
 UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
 
 
@@ -529,9 +526,10 @@ def wished(settings, superbert):
     if len(kinds) != 1:
         raise UserError("name one kind of budget: --max-params, --max-flops or --max-latency")
     kind = kinds[0]
+    typed = " ".join(getattr(settings, f"max_{kind}")).lower()
     # A blank may stand before a unit: "60 M".
-    typed = re.sub(r"\s+(?=[a-z])", "", " ".join(getattr(settings, f"max_{kind}")).lower())
-    wishes, parts = typed.split() or [""], {}
+    wishes = re.sub(r"\s+(?=[a-z])", "", typed).split() or [""]
+    parts = {}
     for wish in wishes:
         ending = wish if kind == "params" else f"{wish}-{kind}"
         out = f"subbert/{Path(superbert).resolve().name}-{ending}"
@@ -981,7 +979,7 @@ def join_ranks():
             sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
-# ---- Settings ------------------------------------------------------------------------------------
+# ---- The command line, and its settings ----------------------------------------------------------
 
 def setting(default, text, low=None, high=2**32):
     """A field of a command's settings: its default, --help text and, of a number, legal range."""
@@ -1056,8 +1054,6 @@ class EvalSettings(Settings):
     model: str = setting("", "directory that train or search wrote")
     data: str = setting("", "data directory; without it the one the model was trained on")
 
-
-# ---- The command line ----------------------------------------------------------------------------
 
 COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
             "eval": (EvalSettings, evaluate)}
