@@ -879,13 +879,11 @@ def read_superbert(directory):
 
 def latest_superbert():
     """The super-BERT in superbert/ that was finished last; plain fine-tuning makes none."""
-    found = []
-    for path in Path("superbert").glob("*/run.json"):
-        run = read_json(path)
-        if run.get("settings", {}).get("stages", "largest") != "largest":
-            found.append((run["finished"], str(path.parent)))
+    runs = {str(path.parent): read_json(path) for path in Path("superbert").glob("*/run.json")}
+    found = [(run["finished"], directory) for directory, run in runs.items()
+             if run.get("settings", {}).get("stages", "largest") != "largest"]
     if not found:
-        raise UserError("no finished super-BERT in superbert/: train one, or name one by --model")
+        raise UserError("no finished super-BERT in superbert/: train one, or name one with --model")
     say(f"using {max(found)[1]}, the super-BERT finished last")
     return max(found)[1]
 
