@@ -596,10 +596,10 @@ def complete(settings):
     return settings
 
 
-def inputs_of(*directories, also=()):
+def inputs_of(*directories):
     """The fingerprint of all that is read in data and BERT directories."""
     names = ("train.tsv", "dev.tsv", "dev_matched.tsv", "dev_mismatched.tsv", "config.json",
-             *TOKENIZER_FILES, *also)
+             *TOKENIZER_FILES)
     paths = []
     for directory in directories:
         paths += [Path(directory, name) for name in names] + weight_files(directory)
@@ -702,9 +702,7 @@ class Run:
         self.resumed = bool(before)
         own = {name: value for name, value in dataclasses.asdict(settings).items()
                if name not in ("out", "overwrite", "resume")}
-        begun = dict(settings=own, inputs=inputs_of(*reads, also=["run.json"]),
-                     world_size=WORLD_SIZE)
-        self.begun = json.loads(json.dumps(begun))                   # as it is read back
+        self.begun = dict(settings=own, inputs=inputs_of(*reads), world_size=WORLD_SIZE)
         if self.path.resolve() in [Path(source).resolve() for source in reads]:
             raise UserError(f"--out {self.path} is what the command reads: choose another")
         if settings.resume and settings.overwrite:
@@ -1036,11 +1034,11 @@ class SearchSettings(RunSettings):
     model: str = setting("", "super-BERT directory; without it the one in superbert/ finished last")
     out: str = setting("", "directory to write, of several budgets the one for all of theirs; "
                            "without it subbert/<name>-<budget>")
-    max_params: list = setting((), "budgets: parameters of embeddings, encoder and pooler, as "
-                                   "60000000, 60e6, 60M or 0.5x (of the full model)")
-    max_flops: list = setting((), "budgets: FLOPs of encoder and pooler at 128 tokens, likewise")
-    max_latency: list = setting((), "budgets: milliseconds for one sequence of 128 tokens on this "
-                                    "machine, as 12, 12ms or 0.5x")
+    max_params: list = setting(None, "budgets: parameters of embeddings, encoder and pooler, as "
+                                     "60000000, 60e6, 60M or 0.5x (of the full model)")
+    max_flops: list = setting(None, "budgets: FLOPs of encoder and pooler at 128 tokens, likewise")
+    max_latency: list = setting(None, "budgets: milliseconds for one sequence of 128 tokens on "
+                                      "this machine, as 12, 12ms or 0.5x")
     evaluations: int = setting(1000, "architectures to ask for, for each budget", 1)
     select_on: Literal["holdout", "dev"] = setting(
         "holdout", "what selects; dev, as in the paper, makes the dev score optimistic")
