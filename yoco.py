@@ -324,16 +324,17 @@ def train(settings):
     if RANK > 0:
         return None
     theta = [variable.tolist() for variable in P.theta]
-    scores = {}
+    named, scores = landmarks(space, theta), {}
     if held:
         score = data.scorer(model, [encode(held)], task.metric, device, autocast)
-        for name, arch in landmarks(space, theta).items():
-            scores[name] = score(arch)
-            say(f"hold-out, {name}: {in_words(model.config, arch, scores[name])}")
-    save_bert(model, run.path, tokenizer)
-    return run.finish(device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
-                      data=settings.data, train=train_file, held_out=split, lr=lr, steps=steps,
-                      max_length=max_length, theta=theta, holdout=scores)
+        scores = {name: score(arch) for name, arch in named.items()}
+    save_bert(model, run.path, tokenizer)                            # before anything is printed
+    result = run.finish(device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
+                        data=settings.data, train=train_file, held_out=split, lr=lr, steps=steps,
+                        max_length=max_length, theta=theta, holdout=scores)
+    for name, found in scores.items():
+        say(f"hold-out, {name}: {in_words(model.config, named[name], found)}")
+    return result
 
 
 def weight_gradient(model, batch, archs, autocast, teacher=None):
@@ -432,6 +433,7 @@ def search(settings):
     devs = [encode(part) for part in task.devs]
     selects = devs if settings.select_on == "dev" else [encode(held)]
     score = data.scorer(model, selects, task.metric, device, autocast)
+    on_dev = data.scorer(model, devs, task.metric, device, autocast)
     largest, smallest = space.largest(), space.smallest()
     kind, parts = wished(settings, superbert)            # {budget as typed: its own settings}
     runs = [Run(part, trained["data"], superbert) for part in parts.values()]    # or refused
@@ -468,7 +470,7 @@ def search(settings):
                 break
         if best is None:
             raise UserError(f"nothing kept {budget:.4g} {UNITS[kind]} when it was measured again")
-        dev = data.scorer(model, devs, task.metric, device, autocast)(best)
+        dev = on_dev(best)
         save_bert(extract(model, best), run.path, tokenizer)
         inherited = ("task", "metric", "pairs", "data", "train", "held_out", "max_length")
         run.finish(device, autocast, **{name: trained[name] for name in inherited},
@@ -836,6 +838,9 @@ def restore(run, model, adam, P, rng):
             model.load_state_dict(parts["model"])
             moments = {i: parts[f"adam {i}"] for i, _ in enumerate(model.parameters())
                        if f"adam {i}" in parts}      # else it was never moved
+            for i, w in enumerate(model.parameters()):
+                if any(m.dim() and m.shape != w.shape for m in moments.get(i, {}).values()):
+                    raise ValueError(f"the moments of weight {i} have another shape")
             adam.load_state_dict(adam.state_dict() | {"state": moments})
             P.theta = [np.array(theta) for theta in state["theta"]]
             rng.bit_generator.state = state["rng"]
