@@ -534,7 +534,7 @@ def wished(settings, superbert):
     parts = {}
     for wish in wishes:
         ending = wish if kind == "params" else f"{wish}-{kind}"
-        out = f"subbert/{Path(superbert).resolve().name}-{ending}"
+        out = f"subbert/{os.path.basename(os.path.realpath(superbert))}-{ending}"
         if settings.out:
             out = settings.out if len(set(wishes)) == 1 else f"{settings.out}/{ending}"
         parts[wish] = dataclasses.replace(settings, model=superbert, out=out,
@@ -589,7 +589,7 @@ def complete(settings):
     """Settings of train with nothing left open: the recipe's, and the directories by default."""
     own = Path(settings.data, "config.json").exists()
     bert = settings.bert or (settings.data if own else "bert-base-uncased")
-    out = settings.out or f"superbert/{Path(settings.data).resolve().name}"
+    out = settings.out or f"superbert/{os.path.basename(os.path.realpath(settings.data))}"
     recipe = {name: value for name, value in RECIPES[settings.recipe].items()
               if getattr(settings, name) is None}
     settings = dataclasses.replace(settings, bert=bert, out=out, **recipe)
@@ -705,7 +705,7 @@ class Run:
         own = {name: value for name, value in dataclasses.asdict(settings).items()
                if name not in ("out", "overwrite", "resume")}
         self.begun = dict(settings=own, inputs=inputs_of(*reads), world_size=WORLD_SIZE)
-        if self.path.resolve() in [Path(source).resolve() for source in reads]:
+        if os.path.realpath(self.path) in map(os.path.realpath, reads):    # a loop of links has one
             raise UserError(f"--out {self.path} is what the command reads: choose another")
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
