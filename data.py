@@ -12,7 +12,7 @@ import re
 from collections import Counter, namedtuple
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 # First model, which sets how torch's threads wait before torch is loaded.
@@ -487,20 +487,28 @@ def scorer(model, parts, metric, device, autocast):
 
 def remembered(model, batches):
     """A function (index of a batch, arch) -> its logits [B, num_labels], those of `model.forward`
-    to the bit. Architectures whose first layers are the same compute them once: hidden states
-    [B, T, C] are kept, the youngest that PREFIX_MEMORY has room for."""
+    to the bit. Architectures whose first layers are the same compute them once: each batch keeps
+    the hidden states [B, T, C] before its layers, the youngest that PREFIX_MEMORY has room for."""
+    kept = [{} for _ in batches]                                     # {the layers before: states}
     tokens = sum(ids.numel() for ids, *_ in batches)
-    room = PREFIX_MEMORY // (4 * tokens * model.config.hidden_size)          # of each batch
+    room = PREFIX_MEMORY // (4 * tokens * model.config.hidden_size)
 
-    def after(b, layers, last=False):
-        """Hidden states of batch b after some layers, [B, T, C]; with `last` [B, 1, C]."""
+    def forward(b, arch):
+        """Logits [B, num_labels] of batch b, from the longest prefix of layers that is kept."""
         ids, types, mask, _ = batches[b]
-        if not layers:
-            return model.embed(ids, types)
-        i, H, F_ = layers[-1]
-        return model.layers[i](kept(b, layers[:-1]), mask[:, None, None, :], H, F_, last=last)
-    kept = lru_cache(room * len(batches))(after)
-    return lambda b, arch: model.head(after(b, model.config.layers(arch), last=True))
+        layers, states = model.config.layers(arch), kept[b]
+        start = max((n for n in range(arch.depth) if layers[:n] in states), default=0)
+        # What is taken out here and put back below becomes the youngest of the dict.
+        x = states.pop(layers[:start], None)
+        if x is None:
+            x = model.embed(ids, types)
+        for n, (i, H, F_) in enumerate(layers[start:], start):
+            states[layers[:n]] = x
+            x = model.layers[i](x, mask[:, None, None, :], H, F_, last=n + 1 == arch.depth)
+        while len(states) > room:
+            del states[next(iter(states))]
+        return model.head(x)
+    return forward
 
 
 def replayed(model, batches, autocast):
