@@ -9,6 +9,7 @@ UTF-8 lines split at tabs, no quoting. A row that does not fit is an error with 
 import itertools
 import os
 import re
+import unicodedata
 from collections import Counter, namedtuple
 from copy import deepcopy
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ FORMATS = [  # first match wins; name None: the directory's name; labels None: t
 ]
 COLA = Format("CoLA", "sentence", None, "label", "matthews", ("0", "1"))
 LONGEST_LINE = 10**6
+NUMBER = re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?%?", re.IGNORECASE)
 
 
 @dataclass
@@ -211,9 +213,10 @@ def describe(task, kept, held, encoded, unk, max_length):
     seen = sum(e[:2] in trained for e in held + dev)
     warnings = {
         "the labels are numbers: if they are scores, name their column score, not label":
-            len(task.labels) > 10 and all(re.fullmatch(r"[-+\d.,eE%]+", x) for x in task.labels),
+            len(task.labels) > 10 and all(map(NUMBER.fullmatch, task.labels)),
         "some labels differ by blanks or case alone":
-            len({" ".join(name.casefold().split()) for name in task.labels}) < len(task.labels),
+            len({" ".join(unicodedata.normalize("NFKC", name).casefold().split())
+                 for name in task.labels}) < len(task.labels),
         "some texts are empty": not all(text.strip() for text in texts),
         f"many texts stand in a CSV file's quotes, which are not removed: lines {quoted[:3]} ...":
             len(quoted) > len(task.train) / 5,
@@ -271,6 +274,7 @@ def load_tokenizer(directory):
         if is_complete:
             tokenizer = tokenizers.Tokenizer.from_file(str(plain(path)))
             tokenizer.no_padding()
+            tokenizer.no_truncation()
             for name, value in casing.items():
                 if value not in (getattr(tokenizer.normalizer, name, value), None):
                     raise UserError(f"{path} contradicts tokenizer_config.json: {name} {value}")
@@ -284,6 +288,9 @@ def load_tokenizer(directory):
                 single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:0 [SEP]:0", special_tokens=[
                     (token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")])
         words, size = tokenizer.get_vocab(), BertConfig.load(directory).vocab_size
+        for token in ("[UNK]", "[CLS]", "[SEP]"):
+            if token not in words:
+                raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
         pair = tokenizer.encode("\U00012345", "a")                   # what it cannot know is [UNK]
         if pair.tokens[0] != "[CLS]" or pair.tokens[-1] != "[SEP]" or max(pair.type_ids) > 1:
             raise UserError(f"{path} does not give [CLS] text [SEP] text [SEP], as a BERT reads it")
@@ -300,9 +307,6 @@ def word_pieces(path, casing):
     if not path.exists():
         raise UserError(f"{path} does not exist, nor a tokenizer.json beside it")
     words = path.read_text("utf-8-sig").rstrip("\n").split("\n")
-    for token in ("[UNK]", "[CLS]", "[SEP]"):
-        if token not in words:
-            raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
     # Where nobody says so, a vocabulary with words in capitals is a cased one.
     capitals = sum(word != word.lower() for word in words if word[:1] not in ("[", "<"))
     with reading(path.with_name("tokenizer_config.json")):

@@ -530,7 +530,7 @@ def wished(settings, superbert):
     kind = kinds[0]
     typed = " ".join(getattr(settings, f"max_{kind}")).lower()
     # A blank may stand before a unit: "60 M".
-    wishes = re.sub(r"\s+(?=[a-z])", "", typed).split() or [""]
+    wishes = re.sub(r"(?<=[\d.])\s+(?=[a-z])", "", typed).split() or [""]
     parts = {}
     for wish in wishes:
         ending = wish if kind == "params" else f"{wish}-{kind}"
@@ -802,7 +802,7 @@ def recorded(runs, space):
         with reading(run.log_path):
             for line in read_log(run.path)[1:] if run.resumed else []:
                 arch = space.arch(line["choices"])
-                memo[arch], spent[arch] = float(line["score"]), float(line["cost"])
+                memo[arch], spent[arch] = float(line["score"]), line["cost"]
     return memo, spent
 
 
