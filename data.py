@@ -266,7 +266,7 @@ def load_tokenizer(directory):
         value = config.get(name)
         value = value.get("content") if isinstance(value, dict) else value
         if value not in [*values, None]:
-            raise UserError(f"{path}: {name} {value!r} is not BERT's WordPiece; it has {values}")
+            raise UserError(f"{path}: {name} is {value!r}, not one of {values}")
     casing = {theirs: config[name] for name, theirs in NORMALIZER.items() if name in config}
     is_complete = (here / "tokenizer.json").exists()
     path = here / ("tokenizer.json" if is_complete else "vocab.txt")

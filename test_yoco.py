@@ -1309,7 +1309,7 @@ def change(directory, name, tensor):
     (lambda d: change(d, "bert.pooler.dense.bias", torch.ones(13)), ["shape [13], expected [12]"]),
     (lambda d: change(d, "bert.pooler.dense.bias", torch.full((12,), np.nan)), ["finite"]),
     (lambda d: (d / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}'),
-     ["'T5Tokenizer' is not BERT's WordPiece"]),
+     ["tokenizer_class is 'T5Tokenizer', not one of"]),
     (lambda d: (d / "vocab.txt").unlink(), ["vocab.txt does not exist"]),
     (lambda d: (d / "vocab.txt").write_text("[CLS]\n[SEP]\n"), ["vocab.txt has no [UNK]"]),
     (lambda d: (d / "vocab.txt").write_bytes((d / "vocab.txt").read_bytes() + b"more\n"),

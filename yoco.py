@@ -705,7 +705,8 @@ class Run:
         own = {name: value for name, value in dataclasses.asdict(settings).items()
                if name not in ("out", "overwrite", "resume")}
         self.begun = dict(settings=own, inputs=inputs_of(*reads), world_size=WORLD_SIZE)
-        if os.path.realpath(self.path) in map(os.path.realpath, reads):    # a loop of links has one
+        # Not Path.resolve, which raises where links form a loop.
+        if os.path.realpath(self.path) in map(os.path.realpath, reads):
             raise UserError(f"--out {self.path} is what the command reads: choose another")
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite contradict each other")
