@@ -34,8 +34,7 @@ import data
 import yoco
 from glue import run_program
 from model import (Arch, BertConfig, SearchSpace, UserError, arithmetic, count_flops, count_params,
-                   extract, hardware, load_bert, read_json, save_bert,
-                   tokenizer_files, write_json)
+                   extract, hardware, load_bert, read_json, save_bert, tokenizer_files, write_json)
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS, MEAN = ("MRPC", "RTE", "CoLA", "STS-B", "SST-2"), "mean of tasks"
@@ -84,11 +83,12 @@ def mean_and_deviation(found):
 
 
 def paired_difference(found, reference):
-    """The mean difference over common seeds, and half of its 95% interval; None below two seeds."""
+    """The mean difference over common seeds, and half of its 95% interval; None without such a
+    seed, and below two."""
     less = {seed: found[seed] - reference[seed] for seed in found if seed in reference}
-    if len(less) < 2:
-        return None
-    mean, deviation = mean_and_deviation(less)
+    mean, deviation = mean_and_deviation(less) if less else (None, None)
+    if deviation is None:
+        return mean, None
     return mean, T95[min(len(less) - 2, 8)] * deviation / math.sqrt(len(less))
 
 
@@ -98,11 +98,10 @@ def in_words(found, reference=None):
     if not found:
         return ""
     mean, deviation = mean_and_deviation(found)
+    less, half = paired_difference(found, reference or {})
     text = f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
-    less, text = paired_difference(found, reference or {}), f"{text} ({len(found)})"
-    if less is None:
-        return text
-    return f"{text}; {less[0]:+.1f} [{less[0] - less[1]:+.1f}, {less[0] + less[1]:+.1f}]"
+    text += f" ({len(found)})" + (f"; {less:+.1f}" if less is not None else "")
+    return text + (f" [{less - half:+.1f}, {less + half:+.1f}]" if half is not None else "")
 
 
 # ---- Sizes, and the searches that are not the paper's --------------------------------------------
@@ -230,9 +229,8 @@ class Cell:
             print(f"--- {self.name}", flush=True)
             fills = {"plain": self.plain, "truncated": self.plain, "tuned": self.tuned,
                      "bands": self.bands, "matters": self.matters}
-            begun, fill = commit(), self.elastic
-            for word in self.base.split():
-                fill = fills.get(word, fill)
+            fill = next((fills[w] for w in self.base.split() if w in fills), self.elastic)
+            begun = commit()
             write_json(self.path, task=self.task, variant=self.variant, seed=self.seed,
                        commit=begun, **fill())
 
@@ -469,10 +467,8 @@ def variants_of(name):
 
 
 def tasks_of(cells):
-    """The tasks of some cells, and of several their mean."""
-    there = {task for task, _ in cells}
-    tasks = [task for task in TASKS if task in there] + sorted(there - set(TASKS))
-    return tasks + [MEAN] * (len(tasks) > 1)
+    """The tasks of some cells, in the order of TASKS."""
+    return sorted({task for task, _ in cells}, key=lambda task: (*TASKS, task).index(task))
 
 
 def values(cells, task, variant, place):
@@ -480,7 +476,7 @@ def values(cells, task, variant, place):
     for seeds that all of them have."""
     found = {}
     if task == MEAN:
-        of_tasks = [values(cells, each, variant, place) for each in {task for task, _ in cells}]
+        of_tasks = [values(cells, each, variant, place) for each in tasks_of(cells)]
         for seed in set.intersection(*map(set, of_tasks)):
             found[seed] = float(np.mean([of_task[seed] for of_task in of_tasks]))
         return found
@@ -492,38 +488,42 @@ def values(cells, task, variant, place):
     return found
 
 
-def compare(cells, variants, title, place):
-    """Print a row per variant and a column per task, each with the paired difference from the first
-    variant; and nothing at all where nothing is known."""
-    rows = []
-    for variant in variants:
-        texts = []
-        for task in tasks_of(cells):
-            first = values(cells, task, variants[0], place) if variant != variants[0] else None
-            texts.append(in_words(values(cells, task, variant, place), first))
+def compare(cells, corner, variants, columns):
+    """Print a row per variant and a column per heading, of {heading: (task, place)}, each with the
+    paired difference from the first variant; but none where nothing is known."""
+    known = {heading: [values(cells, task, variant, place) for variant in variants]
+             for heading, (task, place) in columns.items()}
+    known, rows = {heading: column for heading, column in known.items() if any(column)}, []
+    for n, variant in enumerate(variants):
+        texts = [in_words(column[n], column[0] if n else None) for column in known.values()]
         if any(texts):
             rows.append(f"| {variant} | " + " | ".join(texts) + " |")
     if rows:
-        tasks = " | ".join(tasks_of(cells))
-        print("\n".join([f"| {title} | {tasks} |", "|---" * (len(texts) + 1) + "|", *rows, ""]))
+        print(f"| {corner} | {' | '.join(known)} |", "|---" * (len(known) + 1) + "|", *rows, "",
+              sep="\n")
 
 
 def table(name, cells):
-    """Print one table."""
+    """Print one table: the core table a field at a time, with a column per task; every other one a
+    task at a time, with a column per field."""
     print("MiniLM (6 x 384; not comparable with BERT-base), scores in %: mean ± sample standard "
           "deviation (seeds);\nthen the paired difference from the first row [95% interval].\n")
-    cells = {key: cell for key, cell in cells.items()
-             if key[1].split(":")[0] in variants_of(name)}
+    cells = {key: of for key, of in cells.items() if key[1].split(":")[0] in variants_of(name)}
     if not cells:
         raise UserError(f"no cells of table {name} yet: python -m glue.paper run --variants {name}")
-    fields = {"choose": HOLDOUTS, "core": DEPLOYED | FIELDS}.get(name, FIELDS)
+    tasks = tasks_of(cells)
     for variants in TABLES[name]:
-        # Beside plain fine-tuning stands all; beside another the half of the encoder is enough.
-        shown = DEPLOYED if name == "core" and variants[0] != "plain" else fields
-        for title, place in shown.items():
-            compare(cells, variants, title, place)
+        if name == "core":
+            # Beside plain fine-tuning stands all; beside another the half of the encoder is enough.
+            fields = DEPLOYED | FIELDS if variants[0] == "plain" else DEPLOYED
+            for title, place in fields.items():
+                compare(cells, title, variants, {task: (task, place) for task in [*tasks, MEAN]})
+        else:
+            fields = (HOLDOUTS if name == "choose" else FIELDS).items()
+            for task in tasks:
+                compare(cells, task, variants, {title: (task, place) for title, place in fields})
     for variant in ("paper", "best") if name == "core" else ():
-        for task in tasks_of(cells):
+        for task in [*tasks, MEAN]:
             half, full = (values(cells, task, v, *DEPLOYED.values()) for v in (variant, "plain"))
             kept = {seed: 100 * half[seed] / full[seed] for seed in half if full.get(seed)}
             print(f"{variant} at half of the encoder keeps, in % of plain, {task}: "

@@ -34,7 +34,9 @@ def test_statistics():
     assert paper.mean_and_deviation({3: 4.0}) == (4.0, None)
     mean, half = paper.paired_difference(found, reference)
     assert mean == 2.0 and half == pytest.approx(2.484, abs=1e-3)
-    assert paper.paired_difference({0: 1.0}, reference) is None
+    assert paper.paired_difference({1: 1.0}, reference) == (-3.0, None)
+    assert paper.paired_difference({7: 1.0}, reference) == (None, None)
+    assert paper.in_words({1: 1.0}, reference) == "1.0 (1); -3.0"
     assert paper.in_words({}) == "" and paper.in_words({3: 4.0}) == "4.0 (1)"
     assert paper.in_words({0: 1.0, 1: 3.0}) == "2.0 ± 1.4 (2)"
     assert paper.in_words({0: 3.0, 1: 5.0, 2: 10.0}, reference) == (
