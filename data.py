@@ -7,6 +7,7 @@ UTF-8 lines split at tabs, no quoting. A row that does not fit is an error with 
 """
 
 import itertools
+import math
 import os
 import re
 import unicodedata
@@ -77,11 +78,12 @@ class Task:
 def load_task(directory):
     """Read train.tsv and dev.tsv (MNLI: dev_matched.tsv and dev_mismatched.tsv) of `directory`.
     UserError for whatever is missing, malformed, or leaves nothing to learn."""
-    directory, devs = Path(directory), []
+    directory = Path(directory)
     kind, train, labels = read_examples(directory / "train.tsv")
     if len({example.label for example in train}) < 2:
         raise UserError(f"{directory / 'train.tsv'}: only one label; nothing to learn")
     names = ["dev_matched.tsv", "dev_mismatched.tsv"] if kind.name == "MNLI" else ["dev.tsv"]
+    devs = []
     for name in names:
         dev_kind, dev, _ = read_examples(directory / name, labels)
         if dev_kind != kind:
@@ -97,13 +99,16 @@ def read_examples(path, labels=None):
     labels, examples = labels or kind.labels, []
     if labels is None:
         labels = tuple(sorted({label for *_, label in table if is_label(label)}))
+    is_regression = kind.labels == ()
+    legal = f"one of {', '.join(labels)}" if labels else "a name"
+    if is_regression:
+        legal = "a number"
     for line, one, two, label in table:
         try:
-            value = labels.index(label) if kind.labels != () else float(label)
+            value = float(label) if is_regression else labels.index(label)
         except ValueError:
-            value = np.nan
+            value = np.nan                                           # refused below
         if not np.isfinite(value):
-            legal = "a number" if kind.labels == () else f"one of {', '.join(labels) or 'any'}"
             raise UserError(f"{path}, line {line}: label {label[:40]!r} is not {legal}")
         examples.append(Example(one, two, value))
     return kind, examples, labels
@@ -159,12 +164,14 @@ def read_rows(path):
         elif path.with_suffix(".csv").exists():
             hint = "a .csv does: write it anew with tabs and without quotes"
         raise UserError(f"{path} does not exist; {hint}")
-    content, rows = plain(path).read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n"), []
+    content = plain(path).read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
     if not content:
         raise UserError(f"{path} is empty")
+    rows = []
     for number, line in enumerate(content.split(b"\n"), 1):
         if b"\0" in line or len(line) > LONGEST_LINE:
-            raise UserError(f"{path}, line {number}: a NUL, or more than {LONGEST_LINE:,} bytes")
+            raise UserError(f"{path}, line {number}: a NUL (is it UTF-16?), or more than "
+                            f"{LONGEST_LINE:,} bytes")
         try:
             rows.append(line.decode().removesuffix("\r").split("\t"))
         except UnicodeDecodeError:
@@ -175,7 +182,8 @@ def read_rows(path):
 def split_holdout(examples, fraction, seed):
     """Split train into (kept, held out): `fraction` of it, at least one example unless that is 0,
     and of every label, or of every stretch of the scores, its share."""
-    rng, labels = np.random.default_rng(seed), np.array([e.label for e in examples])
+    rng = np.random.default_rng(seed)
+    labels = np.array([e.label for e in examples])
     held = np.zeros(len(examples), bool)
     total = min(len(examples) - 1, max(1, round(fraction * len(examples)))) if fraction else 0
     if total and labels.dtype == np.float64:
@@ -194,9 +202,9 @@ def split_holdout(examples, fraction, seed):
     return list(itertools.compress(examples, ~held)), list(itertools.compress(examples, held))
 
 
-def describe(task, kept, held, encoded, unk, max_length):
+def describe(task, kept, held, encoded, bert, max_length):
     """Lines that say what was understood of a task, and what looks like a mistake. kept, held: the
-    parts of train; encoded: the first; unk: the id of [UNK]."""
+    parts of train; encoded: the first, by the tokenizer in `bert`, cut to `max_length` tokens."""
     labels = [e.label for e in task.train]
     dev = [e for part in task.devs for e in part]
     texts = [text for e in task.train + dev for text in e[:2] if text is not None]
@@ -206,6 +214,7 @@ def describe(task, kept, held, encoded, unk, max_length):
     else:
         kind = f"scores from {min(labels):g} to {max(labels):g}, mean {np.mean(labels):.3g}"
     lengths = np.array([len(e.input_ids) for e in encoded])
+    unk = load_tokenizer(bert).token_to_id("[UNK]")
     unknown = np.mean([i == unk for e in encoded for i in e.input_ids])
     quoted = [row for row, e in enumerate(task.train, 2)             # line 1 is the header
               if any(text and text[0] == text[-1] == '"' for text in e[:2])]
@@ -245,13 +254,17 @@ def majority(task):
 
 # ---- The tokenizer, and batches ------------------------------------------------------------------
 
+# Classes that give both texts of a pair the token type 0, unless model_input_names asks for types.
 ONE_TYPE = ["DistilBertTokenizer", "DistilBertTokenizerFast", "TokenizersBackend"]
 # What is supported of the fields of tokenizer_config.json that have few values; and those of the
 # normalizer, under the names that the library has for them.
 SUPPORTED = {
     "tokenizer_class": ["BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", *ONE_TYPE],
-    "do_basic_tokenize": [True], "split_special_tokens": [False], "truncation_side": ["right"],
-    "unk_token": ["[UNK]"], "cls_token": ["[CLS]"], "sep_token": ["[SEP]"]}
+    "word_tokenizer_type": ["basic"], "subword_tokenizer_type": ["wordpiece"],
+    "do_lower_case": [True, False], "strip_accents": [True, False],
+    "tokenize_chinese_chars": [True, False], "do_basic_tokenize": [True],
+    "split_special_tokens": [False], "truncation_side": ["right"], "unk_token": ["[UNK]"],
+    "cls_token": ["[CLS]"], "sep_token": ["[SEP]"]}
 NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
               "tokenize_chinese_chars": "handle_chinese_chars"}
 
@@ -267,36 +280,38 @@ def load_tokenizer(directory):
         value = value.get("content") if isinstance(value, dict) else value
         if value not in [*values, None]:
             raise UserError(f"{path}: {name} is {value!r}, not one of {values}")
-    casing = {theirs: config[name] for name, theirs in NORMALIZER.items() if name in config}
-    is_complete = (here / "tokenizer.json").exists()
-    path = here / ("tokenizer.json" if is_complete else "vocab.txt")
+    casing = {theirs: config[name] for name, theirs in NORMALIZER.items()
+              if config.get(name) is not None}
+    has_json = (here / "tokenizer.json").exists()
+    path = here / ("tokenizer.json" if has_json else "vocab.txt")
     with reading(path):
-        if is_complete:
+        if has_json:
             tokenizer = tokenizers.Tokenizer.from_file(str(plain(path)))
             tokenizer.no_padding()
             tokenizer.no_truncation()
             for name, value in casing.items():
-                if value not in (getattr(tokenizer.normalizer, name, value), None):
+                if getattr(tokenizer.normalizer, name, value) != value:
                     raise UserError(f"{path} contradicts tokenizer_config.json: {name} {value}")
         else:
             tokenizer = word_pieces(plain(path), casing)
-        add_tokens(tokenizer, here, known=is_complete)
-        # As in transformers, some classes give a second text the token type 0 unless told.
-        inputs = config.get("model_input_names", [])
-        if "token_type_ids" not in inputs and (inputs or config.get("tokenizer_class") in ONE_TYPE):
-            tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-                single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:0 [SEP]:0", special_tokens=[
-                    (token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")])
-        words, size = tokenizer.get_vocab(), BertConfig.load(directory).vocab_size
+        add_tokens(tokenizer, here, known=has_json)
+        words = tokenizer.get_vocab()
         for token in ("[UNK]", "[CLS]", "[SEP]"):
             if token not in words:
                 raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
-        pair = tokenizer.encode("\U00012345", "a")                   # what it cannot know is [UNK]
+        inputs = config.get("model_input_names") or []
+        if "token_type_ids" not in inputs and (inputs or config.get("tokenizer_class") in ONE_TYPE):
+            tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+                single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:0 [SEP]:0",
+                special_tokens=[(token, words[token]) for token in ("[CLS]", "[SEP]")])
+        # A character that none knows: this raises where the tokenizer's own [UNK] does not work.
+        pair = tokenizer.encode("\U00012345", "a")
         if pair.tokens[0] != "[CLS]" or pair.tokens[-1] != "[SEP]" or max(pair.type_ids) > 1:
             raise UserError(f"{path} does not give [CLS] text [SEP] text [SEP], as a BERT reads it")
+    # SentencePiece marks where a word begins with this; WordPiece marks how one goes on, with ##.
     if sum(word.startswith("\u2581") for word in words) > len(words) / 10:
         raise UserError(f"{path} is not the vocabulary of a BERT's WordPiece")
-    most = max(words.values())
+    most, size = max(words.values()), BertConfig.load(directory).vocab_size
     if most >= size:
         raise UserError(f"{path} has the id {most}, but config.json's vocab_size is {size}")
     return tokenizer
@@ -309,10 +324,8 @@ def word_pieces(path, casing):
     words = path.read_text("utf-8-sig").rstrip("\n").split("\n")
     # Where nobody says so, a vocabulary with words in capitals is a cased one.
     capitals = sum(word != word.lower() for word in words if word[:1] not in ("[", "<"))
-    with reading(path.with_name("tokenizer_config.json")):
-        return tokenizers.BertWordPieceTokenizer(
-            {word: i for i, word in enumerate(words)},
-            **{"lowercase": capitals < len(words) / 100, **casing})
+    casing = {"lowercase": capitals < len(words) / 100, **casing}
+    return tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, **casing)
 
 
 def add_tokens(tokenizer, directory, known):
@@ -382,24 +395,29 @@ def batches(encoded, batch_size, seed, first=0):
     names each example once; its order follows from seed and epoch alone. Examples are shuffled and
     sorted by length within buckets of 50 batches, so that a batch has little padding; then the
     batches are shuffled."""
-    start, skip = divmod(first, -(-len(encoded) // batch_size))
+    bucket = 50 * batch_size
+    start, skip = divmod(first, math.ceil(len(encoded) / batch_size))
     for epoch in itertools.count(start):
         rng = np.random.default_rng([seed, epoch])
-        order, bucket, cut = rng.permutation(len(encoded)).tolist(), 50 * batch_size, []
-        for i in range(0, len(order), bucket):
-            chunk = sorted(order[i:i + bucket], key=lambda i: -len(encoded[i].input_ids))
-            cut += [chunk[i:i + batch_size] for i in range(0, len(chunk), batch_size)]
-        for i in rng.permutation(len(cut))[skip if epoch == start else 0:]:
-            yield cut[i]
+        order = rng.permutation(len(encoded)).tolist()
+        cut = []
+        for a in range(0, len(order), bucket):
+            chunk = sorted(order[a:a + bucket], key=lambda i: -len(encoded[i].input_ids))
+            cut += [chunk[b:b + batch_size] for b in range(0, len(chunk), batch_size)]
+        for n in rng.permutation(len(cut))[skip:]:
+            yield cut[n]
+        skip = 0                                                     # of the first epoch alone
 
 
 def token_batches(encoded, tokens):
     """Cut `encoded` into batches for evaluation: index lists, longest first, each of as many
     examples as make at most `tokens` tokens when padded to the longest (but at least one)."""
-    order, cut = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids)), []
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
+    cut = []
     while order:
         size = max(1, tokens // len(encoded[order[0]].input_ids))
-        cut, order = cut + [order[:size]], order[size:]
+        cut.append(order[:size])
+        order = order[size:]
     return cut
 
 
@@ -408,7 +426,8 @@ def collate(encoded, indices, device="cpu", most=10**6):
     shapes: a CPU keeps kernels for each, a GPU a graph), but not beyond the model's `most`
     positions: input_ids, token_type_ids (int64) and attention_mask (bool), each [B, T], and labels
     [B] (int64, or float32 for regression)."""
-    rows, step = [encoded[i] for i in indices], 8 if torch.device(device).type == "cpu" else 32
+    rows = [encoded[i] for i in indices]
+    step = 8 if torch.device(device).type == "cpu" else 32
     longest = max(len(row.input_ids) for row in rows)
     T = max(longest, min(most, -(-longest // step) * step))
     ids, types = np.zeros((2, len(rows), T), np.int64)               # padding is masked
@@ -416,8 +435,8 @@ def collate(encoded, indices, device="cpu", most=10**6):
     for b, row in enumerate(rows):
         n = len(row.input_ids)
         ids[b, :n], types[b, :n], mask[b, :n] = row.input_ids, row.token_type_ids, True
-    labels = torch.tensor([row.label for row in rows])               # int64 or float32
-    return tuple(t.to(device) for t in (*map(torch.from_numpy, (ids, types, mask)), labels))
+    labels = [row.label for row in rows]                             # become int64 or float32
+    return tuple(torch.as_tensor(x, device=device) for x in (ids, types, mask, labels))
 
 
 # ---- Using a model -------------------------------------------------------------------------------
@@ -432,10 +451,10 @@ def load(directory):
         """One text or a list, and as many second texts -> three [B, T] tensors."""
         if isinstance(texts, str):
             texts, pairs = [texts], [pairs]
-        pairs = pairs or [None] * len(texts)
-        examples = [Example(one, two, 0) for one, two in zip(texts, pairs, strict=True)]
-        if not examples:
-            raise UserError("no texts to encode")
+        pairs = [None] * len(texts) if pairs is None else pairs
+        if not texts or isinstance(pairs, str) or len(pairs) != len(texts):
+            raise UserError("encode takes at least one text, and as many second texts or none")
+        examples = [Example(one, two, 0) for one, two in zip(texts, pairs)]
         return collate(encode_examples(examples), range(len(examples)), most=most)[:3]
     return model, encode_texts
 
@@ -495,6 +514,7 @@ def remembered(model, batches):
     the hidden states [B, T, C] before its layers, the youngest that PREFIX_MEMORY has room for."""
     kept = [{} for _ in batches]                                     # {the layers before: states}
     tokens = sum(ids.numel() for ids, *_ in batches)
+    # How many such states each batch may keep.
     room = PREFIX_MEMORY // (4 * tokens * model.config.hidden_size)
 
     def forward(b, arch):
@@ -556,7 +576,7 @@ def load_trained(directory, task):
     labels = BertConfig.load(directory).labels
     if labels != task.labels:
         raise UserError(f"{directory} knows the labels {labels}, but the data has {task.labels}")
-    return load_bert(directory, task.num_labels)
+    return load_bert(directory)                  # refuses where the classifier is missing
 
 
 # ---- Metrics, on two sequences of n labels and n predictions; as fractions -----------------------

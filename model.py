@@ -6,7 +6,8 @@ evenly spaced ones, and in each of them the first `h` heads and the first `k` FF
 architecture is an argument of `forward`: nothing is selected beforehand, and what is sliced off is
 not computed. Hidden size, embeddings, pooler and classifier are shared by every architecture.
 
-Letters: B batch, T tokens, C hidden size, H heads kept, D head size, F FFN neurons kept.
+Letters: B batch, T tokens, C hidden size, L layers, H heads kept, D head size, F FFN neurons kept
+(F_ in code, where F is torch.nn.functional).
 """
 
 import ctypes
@@ -44,11 +45,12 @@ ACTIVATIONS = {"gelu": nn.GELU(), "gelu_python": nn.GELU(), "gelu_new": nn.GELU(
 CHOICES = {"model_type": ["bert"], "position_embedding_type": ["absolute"], "is_decoder": [False],
            "is_encoder_decoder": [False], "add_cross_attention": [False], "pruned_heads": [{}],
            "hidden_act": list(ACTIVATIONS), "depth_keeps": ["first", "even"],
-           "problem_type": ["regression", "single_label_classification"]}
+           "problem_type": ["regression", "single_label_classification"],
+           "tokenizer_class": ["BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast"]}
 # Fields that change no logit; those in the last three lines are for generating text.
 HARMLESS = re.compile(r"""
     architectures|transformers_version|\w*name_or_path|model_name|language|(torch_)?dtype|use_cache
-    |use_bfloat16|finetuning_task|task_specific_params|tokenizer_class|label2id|_?num_labels
+    |use_bfloat16|finetuning_task|task_specific_params|label2id|_?num_labels
     |output_\w+|return_dict|torchscript|tf_legacy_loss|xla_device|gradient_checkpointing|tie_\w+
     |chunk_size_feed_forward|_?attn_implementation\w*|directionality|pooler_\w+|\w+_token_ids?
     |(max|min)_length|do_sample|early_stopping|num_beam\w+|num_return_sequences|temperature|top_[kp]
@@ -66,7 +68,7 @@ def is_label(name):
 @dataclass
 class BertConfig:
     """The fields of a Hugging Face config.json that shape a BERT; the defaults are BERT-base's.
-    ValueError for sizes and shares that no BERT has."""
+    ValueError for a value that no BERT has."""
     vocab_size: int = 30522
     hidden_size: int = 768                     # C
     num_hidden_layers: int = 12
@@ -131,7 +133,8 @@ class BertConfig:
     def load(cls, directory):
         """Read `directory`/config.json. A field that changes what is computed is computed here or
         refused by name, and so is one that nobody here knows; null stands for its default."""
-        path, own = Path(directory) / "config.json", {field.name for field in fields(cls)}
+        path = Path(directory) / "config.json"
+        own = {field.name for field in fields(cls)}
         found = read_json(path, f"does not exist: {directory} is no BERT's directory; one to "
                                 "fetch: python -m glue.download bert-base-uncased")
         if path.with_name("log.jsonl").exists() and not path.with_name("run.json").exists():
@@ -183,7 +186,7 @@ class Arch(namedtuple("Arch", "heads ffn_sizes")):
 
 class SearchSpace:
     """The search space M of Sec. 3.2 as categorical variables: one over depth, then one per layer
-    over the pair (FFN size, heads): index = FFN index * number of heads choices + heads index.
+    over the pair (FFN size, heads): index = FFN index * number of choices of heads + heads index.
 
     A point of it is a list of choices, one category index per variable; a layer that the depth does
     not keep is inactive and has the choice None. `categories` counts those of each variable.
@@ -275,11 +278,13 @@ def front_linear(x, linear, n_out=None, n_in=None):
 
 
 def dropout(x, p):
-    """F.dropout, which on a CPU draws one number at a time, a good part of a step; there 64 random
-    bits decide about four elements, which rounds `p` to a multiple of 2**-16."""
+    """F.dropout, always active: `p` is 0 outside of training. On a CPU that draws one number at a
+    time, a good part of a step; here 64 random bits decide about four elements, which rounds `p` to
+    a multiple of 2**-16."""
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)
+    # Four int16 of each int64, uniform from -2**15 on: a share p of them lies below this threshold.
     keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
@@ -378,9 +383,10 @@ class ElasticBert(nn.Module):
 
     def masked(self, input_ids, token_type_ids, attention_mask, sizes):
         """What `forward` gives for several architectures, in one pass of fixed shapes, which suits
-        a GPU. Every example is there once per architecture; what that lacks is a zero (heads,
-        neurons) or passed by (layers): slicing is masking with the zeros not computed. Three [B, T]
-        tensors as above, and sizes [lambda, L, 2] of `layer_sizes` -> [lambda, B, num_labels]."""
+        a GPU. Every example is there once per architecture. Heads and neurons that this one lacks
+        are multiplied by 0, a layer that it lacks passes its input on: slicing is masking with the
+        zeros not computed. Three [B, T] tensors as above, and sizes [lambda, L, 2] of `layer_sizes`
+        -> [lambda, B, num_labels]."""
         n, B = len(sizes), len(input_ids)
         x = self.embed(input_ids.repeat(n, 1), token_type_ids.repeat(n, 1))      # [n*B, T, C]
         mask = attention_mask.bool().repeat(n, 1)[:, None, None, :]      # [n*B, 1, 1, T]
@@ -390,7 +396,7 @@ class ElasticBert(nn.Module):
             keep = (torch.arange(H, device=h.device) < h,                # [n*B, H]
                     torch.arange(F_, device=k.device) < k)               # [n*B, F]
             y = layer(x, mask, H, F_, last=i + 1 == len(self.layers), keep=keep)
-            x = torch.where(h[:, :, None] > 0, y, x[:, :y.shape[1]])     # its input, if not there
+            x = torch.where(h[:, :, None] > 0, y, x[:, :y.shape[1]])     # missing: its input
         return self.head(x).view(n, B, -1)                               # [n, B, num_labels]
 
     def embed(self, input_ids, token_type_ids):
@@ -431,10 +437,13 @@ def extract(model, arch):
                      layer_heads=list(arch.heads), layer_ffn_sizes=list(arch.ffn_sizes))
     with torch.device("meta"):                                           # shapes without memory
         sub = ElasticBert(config, model.num_labels)
+    # The layers that stay are numbered anew, and stand over the full model's first ones.
     active = nn.ModuleList(model.layers[i] for i, *_ in model.config.layers(arch))
-    full = {**model.state_dict(), **active.state_dict(prefix="layers.")}  # in their new places
-    state = {name: full[name][tuple(map(slice, tensor.shape))].clone()   # the front in every sense
-             for name, tensor in sub.state_dict().items()}
+    full = {**model.state_dict(), **active.state_dict(prefix="layers.")}
+    state = {}
+    for name, tensor in sub.state_dict().items():
+        front = tuple(slice(n) for n in tensor.shape)                    # [:n] in every dimension
+        state[name] = full[name][front].clone()
     sub.load_state_dict(state, assign=True)
     return sub.train(model.training)
 
@@ -483,21 +492,22 @@ def load_bert(directory, num_labels=None, labels=None):
 
     labels: the names to train on, () for regression; see `fit_classifier`. Where there is no
     classifier, a new one is initialised at random, with a line that says so, and so is the pooler
-    that a model of masked words lacks. Else the names and shapes of the tensors must be exactly the
-    model's; UserError names the first at fault.
+    that a model of masked words lacks. All other tensors must have exactly the names and shapes of
+    the model's; UserError names the first at fault.
     """
     config, tensors = BertConfig.load(directory), read_tensors(directory)
     kinds = read_json(Path(directory) / "config.json").get("architectures")
     if kinds not in (None, ["BertForSequenceClassification"]):
-        # A classifier of tokens or of choices is none of texts.
+        # A classifier of tokens or of choices does not classify texts.
         tensors = {name: t for name, t in tensors.items() if not name.startswith("classifier.")}
     if labels is not None:
         fit_classifier(tensors, config, labels, directory)
-    if num_labels is None and not tensors.get("classifier.weight", torch.zeros(())).dim():
-        raise UserError(f"{directory} has no classifier: it was not fine-tuned")
-    num_labels = num_labels or len(tensors["classifier.weight"])
+    if num_labels is None:
+        if "classifier.weight" not in tensors:
+            raise UserError(f"{directory} has no classifier: it was not fine-tuned")
+        num_labels = len(torch.atleast_1d(tensors["classifier.weight"]))
     one_answer = config.problem_type == "regression"
-    if one_answer != (num_labels == 1) or config.labels and len(config.labels) != num_labels:
+    if one_answer != (num_labels == 1) or (config.labels and len(config.labels) != num_labels):
         raise UserError(f"{directory}: {num_labels} logits contradict its config.json: one alone "
                         'needs "problem_type": "regression"; "id2label", if any, names each')
     with torch.device("meta"):                    # no memory before the shapes are checked
@@ -508,17 +518,19 @@ def load_bert(directory, num_labels=None, labels=None):
         n_out, n_in = getattr(model, name).weight.shape
         say(f"{directory}: a new {name} is initialised, {n_in} -> {n_out}")
         weight = torch.empty(n_out, n_in).normal_(std=config.initializer_range)
-        tensors |= {hf_name(f"{name}.weight"): weight, hf_name(f"{name}.bias"): torch.zeros(n_out)}
+        tensors[hf_name(f"{name}.weight")] = weight
+        tensors[hf_name(f"{name}.bias")] = torch.zeros(n_out)
     state = {}
     for name, like in model.state_dict().items():
-        tensor, title = tensors.pop(hf_name(name), None), f"{directory}: tensor {hf_name(name)}"
+        title = f"{directory}: tensor {hf_name(name)}"
+        tensor = tensors.pop(hf_name(name), None)
         if tensor is None:
             raise UserError(f"{title} is missing")
         if tensor.shape != like.shape:
             raise UserError(f"{title} has shape {[*tensor.shape]}, expected {[*like.shape]}")
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise UserError(f"{title} is not all finite numbers")
-        state[name] = tensor.to(torch.float32, copy=True)                # not a map of the file
+        state[name] = tensor.to(torch.float32, copy=True)                # not the file, mapped
     if tensors:
         raise UserError(f"{directory}: unknown tensor {min(tensors)}")
     model.load_state_dict(state, assign=True)
@@ -527,13 +539,14 @@ def load_bert(directory, num_labels=None, labels=None):
 
 def fit_classifier(tensors, config, labels, directory):
     """Fit the classifier among `tensors` to label names, () for regression: one of the same names
-    in another order is permuted, one of other names is removed. `config` takes the names over."""
+    in another order is permuted; one of other names is removed, but for regression one of a single
+    row is kept. `config` takes the names over."""
     known, own = config.labels, [name for name in tensors if name.startswith("classifier.")]
     rows = {tensors[name].shape[:1] for name in own}
     config.name_labels(labels)
     if rows == {(len(labels),)} and sorted(labels) == sorted(known):
         order = [known.index(name) for name in labels]
-        tensors |= {name: tensors[name][order] for name in own}
+        tensors.update({name: tensors[name][order] for name in own})
     elif own and (labels or rows != {(1,)}):
         say(f"{directory}: its classifier, of {', '.join(known) or 'unnamed labels'}, is not used")
         for name in own:
@@ -564,6 +577,8 @@ def read_tensors(directory):
             name = re.sub(r"^(embeddings|encoder|pooler)\.", r"bert.\1.", name)
             name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
             name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+            if name in tensors:
+                raise UserError(f"{path} has two tensors {name}, or another file has it, too")
             if not re.match(r"cls\.|qa_outputs\.|.*embeddings\.position_ids$", name):
                 tensors[name] = tensor
     return tensors
@@ -597,7 +612,7 @@ def save_bert(model, directory, tokenizer=None):
 def arithmetic(device="auto", precision="auto"):
     """(torch.device, maker of autocast contexts); "auto": the fastest device there is, and bf16
     where its hardware has units for it, else fp32. UserError where the device is missing."""
-    keep_memory()
+    keep_memory()                                 # here, since every program begins with this
     here = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
     name = here[0] if device == "auto" else device
     if name not in here:
@@ -643,7 +658,8 @@ def record(compute, pool=None):
     where they are: `graph.replay()` computes the result anew, without launching every kernel."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):                # what libraries load at their first use
+    # Twice beforehand, since what libraries load at their first use cannot be recorded.
+    with torch.cuda.stream(aside):
         for _ in range(2):
             compute()
     torch.cuda.current_stream().wait_stream(aside)
@@ -655,11 +671,13 @@ def record(compute, pool=None):
 
 def latency(model, T, autocast):
     """Milliseconds that one sequence of T tokens takes: the median of 20, after 3 to warm up."""
-    ids, times = torch.ones(1, T, dtype=torch.int64, device=model.pooler.weight.device), []
+    mask = torch.ones(1, T, dtype=torch.int64, device=model.pooler.weight.device)
+    ids = types = torch.zeros_like(mask)                                 # any tokens will do
+    times = []
     with torch.inference_mode(), autocast():
         for _ in range(23):
             start = time.perf_counter()
-            model(ids, ids - 1, ids)[0, 0].item()                        # waits for the device
+            model(ids, types, mask)[0, 0].item()                         # waits for the device
             times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times[3:])
 
@@ -721,7 +739,7 @@ def write_json(path, **fields):
 
 
 def fingerprint(*paths):
-    """The sha256 of the names and contents of those of some files that exist."""
+    """One sha256 of the names and contents of those `paths` that exist."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
         if path.exists():

@@ -68,6 +68,7 @@ import data
 # How many processes torchrun started, and the number of this one among them, from 0.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
+SIGNALS = []        # Ctrl-C and SIGTERM: train and search stop after the step at hand
 
 
 # ---- The distribution P_theta and its natural gradient (Sec. 3.3) --------------------------------
@@ -76,8 +77,8 @@ class Categorical:
     """P_theta(m): independent categorical variables; theta[v][c] is the probability of category c.
 
     A closed category has theta = 0 and an open one never does, so theta alone tells which is which.
-    What `step` takes is a list with one category index per variable, or None where it is inactive;
-    `sample` fills all.
+    A sample is a list with one category index per variable. `sample` draws all of them; `step`
+    wants None where a variable is inactive, as `SearchSpace.choices` gives it.
     """
 
     def __init__(self, sizes):
@@ -109,7 +110,8 @@ class Categorical:
         of a uniform choice, what stays keeps its proportions, what closes gets 0."""
         # AUTHORS: keep theta on closed categories, where clipping drains it before any sample.
         for theta, mask in zip(self.theta, masks):
-            stay, new = mask & (theta > 0), mask / mask.sum()
+            stay = mask & (theta > 0)
+            new = mask / mask.sum()                                  # the uniform choice
             new[stay] = theta[stay] / theta[stay].sum() * stay.sum() / mask.sum()
             theta[:] = new
 
@@ -123,8 +125,8 @@ class Categorical:
         if norm > 1e-8:
             for theta, g in zip(self.theta, gradient):
                 if g.any():                                          # else it stays as it is
-                    is_open = theta > 0
-                    theta[is_open] = above_floor((theta + delta / norm * g)[is_open], self.n)
+                    moved = theta + delta / norm * g                 # of what is closed, still 0
+                    theta[theta > 0] = above_floor(moved[theta > 0], self.n)
 
 
 def natural_gradient(theta, samples, utilities):
@@ -189,7 +191,7 @@ def exploit_probability(P):
 
 # ---- Progressive expanding of the training space (Sec. 3.2) --------------------------------------
 
-# Epochs of the stages that open one more choice: of heads, of FFN sizes, of depth.
+# The authors' epochs of the stages that open one more choice: of heads, of FFN sizes, of depth.
 EPOCHS = {
     "CoLA": ((4, 4), (4, 4, 4), (4, 4, 4)),
     "MNLI": ((3, 1), (1, 1, 1), (1, 1, 1)),
@@ -211,8 +213,7 @@ Stage = namedtuple("Stage", "name depths heads ffn_sizes first steps")
 
 def open_masks(space, stage):
     """The open categories of each variable in a stage, as `Categorical.open` wants them."""
-    layer = [k in stage.ffn_sizes and h in stage.heads               # in SearchSpace's order
-             for k in space.ffn_sizes for h in space.heads]
+    layer = [h in stage.heads and k in stage.ffn_sizes for h, k in space.pairs]
     return [np.isin(space.depths, stage.depths)] + [np.array(layer)] * space.depths[-1]
 
 
@@ -222,6 +223,7 @@ def make_stages(space, task, steps_per_epoch, kind="progressive", epochs=0.0):
     epochs each; largest: the first stage alone. epochs: in all, 0 for the table's."""
     h_epochs, k_epochs, d_epochs = EPOCHS.get(task, EPOCHS["default"])
     d, h, k = space.depths[::-1], space.heads[::-1], space.ffn_sizes[::-1]
+    # A row: name; how many depths, heads and FFN sizes are open, from the largest on; epochs.
     # AUTHORS: no stage for the largest alone. CHOICE: as many epochs as the last stage.
     table = [("largest", 1, 1, 1, d_epochs[-1])]
     table += [("heads", 1, n, 1, e) for n, e in zip(range(2, len(h) + 1), h_epochs)]
@@ -254,13 +256,15 @@ CONTROLLERS = {"ee": exploit_probability, "noise": exploit_probability,
 def train(settings):
     """Train a super-BERT as TrainSettings say; return its run.json. On the right: Algorithm 1."""
     settings = complete(settings)
-    run = Run(settings, settings.data, settings.bert)                # refused here, if at all
+    run = Run(settings, settings.data, settings.bert)                # refuses an --out in use
     train_file = fingerprint(f"{settings.data}/train.tsv")
     device, autocast = arithmetic(settings.device, settings.precision)
-    task, tokenizer = data.load_task(settings.data), tokenizer_files(settings.bert)
+    task = data.load_task(settings.data)
+    tokenizer = tokenizer_files(settings.bert)
     torch.manual_seed(settings.seed)                                 # a new classifier, dropout
     model = initial_model(settings, task).to(device).train()                             # 1
-    space, split = SearchSpace.for_config(model.config), holdout_split(settings, train_file)
+    space = SearchSpace.for_config(model.config)
+    split = holdout_split(settings, train_file)
     kept, held = data.split_holdout(task.train, *split)
     max_length = min(settings.max_length, model.config.max_position_embeddings)
     encode = data.encoder(settings.bert, max_length)
@@ -268,11 +272,11 @@ def train(settings):
     per_epoch = math.ceil(len(kept) / settings.batch_size)
     stages = make_stages(space, task.name, per_epoch, settings.stages, settings.epochs)
     steps = stages[-1].first + stages[-1].steps
-    interval = max(1, per_epoch // 20)                               # I, as the authors'
+    interval = max(1, per_epoch // 20)                               # I: 5% of it, as the authors'
     lr = settings.lr or LEARNING_RATES.get(task.name, LEARNING_RATES["default"])
     P, rng = Categorical(space.categories), np.random.default_rng(settings.seed)         # 1
     # Two ways to the same losses and gradients; on a GPU masks are faster than slices.
-    backward = graphed_gradient() if device.type == "cuda" else weight_gradient
+    gradient = graphed_gradient() if device.type == "cuda" else weight_gradient
     first, K, adam, teacher = 0, 1.0, new_adam(model), None          # of a run that is new
 
     run.open()
@@ -281,8 +285,7 @@ def train(settings):
     if run.resumed:
         first, K, teacher = restore(run, model, adam, P, rng)
     order = data.batches(examples, settings.batch_size, settings.seed, first)
-    unk = data.load_tokenizer(settings.bert).token_to_id("[UNK]")
-    say("\n".join(data.describe(task, kept, held, examples, unk, max_length)))
+    say("\n".join(data.describe(task, kept, held, examples, settings.bert, max_length)))
     say(f"{steps} steps, {steps / per_epoch:.3g} epochs; {space.size():.1e} architectures")
     progress = Progress(first, steps)
     # CHOICE: t counts batches, as Alg. 1's loop takes one each, though it calls them epochs.
@@ -298,12 +301,12 @@ def train(settings):
                 teacher = copy.deepcopy(model).eval()
         if t == stage.first or t % interval == 0:                                        # 3
             K = CONTROLLERS[settings.strategy](P)                                        # 4, 5
-        mine, share = rank_part(next(order))                         # all of it, of one process
+        mine, share = rank_part(next(order))                         # the whole, of one process
         batch = data.collate(examples, mine, device, max_length)                         # 6
         source = P if rng.random() < K else P.uniform()                                  # 7
         archs = [space.arch(source.sample(rng)) for _ in range(settings.archs_per_step)]   # 8
         # The losses; Eq. 5's gradient of W is then in every .grad.
-        losses = backward(model, batch, archs, autocast, teacher)                        # 9
+        losses = gradient(model, batch, archs, autocast, teacher)                        # 9
         losses, stop = over_ranks(model, losses, share)              # sums; the signal heard, or 0
         # CHOICE: clipped, as by the authors, where the paper says nothing.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -324,7 +327,8 @@ def train(settings):
     if RANK > 0:
         return None
     theta = [variable.tolist() for variable in P.theta]
-    named, scores = landmarks(space, theta), {}
+    named = landmarks(space, theta)
+    scores = {}
     if held:
         score = data.scorer(model, [encode(held)], task.metric, device, autocast)
         scores = {name: score(arch) for name, arch in named.items()}
@@ -339,23 +343,24 @@ def train(settings):
 
 def weight_gradient(model, batch, archs, autocast, teacher=None):
     """Leave in every .grad the mean over `archs` of the gradient of the loss on one batch (Eq. 5,
-    first line); return the losses on the labels alone, which rank the architectures, one tensor ()
-    for each. With a `teacher` all but the largest also learn from its logits."""
+    first line); return the losses on the labels alone, which rank the architectures, a scalar for
+    each. With a `teacher` all but the largest also learn from its logits."""
     # AUTHORS: the losses that are ranked come from two batches, so the batch decides which is best.
-    # CHOICE: gradients start as None, so that a layer which no architecture has rests; and an
-    # architecture drawn twice is computed once and weighs double.
+    # CHOICE: gradients start as None, so that Adam passes over a layer that no architecture has;
+    # and an architecture drawn twice is computed once and weighs double.
     model.zero_grad()
     *inputs, labels = batch
-    wanted, loss = taught(teacher, inputs, autocast), {}
+    wanted = taught(teacher, inputs, autocast)
+    losses = {}                                                      # on the labels alone
     for arch, count in Counter(archs).items():
         with autocast():
             logits = model(*inputs, arch).float()                    # [B, num_labels]
-        loss[arch] = total = task_loss(logits, labels)
+        losses[arch] = objective = task_loss(logits, labels)
         if teacher and arch != model.config.arch:
             # CHOICE: as much weight for the teacher as for the labels, temperature 1.
-            total = (total + task_loss(logits, wanted)) / 2
-        (total * count / len(archs)).backward()                                          # Eq. 5
-    return [loss[arch].detach() for arch in archs]
+            objective = (objective + task_loss(logits, wanted)) / 2
+        (objective * count / len(archs)).backward()                                      # Eq. 5
+    return [losses[arch].detach() for arch in archs]
 
 
 def taught(teacher, inputs, autocast):
@@ -376,22 +381,24 @@ def task_loss(logits, wanted):
 
 
 def new_adam(model):
-    """Adam without weight decay (Sec. 4), a new one in every stage."""
+    """Adam without weight decay (Sec. 4), a new one in every stage; `train` sets its rate."""
     # CHOICE: inside a layer that is used, Adam's momentum also moves the slices that are not.
     return torch.optim.Adam(model.parameters(), lr=0.0, eps=1e-8, fused=True)
 
 
 def importance(model, examples, settings, autocast):
     """The importance of every head [H] and neuron [F] of each layer, for `reorder`: |sum w dL/dw|
-    over its output weights, of the largest, summed over 32 batches (Molchanov et al. 2019)."""
+    over its output weights, of the largest, over 32 batches at most (Molchanov et al. 2019)."""
     totals = [[0, 0] for _ in model.layers]
-    device, per_epoch = model.pooler.weight.device, -(-len(examples) // settings.batch_size)
+    device = model.pooler.weight.device
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
     order = data.batches(examples, settings.batch_size, settings.seed)
     model.eval()                                                     # no dropout
-    for indices, _ in zip(order, range(min(per_epoch, 32))):
-        mine, share = rank_part(indices)
+    for _ in range(min(per_epoch, 32)):
+        mine, share = rank_part(next(order))
         batch = data.collate(examples, mine, device, model.config.max_position_embeddings)
-        over_ranks(model, weight_gradient(model, batch, [model.config.arch], autocast), share)
+        losses = weight_gradient(model, batch, [model.config.arch], autocast)
+        over_ranks(model, losses, share)                             # .grad is the whole batch's
         for layer, total in zip(model.layers, totals):
             outs = (layer.attention_out.weight, layer.D), (layer.ffn_out.weight, 1)
             for i, (w, size) in enumerate(outs):
@@ -421,12 +428,14 @@ def reward(score, cost, budget, full_cost, alpha=2):
 
 def search(settings):
     """Move P_theta toward the highest reward with W fixed, and write the best sub-BERT that fits,
-    one for each budget. Returns a list of what their run.json say."""
+    one for each budget. Returns their run.json, one for each."""
     device, autocast = arithmetic(settings.device, settings.precision)
     superbert = settings.model or latest_superbert()
     trained, task = read_superbert(superbert)
-    model, tokenizer = data.load_trained(superbert, task).to(device), tokenizer_files(superbert)
-    space, encode = SearchSpace.for_config(model.config), data.encoder(superbert)
+    model = data.load_trained(superbert, task).to(device)
+    tokenizer = tokenizer_files(superbert)
+    space = SearchSpace.for_config(model.config)
+    encode = data.encoder(superbert)
     _, held = data.split_holdout(task.train, *trained["held_out"])
     if settings.select_on == "holdout" and not held:
         raise UserError("the super-BERT was trained without a hold-out: use --select-on dev")
@@ -435,12 +444,12 @@ def search(settings):
     score = data.scorer(model, selects, task.metric, device, autocast)
     on_dev = data.scorer(model, devs, task.metric, device, autocast)
     largest, smallest = space.largest(), space.smallest()
-    kind, parts = wished(settings, superbert)            # {budget as typed: its own settings}
-    runs = [Run(part, trained["data"], superbert) for part in parts.values()]    # or refused
+    kind, searches = wished(settings, superbert)         # {budget as typed: its own settings}
+    runs = [Run(own, trained["data"], superbert) for own in searches.values()]
     measure = cost_of(kind, model, autocast)
     memo, known = recorded(runs, space)                  # arch -> ACC(m) in %; arch -> T(m)
     cost = {arch: measure(arch) for arch in (largest, smallest)} | known
-    budgets = [parse_budget(wish, cost[smallest], cost[largest], UNITS[kind]) for wish in parts]
+    budgets = [parse_budget(text, cost[smallest], cost[largest], UNITS[kind]) for text in searches]
     for run in runs:
         run.open()
 
@@ -456,7 +465,8 @@ def search(settings):
             for arch in (largest, smallest, *archs):     # the ends always, so that something fits
                 if arch not in memo:
                     memo[arch] = score(arch)["score"]
-                    cost[arch] = cost.get(arch) or measure(arch)
+                    if arch not in cost:
+                        cost[arch] = measure(arch)
                     run.log(choices=space.choices(arch), score=memo[arch], cost=cost[arch])
             rewards = [reward(memo[m], cost[m], budget, cost[largest]) for m in archs]
             P.step([space.choices(m) for m in archs], [-r for r in rewards], settings.delta)
@@ -481,12 +491,7 @@ def search(settings):
                    evaluations_run=len(read_log(run.path)) - 1)
     results = [read_run(run.path) for run in runs]
     for run, found in zip(runs, results):
-        arch, optimistic = Arch(**found["arch"]), found["selected_on"] == "dev"
-        say(f"found: {arch}, {found['cost']:,.6g} of {found['budget']:,.6g} {found['unit']}, in "
-            f"{run.path}; score {found['selection_score']:.2f} on {found['selected_on']}, which "
-            f"selects; evaluations: {found['evaluations_asked']} asked, {found['evaluations_run']} "
-            f"run\n  dev{' (optimistic: it selected)' if optimistic else ''}: "
-            f"{in_words(model.config, arch, found['dev'])}")
+        say(found_in_words(model.config, run.path, found))
     return results
 
 
@@ -509,7 +514,8 @@ def evaluate(settings):
     model = data.load_trained(settings.model, task).to(device)
     devs = [data.encode(part, settings.model) for part in task.devs]
     score = data.scorer(model, devs, task.metric, device, autocast)
-    measure, named = cost_of("latency", model, autocast), {"sub-BERT": model.config.arch}
+    measure = cost_of("latency", model, autocast)
+    named = {"sub-BERT": model.config.arch}
     if "theta" in run:
         named = landmarks(SearchSpace.for_config(model.config), run["theta"])
     for name, arch in named.items():
@@ -530,16 +536,16 @@ def wished(settings, superbert):
     kind = kinds[0]
     typed = " ".join(getattr(settings, f"max_{kind}")).lower()
     # A blank may stand before a unit: "60 M".
-    wishes = re.sub(r"(?<=[\d.])\s+(?=[a-z])", "", typed).split() or [""]
-    parts = {}
+    wishes = re.sub(r"(?<=[\d.])\s+(?=[a-z])", "", typed).split() or [""]    # blank: refused later
+    searches = {}
     for wish in wishes:
         ending = wish if kind == "params" else f"{wish}-{kind}"
         out = f"subbert/{os.path.basename(os.path.realpath(superbert))}-{ending}"
         if settings.out:
             out = settings.out if len(set(wishes)) == 1 else f"{settings.out}/{ending}"
-        parts[wish] = dataclasses.replace(settings, model=superbert, out=out,
-                                          **{f"max_{kind}": [wish]})
-    return kind, parts
+        searches[wish] = dataclasses.replace(settings, model=superbert, out=out,
+                                             **{f"max_{kind}": [wish]})
+    return kind, searches
 
 
 def parse_budget(text, least, full, unit):
@@ -583,6 +589,16 @@ def in_words(config, arch, result):
             + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
 
 
+def found_in_words(config, path, found):
+    """What a search found, in two lines, from its run.json."""
+    arch = Arch(**found["arch"])
+    dev = "dev (optimistic: it selected)" if found["selected_on"] == "dev" else "dev"
+    return (f"found: {arch}, {found['cost']:,.6g} of {found['budget']:,.6g} {found['unit']}, in "
+            f"{path}; score {found['selection_score']:.2f} on {found['selected_on']}, which "
+            f"selects; evaluations: {found['evaluations_asked']} asked, {found['evaluations_run']} "
+            f"run\n  {dev}: {in_words(config, arch, found['dev'])}")
+
+
 # ---- What a training begins with, and what it reports --------------------------------------------
 
 def complete(settings):
@@ -598,8 +614,8 @@ def complete(settings):
     return settings
 
 
-def inputs_of(*directories):
-    """The fingerprint of all that is read in data and BERT directories."""
+def contents_of(*directories):
+    """The fingerprint of the data, weights and tokenizer files in some directories."""
     names = ("train.tsv", "dev.tsv", "dev_matched.tsv", "dev_mismatched.tsv", "config.json",
              *TOKENIZER_FILES)
     paths = []
@@ -612,8 +628,8 @@ def initial_model(settings, task):
     """The pretrained BERT; or one from random weights, where the data directory has a config.json
     of its own without weights."""
     bert = Path(settings.bert)
-    if bert == Path(settings.data) and not any(
-            re.search(r"\.(safetensors|bin|h5)", path.name) for path in bert.iterdir()):
+    weights = [path for path in bert.glob("*") if re.search(r"\.(safetensors|bin|h5)", path.name)]
+    if bert == Path(settings.data) and not weights:
         say(f"{bert} has a config.json and no weights: they start at random")
         model = ElasticBert(BertConfig.load(bert), task.num_labels)
         model.config.name_labels(task.labels)
@@ -633,8 +649,8 @@ def holdout_split(settings, train_file):
 
 
 def as_numbers(losses, norm, t, stage, lr, archs):
-    """The losses as numbers (which waits for the device, once); UserError where they, or the norm
-    of their gradient, are none."""
+    """The losses as numbers (which waits for the device, once); UserError where one of them, or the
+    norm of their gradient, is not finite."""
     *losses, norm = torch.stack([*losses, norm]).tolist()
     if not np.isfinite([*losses, norm]).all():
         raise UserError(f"diverged: losses {losses}, norm of the gradient {norm}; step {t + 1}, "
@@ -654,7 +670,8 @@ def report(run, progress, done, stage, losses, K, P, space, config):
     """Log every tenth step, and theta at most about fifty times; show where the training is."""
     if done % 10 and done < progress.total:
         return
-    loss, floor = float(np.mean(losses)), exploit_floor(P)
+    loss = float(np.mean(losses))
+    floor = exploit_floor(P)
     tops = [theta.max() for theta in P.theta if (theta > 0).sum() > 1] or [1.0]
     facts = dict(step=done, stage=stage.name, loss=loss, K=K, floor=floor, entropy=P.entropy(),
                  top_probability=float(np.mean(tops)),
@@ -683,7 +700,7 @@ class Progress:
 
 def tell(text):
     """Print to stderr. What nobody hears, or a full disk does not take, must not cost a run."""
-    with contextlib.suppress(OSError, RuntimeError):                 # the latter in a handler
+    with contextlib.suppress(OSError, RuntimeError):     # RuntimeError: a signal while printing
         print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -704,13 +721,13 @@ class Run:
         self.resumed = bool(before)
         own = {name: value for name, value in dataclasses.asdict(settings).items()
                if name not in ("out", "overwrite", "resume")}
-        self.begun = dict(settings=own, inputs=inputs_of(*reads), world_size=WORLD_SIZE)
+        self.begun = dict(settings=own, inputs=contents_of(*reads), world_size=WORLD_SIZE)
         # Not Path.resolve, which raises where links form a loop.
         if os.path.realpath(self.path) in map(os.path.realpath, reads):
             raise UserError(f"--out {self.path} is what the command reads: choose another")
         if settings.resume and settings.overwrite:
-            raise UserError("--resume and --overwrite contradict each other")
-        may_hold = settings.overwrite or settings.resume and self.log_path.exists()
+            raise UserError("--resume goes on, --overwrite begins anew: leave one of them out")
+        may_hold = settings.overwrite or (settings.resume and self.log_path.exists())
         for name, holds in (("run.json", "a finished result"), ("log.jsonl", "an unfinished run"),
                             ("config.json", "another model")):
             if (self.path / name).exists() and not may_hold:
@@ -720,7 +737,8 @@ class Run:
             raise UserError(f"{self.log_path} is damaged: begin anew with --overwrite")
         if self.resumed:
             with reading(self.log_path):
-                then, now = before[0] | before[0]["settings"], self.begun | self.begun["settings"]
+                then = before[0] | before[0]["settings"]
+            now = self.begun | own
             if then.get("inputs") != now["inputs"]:
                 raise UserError(f"the files in {' or '.join(reads)} have changed since {self.path} "
                                 "was started: put them back, or begin anew with --overwrite")
@@ -742,17 +760,18 @@ class Run:
         try:
             import fcntl                                             # not on Windows
             fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # until the process ends
-        except ImportError:
-            pass
         except BlockingIOError:
             raise UserError(f"another run is writing {self.path}: wait for its end, or choose "
                             "another --out") from None
+        except (ImportError, OSError):                               # as on some network's disks
+            pass
         for path in self.path.glob(".*.tmp"):                        # of a run that was killed
             path.unlink()
         if self.resumed:
-            content = self.log_path.read_bytes()                     # a crash may leave a part of
-            self.log_file.truncate(content.rindex(b"\n") + 1)        # a line
-        else:                                                        # old results go first
+            # A crash may have left a part of a line.
+            self.log_file.truncate(self.log_path.read_bytes().rindex(b"\n") + 1)
+        else:
+            # Old results go before a new run begins.
             for name in ("run.json", "checkpoint.safetensors", "config.json", "model.safetensors",
                          "model.safetensors.index.json", *TOKENIZER_FILES):
                 (self.path / name).unlink(missing_ok=True)
@@ -762,12 +781,13 @@ class Run:
             say(f"{self.path} is finished")
             self.checkpoint.unlink(missing_ok=True)                  # if it was killed before that
 
-    def log(self, **record):
+    def log(self, **facts):
         """Append one line to log.jsonl, written at once."""
-        line = json.dumps(record).encode() + b"\n"
+        line = json.dumps(facts).encode() + b"\n"
         try:
-            while line and RANK == 0:                                # a full disk takes a part,
-                line = line[self.log_file.write(line):]              # then none
+            while line and RANK == 0:
+                written = self.log_file.write(line)                  # a full disk takes a part
+                line = line[written:]
         except OSError as error:
             error.filename = str(self.log_path)
             raise
@@ -778,7 +798,7 @@ class Run:
             bf16 = torch.is_autocast_enabled(device.type)            # what "auto" has chosen
         facts |= dict(**self.begun, seconds=round(time.perf_counter() - self.started, 1),
                       peak_memory_mib=round(peak_memory(device)), hardware=hardware(device),
-                      precision="bf16" if bf16 else "fp32", wrote=inputs_of(self.path),
+                      precision="bf16" if bf16 else "fp32", wrote=contents_of(self.path),
                       versions={name: metadata.version(name) for name in (
                           "torch", "numpy", "tokenizers", "safetensors")},
                       finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
@@ -801,7 +821,8 @@ def recorded(runs, space):
     memo, spent = {}, {}
     for run in runs:
         with reading(run.log_path):
-            for line in read_log(run.path)[1:] if run.resumed else []:
+            lines = read_log(run.path)[1:] if run.resumed else []
+            for line in lines:
                 arch = space.arch(line["choices"])
                 memo[arch], spent[arch] = float(line["score"]), line["cost"]
     return memo, spent
@@ -865,7 +886,7 @@ def read_run(directory):
     run = read_json(path, "does not exist: no finished train or search")
     if not {"data", "max_length", "held_out", "wrote", "train", "settings"} <= set(run):
         raise UserError(f"{path} was not written by train or search of this version")
-    if run["wrote"] != inputs_of(directory):
+    if run["wrote"] != contents_of(directory):
         raise UserError(f"{directory} is not what its run.json tells of: make it again")
     return run
 
@@ -875,10 +896,11 @@ def read_superbert(directory):
     run = read_run(directory)
     if run["settings"].get("stages", "largest") == "largest":
         raise UserError(f"{directory} is one architecture: there is nothing to search")
+    task = data.load_task(run["data"])                               # says so where it is gone
     if run["train"] != fingerprint(f"{run['data']}/train.tsv"):
         raise UserError(f"{run['data']}/train.tsv has changed since the training of {directory}: "
                         "its hold-out is lost, so train again")
-    return run, data.load_task(run["data"])
+    return run, task
 
 
 def latest_superbert():
@@ -942,7 +964,7 @@ def graphed_gradient():
         for i, layer in enumerate(model.layers):
             if i not in used:                                        # rests, as without a GPU
                 layer.zero_grad()
-        return list(losses) * (len(archs) if alike else 1)
+        return list(losses) * len(archs) if alike else list(losses)
     return gradient
 
 
@@ -950,7 +972,7 @@ def rank_part(indices):
     """This rank's part of a batch, and its share. Where a small batch leaves none, any example: its
     gradient counts 0, but is there."""
     mine = indices[RANK::WORLD_SIZE]                                 # of all lengths
-    return mine or indices[:1], len(mine) / len(indices)
+    return (mine or indices[:1]), len(mine) / len(indices)
 
 
 def over_ranks(model, losses, share):
@@ -1001,7 +1023,7 @@ class RunSettings(Settings):
     """What train and search share."""
     overwrite: bool = setting(False, "replace what --out holds")
     resume: bool = setting(False, "continue an interrupted run")
-    archs_per_step: int = setting(2, "lambda: architectures sampled per step", 1)
+    archs_per_step: int = setting(2, "lambda: architectures sampled per step; 1: theta rests", 1)
     delta: float = setting(1.0, "length of a step of theta in the Fisher norm", 0)
     seed: int = setting(0, "seed of everything random", 0)
 
@@ -1059,7 +1081,6 @@ class EvalSettings(Settings):
 
 COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
             "eval": (EvalSettings, evaluate)}
-SIGNALS = []    # heard so far: train and search stop after the step at hand
 
 
 class Parser(argparse.ArgumentParser):
@@ -1096,7 +1117,8 @@ def parse(argv):
         near = difflib.get_close_matches(unknown[0], known, 1) or known
         parser.error(f"unknown: {' '.join(unknown)}; did you mean {' '.join(near)}?")
     for field in dataclasses.fields(kind):
-        value, low, high = (options[field.name], *map(field.metadata.get, ("low", "high")))
+        value = options[field.name]
+        low, high = field.metadata["low"], field.metadata["high"]
         if low is not None and not low <= value <= high:
             parser.error(f"{flag(field)} {value}: it must be at least {low} and at most {high}")
     return kind(**options), function
@@ -1128,12 +1150,12 @@ def main(argv=None):
         if function is not train and WORLD_SIZE > 1:
             raise UserError("only train shares its work: start without torchrun")
         for number, handler in before.items():
-            if function is not evaluate and handler != signal.SIG_IGN:       # as in the background
+            if function is not evaluate and handler != signal.SIG_IGN:       # else as with nohup
                 signal.signal(number, hear)
         function(settings)
     except KeyboardInterrupt as stop:
         tell("\nstopped" + ("; the same command with --resume goes on" if stop.args else ""))
-        return 128 + (*stop.args, *SIGNALS, signal.SIGINT)[0]
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         text = str(error)
         if isinstance(error, OSError):
