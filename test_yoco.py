@@ -50,9 +50,8 @@ ROOT = Path(__file__).parent
 MINILM = Path(os.environ.get("MINILM_DIR", ROOT / "all-MiniLM-L6-v2"))
 GLUE = Path(os.environ["GLUE_DIR"]) if "GLUE_DIR" in os.environ else None
 GPU = os.environ.get("YOCO_TEST_GPU") == "1"
-needs_minilm = pytest.mark.skipif(
-    not (MINILM / "model.safetensors").exists(),
-    reason="no MiniLM weights: python -m glue.download all-MiniLM-L6-v2, or MINILM_DIR")
+needs_minilm = pytest.mark.skipif(not (MINILM / "model.safetensors").exists(), reason=(
+    "no MiniLM weights: python -m glue.download all-MiniLM-L6-v2, or MINILM_DIR"))
 needs_glue = pytest.mark.skipif(not GLUE, reason="GLUE_DIR does not name the real GLUE files")
 needs_gpu = pytest.mark.skipif(not GPU, reason="YOCO_TEST_GPU=1 lets the tests use a GPU")
 torch.set_num_threads(1)
@@ -212,8 +211,7 @@ def test_masks_equal_slices(keeps, num_labels, types_):
     few = [a for a in random_archs(model.config, 40, 7) if a.depth == 1][:3]
     for n, archs in enumerate([random_archs(model.config, 4, 0), random_archs(model.config, 1, 1),
                                [full, full, *random_archs(model.config, 2, 2)], few]):
-        weights = torch.randn(len(archs), 5, num_labels,
-                              generator=torch.Generator().manual_seed(n))
+        weights = torch.randn(len(archs), 5, num_labels, generator=torch.Generator().manual_seed(n))
         gradients, logits = [], []
         for way in ("masked", "sliced"):
             model.zero_grad()
@@ -434,8 +432,7 @@ def test_real_files(name, train, dev, positives):
 
 
 @needs_minilm
-@pytest.mark.parametrize("text, ids", [
-    ("Crème brûlée, naïve façade — Ångström",
+@pytest.mark.parametrize("text, ids", [("Crème brûlée, naïve façade — Ångström",
      [13675, 21382, 7987, 9307, 2063, 1010, 15743, 8508, 1517, 17076, 15687]),
     ("東京 is 東京 and 한국어",
      [1879, 1755, 2003, 1879, 1755, 1998, 1469, 30006, 30021, 29991, 30014, 30020, 29999, 30008]),
@@ -1071,6 +1068,8 @@ def test_command_line(tiny):
     assert own == result["params"] < 0.9 * full == result["budget"] and result["full_cost"] == full
     dev = data.load_task("tiny").dev
     logits = model(*encode([e.sentence1 for e in dev]))
+    with pytest.raises(UserError, match="as many second texts"):
+        encode(["good", "bad"], "ab")                   # not a text and its letter
     right = (logits.argmax(1) == torch.tensor([e.label for e in dev])).float().mean().item()
     assert abs(100 * right - result["dev"]["accuracy"]) < 1e-3
     named = list(data.predict(model, out, dev, OFF))
@@ -1308,8 +1307,9 @@ def change(directory, name, tensor):
     (lambda d: change(d, "bert.extra.weight", torch.ones(1)), ["unknown tensor bert.extra.weight"]),
     (lambda d: change(d, "bert.pooler.dense.bias", torch.ones(13)), ["shape [13], expected [12]"]),
     (lambda d: change(d, "bert.pooler.dense.bias", torch.full((12,), np.nan)), ["finite"]),
-    (lambda d: (d / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}'),
-     ["tokenizer_class is 'T5Tokenizer', not one of"]),
+    (lambda d: change(d, "pooler.dense.bias", torch.ones(12)), ["two tensors bert.pooler.dense.b"]),
+    (lambda d: tiny_bert(d, tokenizer_class="BertJapaneseTokenizer"), ["'BertJapaneseTokenizer'"]),
+    (lambda d: (d / "vocab.txt").write_text("[CLS]\n[UNK]\n"), ["vocab.txt is", "sep_token"]),
     (lambda d: (d / "vocab.txt").unlink(), ["vocab.txt does not exist"]),
     (lambda d: (d / "vocab.txt").write_text("[CLS]\n[SEP]\n"), ["vocab.txt has no [UNK]"]),
     (lambda d: (d / "vocab.txt").write_bytes((d / "vocab.txt").read_bytes() + b"more\n"),
@@ -1317,6 +1317,7 @@ def change(directory, name, tensor):
     *[(lambda d, name=name, text=text: (d / name).write_text(text), [name]) for name, text in (
         ("tokenizer_config.json", '{"do_lower_case": "false"}'),
         ("tokenizer_config.json", '{"truncation_side": "left"}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "T5Tokenizer"}'),
         ("tokenizer_config.json", '{"cls_token": {"content": "<s>"}}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"12": 5}}'),
         ("special_tokens_map.json", '{"additional_special_tokens": "<e>"}'),
@@ -1334,8 +1335,7 @@ def test_bad_weights_are_refused(tiny, capsys, spoil, parts):
 S = ["search", "--max-params"]
 
 
-@pytest.mark.parametrize("words, parts", [
-    ([], ["required"]), (["fit"], ["invalid choice"]),
+@pytest.mark.parametrize("words, parts", [([], ["required"]), (["fit"], ["invalid choice"]),
     (["train", "--epoch", "1"], ["unknown", "--epochs"]),
     (["train", "--batch-size", "0"], ["at least 1"]), (["train", "--batch-size", "1.5"], ["int"]),
     (["train", "--epochs", "nan"], ["--epochs"]), (["train", "--epochs", "-1"], ["--epochs"]),
@@ -1356,6 +1356,7 @@ S = ["search", "--max-params"]
         "0", "0x", "many", "nan", "inf", "1e999", "12ms", "", "-5", "M 60")],
     (["search", "--max-latency", "60M"], ["'60m' is not a positive"]),
     ([*S, "0.5x", "--model", "tiny"], ["run.json does not exist"]),
+    ([*S, "0.5x", "--model", "moved"], ["gone/train.tsv does not exist"]),
     ([*S, "0.5x", "--model", "subbert/tiny-0.9x"], ["nothing to search"]),
     ([*S, "0.9x", "--out", "superbert/tiny", "--overwrite"], ["is what the command reads"]),
     ([*S, "0.9x"], ["holds a finished result"]), (["eval"], ["name a model with --model"]),
@@ -1363,6 +1364,8 @@ S = ["search", "--max-params"]
     (["eval", "--model", "superbert/tiny", "--data", "names"], ["('0', '1')", "('no', 'yes')"])])
 def test_bad_commands_are_refused(made, trained, capsys, words, parts):
     shutil.copytree(made / "subbert", "subbert")
+    run = Path(shutil.copytree("superbert/tiny", "moved"), "run.json")      # but not its data
+    run.write_text(run.read_text().replace('"data": "tiny"', '"data": "gone"'))
     os.symlink("loop", "loop")
     write(trained / "names" / "train.tsv", HEAD, ["good", "yes"], ["bad", "no"])
     write(trained / "names" / "dev.tsv", HEAD, ["good", "yes"])
@@ -1429,7 +1432,6 @@ def test_two_runs_one_directory(tiny, capsys):
 
 
 # ---- Interruptions, after which a run ends as if nobody had interrupted it, and ranks ------------
-
 
 def stop_after(monkeypatch, steps, number=signal.SIGTERM):
     """Send this process a signal in step `steps` of the next command, once."""
@@ -1694,7 +1696,6 @@ def test_torchrun(tiny):
 
 # ---- A GPU: YOCO_TEST_GPU=1 ----------------------------------------------------------------------
 
-
 @needs_gpu
 @pytest.mark.parametrize("keeps", ["first", "even"])
 def test_gpu_masks_equal_slices(keeps):
@@ -1742,7 +1743,6 @@ def test_gpu_commands(tiny, precision):
 
 
 # ---- The project itself --------------------------------------------------------------------------
-
 
 def test_help_explains_every_setting(capsys):
     for command in ("train", "search", "eval"):
