@@ -1,7 +1,7 @@
 """The paper's tables on real data, with seeds and intervals, from MiniLM.
 
     python -m glue.paper run [--tasks MRPC RTE] [--variants core 4] [--seeds 0 1 2]
-    python -m glue.paper table choose|core|1|3|4|5|ablation|methods|matters [--tasks MRPC ...]
+    python -m glue.paper table choose|core|1|3|4|5|ablation|matters [--tasks MRPC ...]
 
 A cell is one task, variant and seed, and one JSON file under glue/results/. `run` skips what is
 there, goes on with what was interrupted, and leaves to another process what that works on: the same
@@ -12,8 +12,7 @@ or a table's: all in it. After a name, `lr=5e-5`, `epochs=3` (of plain fine-tuni
 What a cell does: one `train` from the pretrained BERT; one `search` on the hold-out, which finds a
 sub-BERT with less than 0.75 and one with less than 0.5 of the *encoder's* parameters (MiniLM's
 embeddings are half of it and not elastic); dev is read once for each. 20 architectures drawn
-uniformly tell, on the hold-out, what the super-BERT is worth without a search. HAT and OFA search
-by evolution. `seconds` are those of one process, training and searches.
+uniformly tell, on the hold-out, what it is worth without a search. HAT and OFA search by evolution.
 """
 
 import dataclasses
@@ -44,6 +43,7 @@ BATCH, DRAWN = 32, 300                              # examples a step; architect
 # The rate, chosen on the hold-out; and how long, in parts of the authors' epochs (else all).
 RATE, LENGTHS = 1e-4, {"MRPC": 0.5, "CoLA": 0.25, "STS-B": 0.25, "SST-2": 0.125}
 PLAIN_EPOCHS = {"SST-2": 2}                         # else 10
+MAJORITY = {"MRPC": 74.8, "RTE": 52.7, "SST-2": 50.9}     # dev, the most frequent answer; else 0
 
 PLAIN = ("plain", "truncated")                      # all layers; the first half of them, alone
 ELASTIC = {                                         # flags of train
@@ -60,10 +60,6 @@ TUNED = {variant: [f"{variant} tuned {rate}" for rate in ("2e-4", "2e-5", "2e-6"
          for variant in ("paper", "best", "HAT", "OFA")}             # what they found, fine-tuned
 BANDS = {"A": (0.18, 0.36), "B": (0.36, 0.55), "C": (0.55, 0.73), "D": (0.73, 0.91)}
 METHODS = ("sng", "evolution", "random")
-SAYS = ("Spearman of hold-out and dev, x 100",      # what `matters` tells, in %
-        "standard deviation, hold-out", "standard error sqrt(p (1 - p) / n), hold-out",
-        "standard deviation, dev", "standard error sqrt(p (1 - p) / n), dev",
-        *(f"drawn ones below what {method} found, dev" for method in METHODS))
 BANDED, MATTERS = (["bands of paper", "bands of best"], ["matters of paper", "matters of best"])
 GRID = [[f"plain lr={lr} epochs={n}" for lr in ("2e-5", "5e-5", "1e-4") for n in (3, 10)]] + [
     [f"{recipe} lr={lr} length={length}" for lr in ("2e-5", "5e-5", "1e-4")
@@ -276,8 +272,7 @@ class Cell:
         return [read_json(path / "run.json") for path in paths], memo
 
     def facts(self, it, **more):
-        """What every cell says: of the training, from its run.json; seconds since it was opened,
-        and those of the training where it is the cell's own."""
+        """What every cell says: of the training; seconds, with those of a training of its own."""
         settings = {name: value for name, value in it.run["settings"].items()
                     if name not in ("data", "bert")}                 # paths
         seconds = time.perf_counter() - it.start
@@ -332,9 +327,8 @@ class Cell:
         it, arch = opened(cell.out, self.options), read_json(cell.path)["scores"][-1]["arch"]
         it.model = model = extract(it.model, Arch(**arch)).train()
         examples, steps = it.encode(it.kept), 10 * math.ceil(len(it.kept) / BATCH)
-        adam, gradient, arch = yoco.new_adam(model), yoco.weight_gradient, model.config.arch
-        if it.device.type == "cuda":
-            gradient = yoco.graphed_gradient()
+        adam, arch = yoco.new_adam(model), model.config.arch
+        gradient = yoco.graphed_gradient() if it.device.type == "cuda" else yoco.weight_gradient
         torch.manual_seed(self.seed)                                 # dropout
         for t, indices in zip(range(steps), data.batches(examples, BATCH, self.seed)):
             gradient(model, data.collate(examples, indices, it.device, 128), [arch], it.autocast)
@@ -359,15 +353,15 @@ class Cell:
         return self.facts(it, evaluated=len(memo), scores=scores)
 
     def matters(self):
-        """Fig. 3, and whether a search matters: what three methods find under the smaller budget,
-        and both scores of architectures drawn at random under it."""
+        """Fig. 3, and whether a search matters: what three methods find under the smaller budget;
+        and of architectures drawn at random under it depth, hold-out score and dev score."""
         source = self.other(self.base.split()[-1]).out
-        it, found, pairs = opened(source, self.options), {}, []
+        it, found, drawn = opened(source, self.options), {}, []
         score, limit = scorers(it), budget(it.config, SHARES[-1])
         rng, asked = np.random.default_rng(self.seed), self.options.evaluations
         for _ in range(DRAWN):
             arch = propose_random(it, limit, rng)
-            pairs.append([score[on](arch)["score"] for on in ("holdout", "dev")])
+            drawn.append([arch.depth, *(score[on](arch)["score"] for on in ("holdout", "dev"))])
         for method in METHODS:
             if method == "sng":
                 past = self.search(source, [limit])[1]
@@ -376,17 +370,9 @@ class Cell:
                 past = search_by(propose, it, limit, score["holdout"], {}, asked, self.seed + 1000)
             past = {arch: s for arch, s in past.items() if it.cost(arch) < limit}
             best = yoco.best_fit(past, it.cost, limit)
-            found[method] = row(method, it.config, best, {"score": past[best]}, score) | {
-                "ten_best": float(np.mean(sorted(past.values())[-10:]))}
-        holdout, dev = np.array(pairs).T                             # [DRAWN] each
-        told = [100 * data.spearman(holdout, dev)]
-        for x, parts in zip((holdout, dev), it.parts.values()):
-            p, n = x.mean() / 100, sum(map(len, parts))
-            told += [float(x.std(ddof=1)), 100 * math.sqrt(max(0.0, p * (1 - p)) / n)]
-        for method in METHODS:                                       # ties are halved
-            mine = found[method]["dev"]["score"]
-            told.append(100 * float(np.mean(dev < mine) + np.mean(dev == mine) / 2))
-        return self.facts(it, drawn=pairs, methods=found, told=told)
+            found[method] = row(method, it.config, best, {"score": past[best]}, score)
+        return self.facts(it, drawn=drawn, methods=found, examples={
+            on: sum(map(len, parts)) for on, parts in it.parts.items()})
 
 
 def commit():
@@ -398,8 +384,8 @@ def commit():
 # ---- Tables, from the JSON files alone -----------------------------------------------------------
 
 def load(options):
-    """{(task, variant): {seed: facts}} of all cells, or of the tasks and seeds named; what each
-    method of `matters` found is a cell as well. UserError where seeds were not run alike."""
+    """{(task, variant): {seed: facts}} of all cells, or of the tasks and seeds named. UserError
+    where seeds were not run alike."""
     cells = {}
     for path in sorted(Path(options.results).glob("paper-*.json")):
         facts = read_json(path)
@@ -411,23 +397,36 @@ def load(options):
         cell = cells.setdefault((task, variant), {})
         for other in cell.values():
             if other["alike"] != facts["alike"]:
-                raise UserError(f"{path} was run with other settings than seed {other['seed']}: "
-                                "remove one")
+                raise UserError(f"{path}: other settings than seed {other['seed']}'s: remove one")
         cell[seed] = named(facts)
-        for method, found in facts.get("methods", {}).items():
-            means = zip(("holdout", "dev"), np.mean(facts["drawn"], axis=0))
-            found["more"] = {on: found[on]["score"] - mean for on, mean in means}
-            cells.setdefault((task, f"{variant}: {method}"), {})[seed] = found
     return cells
 
 
 def named(facts):
-    """The facts of a cell with its scores under the names that FIELDS has for them."""
+    """The facts of a cell with its scores under the names that the tables' fields have for them."""
     scores = {found["budget"]: found for found in facts.get("scores", [])}
     # The smallest comes last: half of the encoder, of plain fine-tuning all.
     last = {"deployed": facts["scores"][-1]} if scores else {}
-    best = {"best": max(dev for _, dev in facts["drawn"])} if "drawn" in facts else {}
-    return facts | scores | last | best | dict(zip(SAYS, facts.get("told", [])))
+    return facts | scores | last | ({"told": of_drawn(facts)} if "drawn" in facts else {})
+
+
+def of_drawn(facts):
+    """What a cell of `matters` tells, {title: value}: of all that were drawn, and of the deep ones,
+    which have more than two thirds of the layers."""
+    depths, *scores = np.array(facts["drawn"]).T                     # hold-out, dev: [DRAWN] each
+    told = {}
+    for kind, part in (("all", depths > 0), ("deep", 3 * depths > 2 * depths.max())):
+        told[f"{kind}: how many, %"] = 100 * part.mean()
+        told[f"{kind}: Spearman of both x 100"] = 100 * data.spearman(*(x[part] for x in scores))
+        for (on, n), x in zip(facts["examples"].items(), scores):
+            p = x[part].mean() / 100
+            told[f"{kind}: standard deviation, {on}"] = x[part].std()
+            told[f"{kind}: sqrt(p (1 - p) / n), {on}"] = 100 * math.sqrt(max(0, p * (1 - p)) / n)
+            for method, found in facts["methods"].items():
+                above = found[on]["score"] - x[part]                 # ties are halved below
+                told[f"{kind}: {method} above their mean, {on}"] = above.mean()
+                told[f"{kind}: % of them below {method}, {on}"] = 50 * (np.sign(above) + 1).mean()
+    return told
 
 
 # {title: where it stands in the facts of a cell}; a table shows those that its cells have.
@@ -436,34 +435,28 @@ HOLDOUTS = {"hold-out, largest": (1.0, "holdout", "score"),
             "hold-out, uniform": ("uniform",)}
 FIELDS = {"dev, largest": (1.0, "dev", "score"), "dev, 0.75x": (0.75, "dev", "score"),
           "dev, 0.5x": (0.5, "dev", "score"), "hold-out, 0.5x": (0.5, "holdout", "score"),
-          "hold-out, uniform": ("uniform",),
-          "hold-out, best": ("holdout", "score"), "hold-out, mean of the ten best": ("ten_best",),
-          "hold-out, best, above the drawn ones' mean": ("more", "holdout"),
-          "dev of the best": ("dev", "score"), "dev, above the drawn ones' mean": ("more", "dev"),
-          "the best of the drawn ones, dev": ("best",)} | {name: (name,) for name in SAYS}
+          "hold-out, uniform": ("uniform",)}
 for band, (low, high) in BANDS.items():
     FIELDS[f"dev, {low} to {high} of the encoder"] = (band, "dev", "score")
 DEPLOYED = {"dev, half; of plain all": ("deployed", "dev", "score")}
 # table: its parts, the variants of each; all others are compared with the first one.
 TABLES = {
     "choose": GRID,
-    "core": [["plain", "truncated", "paper", "best"], ["truncated", "paper", "best"],
-             ["paper", "best"]],
+    "core": [["plain", "truncated", "truncated epochs=3", "paper", "best"],
+             ["truncated", "truncated epochs=3", "paper", "best"], ["paper", "best"]],
     "1": [BANDED],
     "3": [["paper", "HAT", "OFA", *TUNED["HAT"], *TUNED["OFA"]]],
     "4": [[recipe, *(f"{recipe} {name}" for name in STRATEGIES)] for recipe in ("paper", "best")],
     "5": [[recipe, *TUNED[recipe]] for recipe in ("paper", "best")],
     "ablation": [["best", "best no-reorder", "best no-distill", "best first", "best progressive",
                   "paper"]],
-    "methods": [[f"{variant}: {method}" for method in METHODS] for variant in MATTERS],
     "matters": [MATTERS],
 }
 
 
 def variants_of(name):
     """All that stand in a table; else the variant itself."""
-    return list(dict.fromkeys(variant.split(":")[0] for variants in TABLES.get(name, [[name]])
-                              for variant in variants))
+    return list(dict.fromkeys(sum(TABLES.get(name, [[name]]), [])))
 
 
 def tasks_of(cells):
@@ -488,27 +481,26 @@ def values(cells, task, variant, place):
     return found
 
 
-def compare(cells, corner, variants, columns):
-    """Print a row per variant and a column per heading, of {heading: (task, place)}, each with the
-    paired difference from the first variant; but none where nothing is known."""
-    known = {heading: [values(cells, task, variant, place) for variant in variants]
-             for heading, (task, place) in columns.items()}
-    known, rows = {heading: column for heading, column in known.items() if any(column)}, []
-    for n, variant in enumerate(variants):
-        texts = [in_words(column[n], column[0] if n else None) for column in known.values()]
+def compare(corner, rows, columns, found, paired=True):
+    """Print a table of found(row, column), {seed: value} each, `paired` with the difference from
+    the first row; but no row and no column of which nothing is known."""
+    known = {column: [found(row, column) for row in rows] for column in columns}
+    known, lines = {column: of for column, of in known.items() if any(of)}, []
+    for n, row in enumerate(rows):
+        texts = [in_words(of[n], of[0] if n and paired else None) for of in known.values()]
         if any(texts):
-            rows.append(f"| {variant} | " + " | ".join(texts) + " |")
-    if rows:
-        print(f"| {corner} | {' | '.join(known)} |", "|---" * (len(known) + 1) + "|", *rows, "",
+            lines.append(f"| {row} | {' | '.join(texts)} |")
+    if lines:
+        print(f"| {corner} | {' | '.join(known)} |", "|---" * (len(known) + 1) + "|", *lines, "",
               sep="\n")
 
 
 def table(name, cells):
     """Print one table: the core table a field at a time, with a column per task; every other one a
-    task at a time, with a column per field."""
+    task at a time, with a column per field; but that of `matters` with a row per field."""
     print("MiniLM (6 x 384; not comparable with BERT-base), scores in %: mean ± sample standard "
           "deviation (seeds);\nthen the paired difference from the first row [95% interval].\n")
-    cells = {key: of for key, of in cells.items() if key[1].split(":")[0] in variants_of(name)}
+    cells = {key: of for key, of in cells.items() if key[1] in variants_of(name)}
     if not cells:
         raise UserError(f"no cells of table {name} yet: python -m glue.paper run --variants {name}")
     tasks = tasks_of(cells)
@@ -517,18 +509,26 @@ def table(name, cells):
             # Beside plain fine-tuning stands all; beside another the half of the encoder is enough.
             fields = DEPLOYED | FIELDS if variants[0] == "plain" else DEPLOYED
             for title, place in fields.items():
-                compare(cells, title, variants, {task: (task, place) for task in [*tasks, MEAN]})
+                compare(title, variants, [*tasks, MEAN],
+                        lambda variant, task: values(cells, task, variant, place))
+        elif name == "matters":
+            columns = {f"{one}, {task}": (task, one) for task in tasks for one in variants}
+            titles = next(facts["told"] for of in cells.values() for facts in of.values())
+            compare("", titles, columns, lambda title, column: values(
+                cells, *columns[column], ("told", title)), paired=False)
         else:
-            fields = (HOLDOUTS if name == "choose" else FIELDS).items()
+            fields = HOLDOUTS if name == "choose" else FIELDS
             for task in tasks:
-                compare(cells, task, variants, {title: (task, place) for title, place in fields})
-    for variant in ("paper", "best") if name == "core" else ():
-        for task in [*tasks, MEAN]:
-            half, full = (values(cells, task, v, *DEPLOYED.values()) for v in (variant, "plain"))
-            kept = {seed: 100 * half[seed] / full[seed] for seed in half if full.get(seed)}
-            print(f"{variant} at half of the encoder keeps, in % of plain, {task}: "
-                  f"{in_words(kept)}")
-    spent = [facts for cell in cells.values() for facts in cell.values() if "seconds" in facts]
+                compare(task, variants, fields,
+                        lambda variant, title: values(cells, task, variant, fields[title]))
+    for variant in ("truncated", "paper", "best") if name == "core" else ():
+        half, full = (values(cells, MEAN, v, *DEPLOYED.values()) for v in (variant, "plain"))
+        for what, least in (("", 0), (" above the most frequent answer's",
+                                      np.mean([MAJORITY.get(task, 0) for task in tasks]))):
+            kept = {seed: 100 * (half[seed] - least) / (full[seed] - least)
+                    for seed in half if full.get(seed, least) > least}
+            print(f"{variant} at half keeps, in % of plain's mean{what}: {in_words(kept)}")
+    spent = [facts for cell in cells.values() for facts in cell.values()]
     where = sorted({f"{facts['hardware']} ({facts['precision']})" for facts in spent})
     print(f"{len(spent)} cells: {sum(facts['seconds'] for facts in spent) / 3600:.1f} hours of one "
           f"process each, on {', '.join(where)}")
