@@ -414,9 +414,9 @@ def of_drawn(facts):
     """What a cell of `matters` tells, {title: value}: of all that were drawn, and of the deep ones,
     which have more than two thirds of the layers."""
     depths, *scores = np.array(facts["drawn"]).T                     # hold-out, dev: [DRAWN] each
-    told = {}
+    told = {f"those of {d:.0f} layers: mean on dev": scores[1][depths == d].mean()
+            for d in np.unique(depths)}
     for kind, part in (("all", depths > 0), ("deep", 3 * depths > 2 * depths.max())):
-        told[f"{kind}: how many, %"] = 100 * part.mean()
         told[f"{kind}: Spearman of both x 100"] = 100 * data.spearman(*(x[part] for x in scores))
         for (on, n), x in zip(facts["examples"].items(), scores):
             p = x[part].mean() / 100
