@@ -438,7 +438,7 @@ FIELDS = {"dev, largest": (1.0, "dev", "score"), "dev, 0.75x": (0.75, "dev", "sc
           "hold-out, uniform": ("uniform",)}
 for band, (low, high) in BANDS.items():
     FIELDS[f"dev, {low} to {high} of the encoder"] = (band, "dev", "score")
-DEPLOYED = {"dev, half; of plain all": ("deployed", "dev", "score")}
+DEPLOYED = {"dev: plain whole, others half": ("deployed", "dev", "score")}
 # table: its parts, the variants of each; all others are compared with the first one.
 TABLES = {
     "choose": GRID,
