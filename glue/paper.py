@@ -61,9 +61,9 @@ TUNED = {variant: [f"{variant} tuned {rate}" for rate in ("2e-4", "2e-5", "2e-6"
 BANDS = {"A": (0.18, 0.36), "B": (0.36, 0.55), "C": (0.55, 0.73), "D": (0.73, 0.91)}
 METHODS = ("sng", "evolution", "random")
 BANDED, MATTERS = (["bands of paper", "bands of best"], ["matters of paper", "matters of best"])
-GRID = [[f"plain lr={lr} epochs={n}" for lr in ("2e-5", "5e-5", "1e-4") for n in (3, 10)]] + [
-    [f"{recipe} lr={lr} length={length}" for lr in ("2e-5", "5e-5", "1e-4")
-     for length in (1, 0.5, 0.25)] for recipe in ("paper", "best")]
+AROUND = ("lr=2e-5", "lr=5e-5", "length=1", "length=0.5", "length=0.25")     # the choice above
+GRID = [[f"plain lr={lr} epochs={n}" for lr in ("2e-5", "5e-5", "1e-4") for n in (3, 10)]]
+GRID += [[recipe, *(f"{recipe} {given}" for given in AROUND)] for recipe in ("paper", "best")]
 
 
 # ---- Statistics, of {seed: value} ----------------------------------------------------------------
@@ -442,7 +442,7 @@ DEPLOYED = {"dev: plain whole, others half": ("deployed", "dev", "score")}
 # table: its parts, the variants of each; all others are compared with the first one.
 TABLES = {
     "choose": GRID,
-    "core": [["plain", "truncated", "truncated epochs=3", "paper", "best"],
+    "core": [["plain", "plain lr=2e-5", "truncated", "truncated epochs=3", "paper", "best"],
              ["truncated", "truncated epochs=3", "paper", "best"], ["paper", "best"]],
     "1": [BANDED],
     "3": [["paper", "HAT", "OFA", *TUNED["HAT"], *TUNED["OFA"]]],
@@ -460,19 +460,18 @@ def variants_of(name):
 
 
 def tasks_of(cells):
-    """The tasks of some cells, in the order of TASKS."""
-    return sorted({task for task, _ in cells}, key=lambda task: (*TASKS, task).index(task))
+    """The tasks of some cells, in the order of TASKS, others after them by name."""
+    return sorted({task for task, _ in cells}, key=lambda task: ((*TASKS, task).index(task), task))
 
 
 def values(cells, task, variant, place):
     """{seed: value} of one field of the table; of MEAN the mean over all tasks that the cells have,
     for seeds that all of them have."""
-    found = {}
     if task == MEAN:
         of_tasks = [values(cells, each, variant, place) for each in tasks_of(cells)]
-        for seed in set.intersection(*map(set, of_tasks)):
-            found[seed] = float(np.mean([of_task[seed] for of_task in of_tasks]))
-        return found
+        shared = set.intersection(*map(set, of_tasks))
+        return {seed: float(np.mean([of[seed] for of in of_tasks])) for seed in shared}
+    found = {}
     for seed, value in cells.get((task, variant), {}).items():
         for key in place:
             value = value.get(key, {})
@@ -521,13 +520,14 @@ def table(name, cells):
             for task in tasks:
                 compare(task, variants, fields,
                         lambda variant, title: values(cells, task, variant, fields[title]))
-    for variant in ("truncated", "paper", "best") if name == "core" else ():
-        half, full = (values(cells, MEAN, v, *DEPLOYED.values()) for v in (variant, "plain"))
-        for what, least in (("", 0), (" above the most frequent answer's",
-                                      np.mean([MAJORITY.get(task, 0) for task in tasks]))):
-            kept = {seed: 100 * (half[seed] - least) / (full[seed] - least)
-                    for seed in half if full.get(seed, least) > least}
-            print(f"{variant} at half keeps, in % of plain's mean{what}: {in_words(kept)}")
+    for mark in ("plain", "plain lr=2e-5") if name == "core" else ():
+        for variant in ("truncated", "paper", "best"):
+            half, full = (values(cells, MEAN, v, *DEPLOYED.values()) for v in (variant, mark))
+            majority = np.mean([MAJORITY.get(task, 0) for task in tasks])
+            for what, least in (("", 0), (" above the most frequent answer's", majority)):
+                kept = {seed: 100 * (half[seed] - least) / (full[seed] - least)
+                        for seed in half if full.get(seed, least) > least}
+                print(f"{variant} at half keeps, in % of {mark}'s mean{what}: {in_words(kept)}")
     spent = [facts for cell in cells.values() for facts in cell.values()]
     where = sorted({f"{facts['hardware']} ({facts['precision']})" for facts in spent})
     print(f"{len(spent)} cells: {sum(facts['seconds'] for facts in spent) / 3600:.1f} hours of one "

@@ -127,7 +127,8 @@ def test_two_processes_share_the_cells(work):
     said = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
     names = [f"TOY-{variant}-{seed}" for variant in (
-        "best", "paper", "plain", "truncated", "truncated_epochs=3") for seed in (0, 1)]
+        "best", "paper", "plain", "plain_lr=2e-5", "truncated", "truncated_epochs=3")
+        for seed in (0, 1)]
     assert [f"paper-{name}.json" for name in names] == list(cells(work))
     begun = [line[4:] for text in said for line in text.splitlines() if line.startswith("--- ")]
     assert sorted(begun) == names                       # each once, by one of the two
