@@ -61,7 +61,7 @@ TUNED = {variant: [f"{variant} tuned {rate}" for rate in ("2e-4", "2e-5", "2e-6"
 BANDS = {"A": (0.18, 0.36), "B": (0.36, 0.55), "C": (0.55, 0.73), "D": (0.73, 0.91)}
 METHODS = ("sng", "evolution", "random")
 BANDED, MATTERS = (["bands of paper", "bands of best"], ["matters of paper", "matters of best"])
-AROUND = ("lr=2e-5", "lr=5e-5", "length=1", "length=0.5", "length=0.25")     # the choice above
+AROUND = ("lr=2e-5", "lr=5e-5", "length=1", "length=0.5", "length=0.25")     # of the choice
 GRID = [[f"plain lr={lr} epochs={n}" for lr in ("2e-5", "5e-5", "1e-4") for n in (3, 10)]]
 GRID += [[recipe, *(f"{recipe} {given}" for given in AROUND)] for recipe in ("paper", "best")]
 
@@ -520,10 +520,10 @@ def table(name, cells):
             for task in tasks:
                 compare(task, variants, fields,
                         lambda variant, title: values(cells, task, variant, fields[title]))
+    majority = np.mean([MAJORITY.get(task, 0) for task in tasks])
     for mark in ("plain", "plain lr=2e-5") if name == "core" else ():
         for variant in ("truncated", "paper", "best"):
             half, full = (values(cells, MEAN, v, *DEPLOYED.values()) for v in (variant, mark))
-            majority = np.mean([MAJORITY.get(task, 0) for task in tasks])
             for what, least in (("", 0), (" above the most frequent answer's", majority)):
                 kept = {seed: 100 * (half[seed] - least) / (full[seed] - least)
                         for seed in half if full.get(seed, least) > least}
