@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 # First model, which sets how torch's threads wait before torch is loaded.
-from model import (BertConfig, UserError, is_label, layer_sizes, load_bert, plain, read_json,
-                   reading, record, say)
+from model import (archs_to_tensor, BertConfig, capture_graph, forward_many, is_label, load_bert,
+                   print_line, read_json, regular_file, user_errors_for, UserError)
 
 import numpy as np
 import tokenizers
@@ -135,7 +135,7 @@ def read_table(path, test=False):
     if not table:
         raise UserError(f"{path} has no rows")
     if len(table) < len(rows) - first:
-        say(f"{path}: {len(rows) - first - len(table)} incomplete row(s) left out")
+        print_line(f"{path}: {len(rows) - first - len(table)} incomplete row(s) left out")
     return kind, table
 
 
@@ -164,7 +164,7 @@ def read_rows(path):
         elif path.with_suffix(".csv").exists():
             hint = "a .csv does: write it anew with tabs and without quotes"
         raise UserError(f"{path} does not exist; {hint}")
-    content = plain(path).read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+    content = regular_file(path).read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
     if not content:
         raise UserError(f"{path} is empty")
     rows = []
@@ -202,7 +202,7 @@ def split_holdout(examples, fraction, seed):
     return list(itertools.compress(examples, ~held)), list(itertools.compress(examples, held))
 
 
-def describe(task, kept, held, encoded, bert, max_length):
+def summarize_task(task, kept, held, encoded, bert, max_length):
     """Lines that say what was understood of a task, and what looks like a mistake. kept, held: the
     parts of train; encoded: the first, by the tokenizer in `bert`, cut to `max_length` tokens."""
     labels = [e.label for e in task.train]
@@ -242,13 +242,13 @@ def describe(task, kept, held, encoded, bert, max_length):
             *(f"WARNING: {text}" for text, applies in warnings.items() if applies)]
 
 
-def majority(task):
+def majority_baseline(task):
     """ACC(m) on dev, in %, of a model that always gives train's most frequent label."""
     if not task.labels:
         return 0.0
     answer = Counter(e.label for e in task.train).most_common(1)[0][0]
     logits = np.eye(len(task.labels))[[answer]]                      # [1, num_labels]
-    return float(np.mean([scores(task.metric, np.array([e.label for e in dev]),
+    return float(np.mean([compute_metrics(task.metric, np.array([e.label for e in dev]),
                                  logits.repeat(len(dev), 0))["score"] for dev in task.devs]))
 
 
@@ -284,16 +284,16 @@ def load_tokenizer(directory):
               if config.get(name) is not None}
     has_json = (here / "tokenizer.json").exists()
     path = here / ("tokenizer.json" if has_json else "vocab.txt")
-    with reading(path):
+    with user_errors_for(path):
         if has_json:
-            tokenizer = tokenizers.Tokenizer.from_file(str(plain(path)))
+            tokenizer = tokenizers.Tokenizer.from_file(str(regular_file(path)))
             tokenizer.no_padding()
             tokenizer.no_truncation()
             for name, value in casing.items():
                 if getattr(tokenizer.normalizer, name, value) != value:
                     raise UserError(f"{path} contradicts tokenizer_config.json: {name} {value}")
         else:
-            tokenizer = word_pieces(plain(path), casing)
+            tokenizer = word_pieces(regular_file(path), casing)
         add_tokens(tokenizer, here, known=has_json)
         words = tokenizer.get_vocab()
         for token in ("[UNK]", "[CLS]", "[SEP]"):
@@ -334,7 +334,7 @@ def add_tokens(tokenizer, directory, known):
     tokens, ids = {}, {}
     for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
         path = directory / name
-        with reading(path):
+        with user_errors_for(path):
             fields = read_json(path) if path.exists() else {}
             for i, token in fields.get("added_tokens_decoder", {}).items():
                 tokens[token["content"]] = tokenizers.AddedToken(**token)
@@ -356,12 +356,12 @@ def add_tokens(tokenizer, directory, known):
                             f"one that its files name, {ids.get(token)}")
 
 
-def encoder(directory, max_length=None):
+def make_encoder(directory, max_length=None):
     """A function [Example] -> [Encoded] with the tokenizer of the BERT directory `directory`:
     [CLS] sentence1 [SEP] or [CLS] sentence1 [SEP] sentence2 [SEP] (token types 0 and 1), cut to
     `max_length` tokens (None: as many as in the model's training), the longer sentence first."""
     tokenizer, config = load_tokenizer(directory), BertConfig.load(directory)
-    tokenizer.enable_truncation(max_length or trained_length(directory), strategy="longest_first")
+    tokenizer.enable_truncation(max_length or max_train_length(directory), strategy="longest_first")
 
     def encode_examples(examples):
         """[Example] -> [Encoded]; UserError for pairs where the BERT has one token type."""
@@ -375,10 +375,10 @@ def encoder(directory, max_length=None):
 
 def encode(examples, directory, max_length=None):
     """What `encoder` does, once: [Example] -> [Encoded]."""
-    return encoder(directory, max_length)(examples)
+    return make_encoder(directory, max_length)(examples)
 
 
-def trained_length(directory):
+def max_train_length(directory):
     """Tokens per example that a model was trained with: run.json says so, or in an exported model
     the tokenizer; else its positions."""
     most = BertConfig.load(directory).max_position_embeddings
@@ -444,7 +444,7 @@ def collate(encoded, indices, device="cpu", most=10**6):
 def load(directory):
     """A model that `train` or `search` wrote, and its encoder: encode(text), encode(text, pair), or
     both with lists of B texts, gives the three [B, T] tensors that the model takes."""
-    model, encode_examples = load_bert(directory), encoder(directory)
+    model, encode_examples = load_bert(directory), make_encoder(directory)
     most = model.config.max_position_embeddings
 
     def encode_texts(texts, pairs=None):
@@ -464,12 +464,12 @@ def predict(model, directory, examples, autocast, batch_size=32):
     and {name: probability}; of a regression, the score and {}."""
     device, most = model.classifier.weight.device, model.config.max_position_embeddings
     names = model.config.labels or [str(i) for i in range(model.num_labels)]
-    encode_examples, examples = encoder(directory), iter(examples)
+    encode_examples, examples = make_encoder(directory), iter(examples)
     while batch := list(itertools.islice(examples, batch_size)):
         encoded = encode_examples([example._replace(label=0) for example in batch])
         *inputs, _ = collate(encoded, range(len(batch)), device, most)
         with torch.inference_mode(), autocast():
-            logits = finite(model(*inputs).float().cpu())            # [B, num_labels]
+            logits = check_finite(model(*inputs).float().cpu())            # [B, num_labels]
         for row in logits:
             if model.config.problem_type == "regression":
                 yield row.item(), {}
@@ -480,7 +480,7 @@ def predict(model, directory, examples, autocast, batch_size=32):
 PREFIX_MEMORY = 2**30    # bytes of hidden states that a scorer keeps for architectures to come
 
 
-def scorer(model, parts, metric, device, autocast):
+def make_evaluator(model, parts, metric, device, autocast):
     """A function arch -> {metric: %} over lists of encoded examples, in batches that are made once
     and stay on the device. Of two parts (MNLI's dev) "score" is the mean."""
     tokens = 2**11 if device.type == "cpu" else 2**15                # a CPU's caches like few
@@ -488,19 +488,19 @@ def scorer(model, parts, metric, device, autocast):
     batches = [collate(part, indices, device, most)
                for part in parts for indices in token_batches(part, tokens)]
     labels = torch.cat([labels for *_, labels in batches]).cpu().split(lengths)
-    model = cast_once(model, device, autocast).eval()
+    model = cast_linears_to_bf16(model, device, autocast).eval()
     if device.type == "cuda":
-        forward = replayed(model, batches, autocast)
+        forward = with_cuda_graphs(model, batches, autocast)
     else:
-        forward = remembered(model, batches)
+        forward = with_prefix_cache(model, batches)
 
     def score(arch):
         """{metric: %} of one architecture."""
         model.check(arch)
         with torch.inference_mode(), autocast():
             logits = torch.cat([forward(b, arch).float() for b in range(len(batches))])
-        found, *others = [scores(metric, right.numpy(), given.numpy())
-                          for right, given in zip(labels, finite(logits.cpu()).split(lengths))]
+        found, *others = [compute_metrics(metric, right.numpy(), given.numpy())
+                          for right, given in zip(labels, check_finite(logits.cpu()).split(lengths))]
         for other in others:
             found |= {f"{name}_mismatched": value for name, value in other.items()}
             found["score"] = (found["score"] + other["score"]) / 2
@@ -508,7 +508,7 @@ def scorer(model, parts, metric, device, autocast):
     return score
 
 
-def remembered(model, batches):
+def with_prefix_cache(model, batches):
     """A function (index of a batch, arch) -> its logits [B, num_labels], those of `model.forward`
     to the bit. Architectures whose first layers are the same compute them once: each batch keeps
     the hidden states [B, T, C] before its layers, the youngest that PREFIX_MEMORY has room for."""
@@ -528,31 +528,31 @@ def remembered(model, batches):
             x = model.embed(ids, types)
         for n, (i, H, F_) in enumerate(layers[start:], start):
             states[layers[:n]] = x
-            x = model.layers[i](x, mask[:, None, None, :], H, F_, last=n + 1 == arch.depth)
+            x = model.layers[i](x, mask[:, None, None, :], H, F_, cls_only=n + 1 == arch.depth)
         while len(states) > room:
             del states[next(iter(states))]
         return model.head(x)
     return forward
 
 
-def replayed(model, batches, autocast):
+def with_cuda_graphs(model, batches, autocast):
     """The same for a GPU: the masked pass over each batch, recorded once as a CUDA graph and
     replayed. The logits are those of `model.forward` but for rounding."""
-    sizes = layer_sizes(model.config, [model.config.arch], batches[0][0].device)    # [1, L, 2]
+    sizes = archs_to_tensor(model.config, [model.config.arch], batches[0][0].device)    # [1, L, 2]
     pool = torch.cuda.graph_pool_handle()
     with torch.inference_mode(), autocast():
-        graphs = [record(partial(model.masked, *inputs, sizes), pool) for *inputs, _ in batches]
+        graphs = [capture_graph(partial(forward_many, model, *inputs, sizes), pool) for *inputs, _ in batches]
 
     def forward(b, arch):
         """Logits [B, num_labels] of batch b."""
-        sizes.copy_(layer_sizes(model.config, [arch]))
+        sizes.copy_(archs_to_tensor(model.config, [arch]))
         graph, logits = graphs[b]
         graph.replay()
         return logits[0].clone()
     return forward
 
 
-def cast_once(model, device, autocast):
+def cast_linears_to_bf16(model, device, autocast):
     """The model itself, or where autocast would cast its weights to bf16 in every call, a copy that
     has them in bf16: the same logits. The classifier stays in fp32."""
     with autocast():
@@ -564,7 +564,7 @@ def cast_once(model, device, autocast):
     return model
 
 
-def finite(logits):
+def check_finite(logits):
     """The logits, unless they are not numbers: UserError."""
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are not finite: its weights overflow in this precision")
@@ -615,7 +615,7 @@ def spearman(labels, predictions):
     return pearson(ranks(labels), ranks(predictions))
 
 
-def scores(metric, labels, logits):
+def compute_metrics(metric, labels, logits):
     """Every metric of a task in %, and ACC(m) of Eq. 7 as "score": the mean of those in `metric`.
     labels [n], logits [n, num_labels] (numpy). F1 and Matthews are given for two labels."""
     if "pearson" in metric:

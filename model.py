@@ -44,7 +44,7 @@ ACTIVATIONS = {"gelu": nn.GELU(), "gelu_python": nn.GELU(), "gelu_new": nn.GELU(
 # What is computed of the fields that have few values.
 CHOICES = {"model_type": ["bert"], "position_embedding_type": ["absolute"], "is_decoder": [False],
            "is_encoder_decoder": [False], "add_cross_attention": [False], "pruned_heads": [{}],
-           "hidden_act": list(ACTIVATIONS), "depth_keeps": ["first", "even"],
+           "hidden_act": list(ACTIVATIONS), "keep_layers": ["first", "even"],
            "problem_type": ["regression", "single_label_classification"],
            "tokenizer_class": ["BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast"]}
 # Fields that change no logit; those in the last three lines are for generating text.
@@ -84,7 +84,7 @@ class BertConfig:
     initializer_range: float = 0.02
     problem_type: str = None                   # "regression": the one logit is the answer
     id2label: dict = None                      # {"0": name, ...}: label names travel with the model
-    depth_keeps: str = "first"                 # the layers of a smaller depth, or "even"ly spaced
+    keep_layers: str = "first"                 # the layers of a smaller depth, or "even"ly spaced
     layer_heads: list = None                   # a sub-BERT's heads, one number per layer
     layer_ffn_sizes: list = None               # a sub-BERT's FFN sizes, one number per layer
 
@@ -127,7 +127,7 @@ class BertConfig:
 
     def layers(self, arch):
         """(index, heads, FFN size) of each layer that `arch` runs, a tuple."""
-        return tuple(zip(kept_layers(self.depth_keeps, self.num_hidden_layers, arch.depth), *arch))
+        return tuple(zip(kept_layer_indices(self.keep_layers, self.num_hidden_layers, arch.depth), *arch))
 
     @classmethod
     def load(cls, directory):
@@ -145,16 +145,16 @@ class BertConfig:
                 raise UserError(f"{path}: {name} is {value!r}, not one of {CHOICES[name]}")
             if name not in own and name not in CHOICES and not HARMLESS.fullmatch(name):
                 raise UserError(f"{path}: unknown field {name!r}: remove it if it changes no logit")
-        with reading(path, "does not describe a BERT"):
+        with user_errors_for(path, "does not describe a BERT"):
             return cls(**{name: value for name, value in found.items() if name in own})
 
 
 # ---- Architectures and the search space ----------------------------------------------------------
 
-def kept_layers(rule, layers, depth):
+def kept_layer_indices(rule, layers, depth):
     """Which of so many layers a sub-BERT of `depth` has, by the rule "first" or "even".
 
-    >>> list(kept_layers("first", 6, 4)), list(kept_layers("even", 6, 4))
+    >>> list(kept_layer_indices("first", 6, 4)), list(kept_layer_indices("even", 6, 4))
     ([0, 1, 2, 3], [0, 2, 3, 5])
     """
     if rule == "first":
@@ -196,8 +196,8 @@ class SearchSpace:
     ((2, 6, 6), 42, [0, 3, None])
     """
 
-    def __init__(self, depths, heads, ffn_sizes, depth_keeps="first"):
-        self.depth_keeps = depth_keeps
+    def __init__(self, depths, heads, ffn_sizes, keep_layers="first"):
+        self.keep_layers = keep_layers
         self.depths, self.heads, self.ffn_sizes = (
             tuple(sorted(set(sizes))) for sizes in (depths, heads, ffn_sizes))   # ascending
         self.pairs = [(h, k) for k in self.ffn_sizes for h in self.heads]
@@ -214,7 +214,7 @@ class SearchSpace:
         return cls(depths=part(config.num_hidden_layers, 1/2, 2/3, 5/6, 1),
                    heads=part(config.num_attention_heads, 1/3, 2/3, 1),
                    ffn_sizes=part(config.intermediate_size, 1/6, 1/4, 1/3, 1),
-                   depth_keeps=config.depth_keeps)
+                   keep_layers=config.keep_layers)
 
     def largest(self):
         """The largest architecture: the super-BERT itself."""
@@ -236,7 +236,7 @@ class SearchSpace:
 
     def arch(self, choices):
         """Choices -> Arch. What stands at inactive layers is not looked at."""
-        active = kept_layers(self.depth_keeps, self.depths[-1], self.depths[choices[0]])
+        active = kept_layer_indices(self.keep_layers, self.depths[-1], self.depths[choices[0]])
         heads, ffn_sizes = zip(*(self.pairs[choices[1 + i]] for i in active))
         return Arch(heads, ffn_sizes)
 
@@ -244,7 +244,7 @@ class SearchSpace:
         """Arch -> choices, with None for every inactive layer."""
         self.check(arch)
         layers = [None] * self.depths[-1]
-        for i, h, k in zip(kept_layers(self.depth_keeps, len(layers), arch.depth), *arch):
+        for i, h, k in zip(kept_layer_indices(self.keep_layers, len(layers), arch.depth), *arch):
             layers[i] = self.pairs.index((h, k))
         return [self.depths.index(arch.depth)] + layers
 
@@ -272,7 +272,7 @@ def count_flops(config, arch, seq_len=128):
 
 # ---- The model -----------------------------------------------------------------------------------
 
-def front_linear(x, linear, n_out=None, n_in=None):
+def sliced_linear(x, linear, n_out=None, n_in=None):
     """x @ W[:n_out, :n_in].T + b[:n_out], the slice being a view. x [..., n_in] -> [..., n_out]."""
     return F.linear(x, linear.weight[:n_out, :n_in], linear.bias[:n_out])
 
@@ -316,7 +316,7 @@ class Layer(nn.Module):
         self.dropout = config.hidden_dropout_prob
         self.attention_dropout = config.attention_probs_dropout_prob
 
-    def forward(self, x, mask, H, F_, last=False, keep=None):
+    def forward(self, x, mask, H, F_, cls_only=False, masks=None):
         """x [B, T, C], mask [B, 1, 1, T] bool, H heads and F_ neurons of the front -> [B, T, C], or
         [B, 1, C] of the last layer, out of which only [CLS] goes to the pooler. keep: of each
         example, which of those heads [B, H] and neurons [B, F] count; the others become zero."""
@@ -324,19 +324,19 @@ class Layer(nn.Module):
         p, p_attention = (self.dropout, self.attention_dropout) if self.training else (0.0, 0.0)
 
         def split(x, linear):
-            return front_linear(x, linear, H * self.D).view(B, -1, H, self.D).transpose(1, 2)
+            return sliced_linear(x, linear, H * self.D).view(B, -1, H, self.D).transpose(1, 2)
         key, value = split(x, self.key), split(x, self.value)            # [B, H, T, D]
-        x = x[:, :1] if last else x                                      # [B, Q, C], Q = 1 or T
+        x = x[:, :1] if cls_only else x                                      # [B, Q, C], Q = 1 or T
         a = attention(split(x, self.query), key, value, mask, p_attention)   # [B, H, Q, D]
-        if keep:
-            a = a * keep[0][:, :, None, None]
+        if masks:
+            a = a * masks[0][:, :, None, None]
         a = a.transpose(1, 2).reshape(B, -1, H * self.D)                 # [B, Q, H*D]
-        a = front_linear(a, self.attention_out, n_in=H * self.D)         # [B, Q, C]
+        a = sliced_linear(a, self.attention_out, n_in=H * self.D)         # [B, Q, C]
         x = self.attention_norm(x + dropout(a, p))
-        f = self.activation(front_linear(x, self.ffn_in, F_))            # [B, Q, F]
-        if keep:
-            f = f * keep[1][:, None, :]
-        f = front_linear(f, self.ffn_out, n_in=F_)                       # [B, Q, C]
+        f = self.activation(sliced_linear(x, self.ffn_in, F_))            # [B, Q, F]
+        if masks:
+            f = f * masks[1][:, None, :]
+        f = sliced_linear(f, self.ffn_out, n_in=F_)                       # [B, Q, C]
         return self.ffn_norm(x + dropout(f, p))
 
 
@@ -378,26 +378,8 @@ class ElasticBert(nn.Module):
         x = self.embed(input_ids, token_type_ids)                        # [B, T, C]
         mask = attention_mask.bool()[:, None, None, :]                   # [B, 1, 1, T]
         for n, (i, H, F_) in enumerate(self.config.layers(arch), 1):
-            x = self.layers[i](x, mask, H, F_, last=n == arch.depth)
+            x = self.layers[i](x, mask, H, F_, cls_only=n == arch.depth)
         return self.head(x)                                              # [B, num_labels]
-
-    def masked(self, input_ids, token_type_ids, attention_mask, sizes):
-        """What `forward` gives for several architectures, in one pass of fixed shapes, which suits
-        a GPU. Every example is there once per architecture. Heads and neurons that this one lacks
-        are multiplied by 0, a layer that it lacks passes its input on: slicing is masking with the
-        zeros not computed. Three [B, T] tensors as above, and sizes [lambda, L, 2] of `layer_sizes`
-        -> [lambda, B, num_labels]."""
-        n, B = len(sizes), len(input_ids)
-        x = self.embed(input_ids.repeat(n, 1), token_type_ids.repeat(n, 1))      # [n*B, T, C]
-        mask = attention_mask.bool().repeat(n, 1)[:, None, None, :]      # [n*B, 1, 1, T]
-        sizes = sizes.repeat_interleave(B, 0)                            # [n*B, L, 2]
-        for i, (layer, H, F_) in enumerate(zip(self.layers, *self.config.arch)):
-            h, k = sizes[:, i, :1], sizes[:, i, 1:]                      # [n*B, 1] each
-            keep = (torch.arange(H, device=h.device) < h,                # [n*B, H]
-                    torch.arange(F_, device=k.device) < k)               # [n*B, F]
-            y = layer(x, mask, H, F_, last=i + 1 == len(self.layers), keep=keep)
-            x = torch.where(h[:, :, None] > 0, y, x[:, :y.shape[1]])     # missing: its input
-        return self.head(x).view(n, B, -1)                               # [n, B, num_labels]
 
     def embed(self, input_ids, token_type_ids):
         """Two [B, T] tensors -> the hidden states before the first layer, [B, T, C]."""
@@ -419,7 +401,26 @@ class ElasticBert(nn.Module):
             return self.classifier(pooled.float())
 
 
-def layer_sizes(config, archs, device=None):
+def forward_many(model, input_ids, token_type_ids, attention_mask, sizes):
+    """What `forward` gives for several architectures, in one pass of fixed shapes, which suits
+    a GPU. Every example is there once per architecture. Heads and neurons that this one lacks
+    are multiplied by 0, a layer that it lacks passes its input on: slicing is masking with the
+    zeros not computed. Three [B, T] tensors as above, and sizes [lambda, L, 2] of `archs_to_tensor`
+    -> [lambda, B, num_labels]."""
+    n, B = len(sizes), len(input_ids)
+    x = model.embed(input_ids.repeat(n, 1), token_type_ids.repeat(n, 1))      # [n*B, T, C]
+    mask = attention_mask.bool().repeat(n, 1)[:, None, None, :]      # [n*B, 1, 1, T]
+    sizes = sizes.repeat_interleave(B, 0)                            # [n*B, L, 2]
+    for i, (layer, H, F_) in enumerate(zip(model.layers, *model.config.arch)):
+        h, k = sizes[:, i, :1], sizes[:, i, 1:]                      # [n*B, 1] each
+        keep = (torch.arange(H, device=h.device) < h,                # [n*B, H]
+                torch.arange(F_, device=k.device) < k)               # [n*B, F]
+        y = layer(x, mask, H, F_, cls_only=i + 1 == len(model.layers), masks=keep)
+        x = torch.where(h[:, :, None] > 0, y, x[:, :y.shape[1]])     # missing: its input
+    return model.head(x).view(n, B, -1)                               # [n, B, num_labels]
+
+
+def archs_to_tensor(config, archs, device=None):
     """Architectures as one tensor for `masked`, int64 [len(archs), L, 2]: heads and FFN size of
     each layer of the model, 0 and 0 where an architecture does not have it."""
     sizes = torch.zeros(len(archs), config.num_hidden_layers, 2, dtype=torch.int64)
@@ -433,7 +434,7 @@ def extract(model, arch):
     """A stand-alone ElasticBert with the weights of `arch`: the same logits, nothing shared.
     UserError where `arch` exceeds `model`."""
     model.check(arch)
-    config = replace(model.config, num_hidden_layers=arch.depth, depth_keeps="first",
+    config = replace(model.config, num_hidden_layers=arch.depth, keep_layers="first",
                      layer_heads=list(arch.heads), layer_ffn_sizes=list(arch.ffn_sizes))
     with torch.device("meta"):                                           # shapes without memory
         sub = ElasticBert(config, model.num_labels)
@@ -449,7 +450,7 @@ def extract(model, arch):
 
 
 @torch.no_grad()
-def reorder(model, importance):
+def sort_by_importance(model, importance):
     """Sort the heads and FFN neurons of every layer in place, most important first; the function
     that the largest computes stays the same. importance: per layer two tensors, [H] and [F]."""
     for layer, (heads, neurons) in zip(model.layers, importance):
@@ -516,7 +517,7 @@ def load_bert(directory, num_labels=None, labels=None):
         if hf_name(f"{name}.weight") in tensors:
             break                                 # no new pooler under an old classifier
         n_out, n_in = getattr(model, name).weight.shape
-        say(f"{directory}: a new {name} is initialised, {n_in} -> {n_out}")
+        print_line(f"{directory}: a new {name} is initialised, {n_in} -> {n_out}")
         weight = torch.empty(n_out, n_in).normal_(std=config.initializer_range)
         tensors[hf_name(f"{name}.weight")] = weight
         tensors[hf_name(f"{name}.bias")] = torch.zeros(n_out)
@@ -548,7 +549,7 @@ def fit_classifier(tensors, config, labels, directory):
         order = [known.index(name) for name in labels]
         tensors.update({name: tensors[name][order] for name in own})
     elif own and (labels or rows != {(1,)}):
-        say(f"{directory}: its classifier, of {', '.join(known) or 'unnamed labels'}, is not used")
+        print_line(f"{directory}: its classifier, of {', '.join(known) or 'unnamed labels'}, is not used")
         for name in own:
             del tensors[name]
 
@@ -557,7 +558,7 @@ def weight_files(directory):
     """The safetensors files of a BERT directory: one, or those that an index names."""
     names, index = ["model.safetensors"], Path(directory, "model.safetensors.index.json")
     if index.exists() and not Path(directory, "model.safetensors").exists():
-        with reading(index):
+        with user_errors_for(index):
             names = sorted(set(map(str, read_json(index)["weight_map"].values())))
     return [Path(directory, name) for name in names]
 
@@ -567,10 +568,10 @@ def read_tensors(directory):
     heads, a head for answers and the buffer `position_ids`; under today's names for old ones."""
     tensors = {}
     for path in weight_files(directory):
-        if not plain(path).exists():
+        if not regular_file(path).exists():
             raise UserError(f"{path} does not exist (a pytorch_model.bin becomes one by "
                             "transformers' from_pretrained(...).save_pretrained(...))")
-        with reading(path, "is not a complete safetensors file"):
+        with user_errors_for(path, "is not a complete safetensors file"):
             found = safetensors.torch.load_file(path)
         for name, tensor in found.items():
             name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
@@ -587,7 +588,7 @@ def read_tensors(directory):
 def tokenizer_files(directory):
     """{name: bytes} of a BERT directory's tokenizer, to be written beside another model."""
     paths = [Path(directory) / name for name in TOKENIZER_FILES]
-    return {path.name: plain(path).read_bytes() for path in paths if path.exists()}
+    return {path.name: regular_file(path).read_bytes() for path in paths if path.exists()}
 
 
 def save_bert(model, directory, tokenizer=None):
@@ -609,7 +610,7 @@ def save_bert(model, directory, tokenizer=None):
 
 # ---- Where it computes, and how long that takes --------------------------------------------------
 
-def arithmetic(device="auto", precision="auto"):
+def select_device_and_precision(device="auto", precision="auto"):
     """(torch.device, maker of autocast contexts); "auto": the fastest device there is, and bf16
     where its hardware has units for it, else fp32. UserError where the device is missing."""
     keep_memory()                                 # here, since every program begins with this
@@ -635,7 +636,7 @@ def keep_memory():
         libc.mallopt(-1, 2**31 - 1)                                      # M_TRIM_THRESHOLD
 
 
-def hardware(device):
+def device_name(device):
     """The GPU's name, or the processor's and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
@@ -653,7 +654,7 @@ def peak_memory(device):
     return 0
 
 
-def record(compute, pool=None):
+def capture_graph(compute, pool=None):
     """(CUDA graph, result) of a function without arguments that computes on tensors which stay
     where they are: `graph.replay()` computes the result anew, without launching every kernel."""
     aside = torch.cuda.Stream()
@@ -685,7 +686,7 @@ def latency(model, T, autocast):
 # ---- Files, and what is said ---------------------------------------------------------------------
 
 @contextmanager
-def reading(path, fault="is damaged, or not what it seems"):
+def user_errors_for(path, fault="is damaged, or not what it seems"):
     """Whatever is wrong with what a file says ends in a UserError that names file and fault."""
     try:
         yield
@@ -695,24 +696,24 @@ def reading(path, fault="is damaged, or not what it seems"):
         raise UserError(f"{path} {fault}: {str(error)[:100]}") from None
 
 
-def plain(path):
+def regular_file(path):
     """The path; UserError where it is something else than a file: a pipe might never end."""
     if Path(path).exists() and not Path(path).is_file():
         raise UserError(f"{path} is not a file")
     return Path(path)
 
 
-def printable(text):
+def escape_control_chars(text):
     """A text without what would steer a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def read_json(path, otherwise="does not exist"):
     """A JSON object from a file; UserError `path otherwise` where there is none."""
-    path = plain(path)
+    path = regular_file(path)
     if not path.exists():
         raise UserError(f"{path} {otherwise}")
-    with reading(path, "is not a JSON object"):
+    with user_errors_for(path, "is not a JSON object"):
         return {**json.loads(path.read_bytes())}  # a list or a number cannot be unpacked
 
 
@@ -743,15 +744,15 @@ def fingerprint(*paths):
     digest = hashlib.sha256()
     for path in map(Path, paths):
         if path.exists():
-            with open(plain(path), "rb") as file:
+            with open(regular_file(path), "rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
-def say(text):
+def print_line(text):
     """Print a line. Where nobody reads any more, the work goes on in silence."""
     try:
-        print(printable(text), flush=True)
+        print(escape_control_chars(text), flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
     except OSError as error:

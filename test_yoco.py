@@ -41,9 +41,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import model as model_module
 import yoco
-from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, attention, count_flops,
-                   count_params, dropout, extract, latency, layer_sizes, load_bert, reorder,
-                   save_bert)
+from model import (Arch, archs_to_tensor, attention, BertConfig, count_flops, count_params,
+                   dropout, ElasticBert, extract, latency, load_bert, save_bert, SearchSpace,
+                   sort_by_importance, UserError)
 from yoco import Categorical
 
 ROOT = Path(__file__).parent
@@ -170,9 +170,9 @@ def test_evenly_spaced_depth(tmp_path):
     sub-BERT of them stands alone."""
     for layers, depth, kept in ((12, 6, [1, 3, 5, 7, 9, 11]), (6, 3, [1, 3, 5]), (4, 1, [3]),
                                 (6, 4, [0, 2, 3, 5]), (6, 5, [0, 1, 2, 3, 5]), (2, 2, [0, 1])):
-        assert list(model_module.kept_layers("even", layers, depth)) == kept
-        assert list(model_module.kept_layers("first", layers, depth)) == list(range(depth))
-    model, batch = small_model(depth_keeps="even"), small_batch()
+        assert list(model_module.kept_layer_indices("even", layers, depth)) == kept
+        assert list(model_module.kept_layer_indices("first", layers, depth)) == list(range(depth))
+    model, batch = small_model(keep_layers="even"), small_batch()
     space, arch = SearchSpace.for_config(model.config), Arch((2, 6), (48, 8))
     assert space.choices(arch) == [0, None, 9, None, 2]
     assert space.arch(space.choices(arch)) == arch
@@ -205,7 +205,7 @@ def test_masks_equal_slices(keeps, num_labels, types_):
     """`masked` gives for each of several architectures the logits of `forward`, and of any function
     of them the gradients: with padding, one logit, token types or none, and layers that no
     architecture has."""
-    model = small_model(num_labels, depth_keeps=keeps, type_vocab_size=types_, **NO_DROPOUT)
+    model = small_model(num_labels, keep_layers=keeps, type_vocab_size=types_, **NO_DROPOUT)
     ids, types, mask = small_batch()
     types, full = types % types_, model.config.arch
     few = [a for a in random_archs(model.config, 40, 7) if a.depth == 1][:3]
@@ -216,7 +216,7 @@ def test_masks_equal_slices(keeps, num_labels, types_):
         for way in ("masked", "sliced"):
             model.zero_grad()
             if way == "masked":
-                logits.append(model.masked(ids, types, mask, layer_sizes(model.config, archs)))
+                logits.append(model_module.forward_many(model, ids, types, mask, archs_to_tensor(model.config, archs)))
             else:
                 logits.append(torch.stack([model(ids, types, mask, arch) for arch in archs]))
             (logits[-1] * weights).sum().backward()
@@ -226,7 +226,7 @@ def test_masks_equal_slices(keeps, num_labels, types_):
         close(*logits)
         for name, gradient in gradients[1].items():
             close(gradients[0][name], gradient)
-    used = model_module.kept_layers(keeps, 4, 1)[0]     # by the last of them, `few`
+    used = model_module.kept_layer_indices(keeps, 4, 1)[0]     # by the last of them, `few`
     assert all(any(g.any() for name, g in gradients[0].items() if f"layers.{i}." in name)
                == (i == used) for i in range(4))
 
@@ -548,10 +548,10 @@ def test_metrics():
     ties = 4.5 / (5 * 4.5) ** 0.5                       # the ranks are 1 2.5 2.5 4
     assert np.isclose(data.spearman([1, 2, 3, 4], [1, 2, 2, 3]), ties)
     logits = np.array([[0., 1], [1, 0], [0, 1], [1, 0]])
-    assert data.scores("accuracy+f1", np.array([1, 0, 0, 0]), logits) == {
+    assert data.compute_metrics("accuracy+f1", np.array([1, 0, 0, 0]), logits) == {
         "score": pytest.approx((75 + 200 / 3) / 2), "accuracy": 75, "f1": pytest.approx(200 / 3),
         "matthews": pytest.approx(100 * 2 / 12 ** 0.5)}
-    assert set(data.scores("pearson+spearman", np.array([1., 2]), logits[:2, :1])) == {
+    assert set(data.compute_metrics("pearson+spearman", np.array([1., 2]), logits[:2, :1])) == {
         "score", "pearson", "spearman"}
 
 
@@ -564,7 +564,7 @@ def test_scorer(monkeypatch, memory):
                for n in rng.integers(3, 20, 60)]
     *inputs, labels = data.collate(encoded, range(60))
     monkeypatch.setattr(data, "PREFIX_MEMORY", memory)
-    score = data.scorer(model, [encoded], "accuracy", torch.device("cpu"), OFF)
+    score = data.make_evaluator(model, [encoded], "accuracy", torch.device("cpu"), OFF)
     for layer in model.layers:
         layer.register_forward_hook(lambda *_: calls.append(1))
     archs = [Arch((1, 4, 6), (8, 16, 48)), Arch((1, 4, 2, 6), (8, 16, 8, 48))]
@@ -701,12 +701,12 @@ def test_controller():
     by_hand = -(12 / 13 * np.log(12 / 13) * 13 + 1 / 13 * np.log(1 / 39)
                 + 12 / 13 * np.log(1 / 143)) / (np.log(4) + 12 * np.log(12))
     assert np.isclose(yoco.exploit_probability(P), by_hand) and round(by_hand, 2) == 0.19
-    assert np.isclose(yoco.exploit_floor(P), by_hand)
-    assert np.isclose(yoco.exploit_floor(Categorical(SIZES)), by_hand)
+    assert np.isclose(yoco.min_exploit_probability(P), by_hand)
+    assert np.isclose(yoco.min_exploit_probability(Categorical(SIZES)), by_hand)
     P.open([np.arange(size) == size - 1 for size in SIZES])
     before = [t.copy() for t in P.theta]
     P.step([[3] + [11] * 12] * 2, [1, 2])
-    assert yoco.exploit_probability(P) == yoco.exploit_floor(P) == 1
+    assert yoco.exploit_probability(P) == yoco.min_exploit_probability(P) == 1
     assert all(map(np.array_equal, P.theta, before))
 
 
@@ -851,7 +851,7 @@ def test_weight_gradient(keeps):
     """The mean over the architectures of each extracted sub-BERT's own gradient, laid into its
     corner; one drawn twice weighs double; a layer that none has is not touched. By slices and by
     masks."""
-    model, inputs = small_model(depth_keeps=keeps, **NO_DROPOUT).train(), small_batch()
+    model, inputs = small_model(keep_layers=keeps, **NO_DROPOUT).train(), small_batch()
     a, b = Arch((4, 2), (12, 48)), Arch((6, 2), (8, 16))
 
     def cross_entropy(logits, labels, _):
@@ -865,7 +865,7 @@ def test_weight_gradient(keeps):
         assert [layer.query.weight.grad is not None for layer in model.layers] == [
             i in used for i in range(4)]
         model.zero_grad()
-        sizes = layer_sizes(model.config, archs)
+        sizes = archs_to_tensor(model.config, archs)
         check_gradient(model, yoco.masked_gradient(model, (*inputs, LABELS), sizes, OFF), expected)
 
 
@@ -892,7 +892,7 @@ def test_distillation(num_labels):
         batch = (*inputs, labels)
         check_gradient(model, yoco.weight_gradient(model, batch, archs, OFF, teacher), expected)
         model.zero_grad()
-        check_gradient(model, yoco.masked_gradient(model, batch, layer_sizes(model.config, archs),
+        check_gradient(model, yoco.masked_gradient(model, batch, archs_to_tensor(model.config, archs),
                                                    OFF, teacher), expected)
     assert model.training and all(w.grad is None for w in teacher.parameters())
 
@@ -925,7 +925,7 @@ def test_reorder():
                           atol=1e-5)
     logits = model(*batch)
     weights = model.layers[1].ffn_in.weight.clone()
-    reorder(model, importance)
+    sort_by_importance(model, importance)
     torch.testing.assert_close(model(*batch), logits)
     best = importance[1][1].argmax()
     assert torch.equal(model.layers[1].ffn_in.weight[0], weights[best])
@@ -961,13 +961,13 @@ def test_best_fit():
 def test_budgets(words, values, capsys):
     """As words of the command line, in either case, with blanks or without, one or several."""
     for typed in (words.split(), [words]):
-        kind, wishes = yoco.wished(yoco.SearchSettings(max_params=typed), "superbert")
+        kind, wishes = yoco.budgets_from_settings(yoco.SearchSettings(max_params=typed), "superbert")
         assert kind == "params"
         assert [yoco.parse_budget(wish, 10, 10**8, "parameters") for wish in wishes] == values
     said = "bounds nothing" in capsys.readouterr().out
     assert said == any(value > 10**8 for value in values)
     for text, value in (("12", 12), ("12ms", 12), ("12 MS", 12), ("0.5x", 20)):
-        kind, (wish,) = yoco.wished(yoco.SearchSettings(max_latency=text.split()), "superbert")
+        kind, (wish,) = yoco.budgets_from_settings(yoco.SearchSettings(max_latency=text.split()), "superbert")
         assert kind == "latency" and yoco.parse_budget(wish, 1, 40, "ms") == value
 
 
@@ -1111,7 +1111,7 @@ def test_precision_is_recorded(tiny):
 
 @pytest.mark.parametrize("extra", [
     "--strategy explore", "--strategy exploit", "--strategy noise", "--stages all",
-    "--recipe best", "--depth-keeps even", "--holdout 0"])
+    "--recipe best", "--keep-layers even", "--holdout 0"])
 def test_variants(made, tiny, capsys, extra):
     """explore leaves theta uniform, the others move it; each is another result than the default."""
     assert yoco.main(TRAIN + extra.split()) == 0
@@ -1122,8 +1122,8 @@ def test_variants(made, tiny, capsys, extra):
     assert always is None or {row["K"] for row in log_of("superbert/tiny")} == {always}
     assert result_bytes("superbert/tiny") != result_bytes(made / "superbert/tiny")
     if extra == "--recipe best":
-        assert dict(stages="all", reorder=True, distill=True, depth_keeps="even").items() <= facts[
-            "settings"].items() and BertConfig.load("superbert/tiny").depth_keeps == "even"
+        assert dict(stages="all", reorder=True, distill=True, keep_layers="even").items() <= facts[
+            "settings"].items() and BertConfig.load("superbert/tiny").keep_layers == "even"
     if extra == "--holdout 0":
         refused(capsys, ["search", "--max-params", "0.9x"], "--select-on dev")
         assert yoco.main(SEARCH + ["--select-on", "dev"]) == 0
@@ -1171,12 +1171,12 @@ def test_many_budgets(tiny, monkeypatch, capsys):
     twice, and the logs tell all that were."""
     tiny_bert(tiny / "tiny", num_hidden_layers=4, num_attention_heads=6)
     assert yoco.main(TRAIN) == 0
-    scored, original = [], data.scorer
+    scored, original = [], data.make_evaluator
 
-    def scorer(model, parts, *args):
+    def make_evaluator(model, parts, *args):
         score = original(model, parts, *args)
         return lambda arch: scored.append((len(parts[0]), arch)) or score(arch)
-    monkeypatch.setattr(data, "scorer", scorer)
+    monkeypatch.setattr(data, "make_evaluator", scorer)
     words = ["search", "--evaluations", "20", *CPU]
     assert yoco.main([*words, "--max-params", "0.9x", "0.6", "X", "0.7x"]) == 0
     held = [arch for n, arch in scored if n == 6]       # the others are the three of dev
@@ -1206,7 +1206,7 @@ def test_search_by_latency(trained, monkeypatch, capsys):
         assert T == 16
         return sum(m.heads) + 100 * (asked.count(m) > 1 and sum(m.heads) > 2)
     monkeypatch.setattr(yoco, "latency", clock)
-    monkeypatch.setattr(data, "scorer", lambda *_: lambda m: {"score": float(sum(m.heads))})
+    monkeypatch.setattr(data, "make_evaluator", lambda *_: lambda m: {"score": float(sum(m.heads))})
     words = ["search", "--evaluations", "40", *CPU]
     assert yoco.main([*words, "--max-latency", "4.5 MS"]) == 0
     found = facts_of("subbert/tiny-4.5ms-latency")
@@ -1422,7 +1422,7 @@ def test_damaged_files_are_refused(trained, capsys, monkeypatch, name, spoil, wo
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks on Windows")
 def test_two_runs_one_directory(tiny, capsys):
     """The second run refuses, whatever it was told, and spoils nothing."""
-    first = yoco.Run(yoco.complete(yoco.parse(TRAIN + ["--out", "out"])[0]), "tiny", "tiny")
+    first = yoco.Run(yoco.resolve_defaults(yoco.parse(TRAIN + ["--out", "out"])[0]), "tiny", "tiny")
     first.open()
     first.log(step=1)
     refused(capsys, TRAIN + ["--out", "out"], "holds an unfinished run")
@@ -1701,8 +1701,8 @@ def test_torchrun(tiny):
 def test_gpu_masks_equal_slices(keeps):
     """Graphs, masks and slices: one gradient, in which layers that no architecture has rest; the
     same graph serves other architectures and batches."""
-    model = small_model(depth_keeps=keeps, **NO_DROPOUT).cuda().train()
-    teacher = small_model(depth_keeps=keeps, seed=5, **NO_DROPOUT).cuda()
+    model = small_model(keep_layers=keeps, **NO_DROPOUT).cuda().train()
+    teacher = small_model(keep_layers=keeps, seed=5, **NO_DROPOUT).cuda()
     graphed = yoco.graphed_gradient()
     for seed in range(4):
         batch = [t.cuda() for t in (*small_batch(seed=seed), LABELS)]

@@ -52,10 +52,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # First model, which sets how torch's threads wait before torch is loaded.
-from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, arithmetic, count_flops,
-                   count_params, extract, fingerprint, hardware, latency, layer_sizes, load_bert,
-                   peak_memory, plain, printable, read_json, reading, record, reorder, save_bert,
-                   say, tokenizer_files, weight_files, write_file, write_json, TOKENIZER_FILES)
+from model import (Arch, archs_to_tensor, BertConfig, capture_graph, count_flops, count_params,
+                   device_name, ElasticBert, escape_control_chars, extract, fingerprint,
+                   forward_many, latency, load_bert, peak_memory, print_line, read_json,
+                   regular_file, save_bert, SearchSpace, select_device_and_precision,
+                   sort_by_importance, tokenizer_files, user_errors_for, UserError, weight_files,
+                   write_file, write_json, TOKENIZER_FILES)
 
 import numpy as np
 import safetensors.torch
@@ -126,7 +128,7 @@ class Categorical:
             for theta, g in zip(self.theta, gradient):
                 if g.any():                                          # else it stays as it is
                     moved = theta + delta / norm * g                 # of what is closed, still 0
-                    theta[theta > 0] = above_floor(moved[theta > 0], self.n)
+                    theta[theta > 0] = raise_to_minimum(moved[theta > 0], self.n)
 
 
 def natural_gradient(theta, samples, utilities):
@@ -156,7 +158,7 @@ def fisher_norm(theta, gradient):
     return math.sqrt(sum((g[t > 0] ** 2 / t[t > 0]).sum() for t, g in zip(theta, gradient)))
 
 
-def above_floor(theta, n):
+def raise_to_minimum(theta, n):
     """Raise one variable's open categories [size] to theta_min = 1 / (n (size - 1)), at most to
     1 / (2 size). n: the variables with a choice in the whole space, open or not. What this adds is
     taken from each in proportion to what it has above theta_min, so that the sum is 1 again and
@@ -248,18 +250,18 @@ def make_stages(space, task, steps_per_epoch, kind="progressive", epochs=0.0):
 # ---- train: Algorithm 1 --------------------------------------------------------------------------
 
 RECIPES = {
-    "paper": {"stages": "progressive", "reorder": False, "distill": False, "depth_keeps": "first"},
-    "best": {"stages": "all", "reorder": True, "distill": True, "depth_keeps": "even"}}
+    "paper": {"stages": "progressive", "reorder": False, "distill": False, "keep_layers": "first"},
+    "best": {"stages": "all", "reorder": True, "distill": True, "keep_layers": "even"}}
 CONTROLLERS = {"ee": exploit_probability, "noise": exploit_probability,
                "exploit": lambda P: 1.0, "explore": lambda P: 0.0}
 
 
 def train(settings):
     """Train a super-BERT as TrainSettings say; return its run.json. On the right: Algorithm 1."""
-    settings = complete(settings)
+    settings = resolve_defaults(settings)
     run = Run(settings, settings.data, settings.bert)                # refuses an --out in use
     train_file = fingerprint(f"{settings.data}/train.tsv")
-    device, autocast = arithmetic(settings.device, settings.precision)
+    device, autocast = select_device_and_precision(settings.device, settings.precision)
     task = data.load_task(settings.data)
     tokenizer = tokenizer_files(settings.bert)
     torch.manual_seed(settings.seed)                                 # a new classifier, dropout
@@ -268,7 +270,7 @@ def train(settings):
     split = holdout_split(settings, train_file)
     kept, held = data.split_holdout(task.train, *split)
     max_length = min(settings.max_length, model.config.max_position_embeddings)
-    encode = data.encoder(settings.bert, max_length)
+    encode = data.make_encoder(settings.bert, max_length)
     examples = encode(kept)
     per_epoch = math.ceil(len(kept) / settings.batch_size)
     stages = make_stages(space, task.name, per_epoch, settings.stages, settings.epochs)
@@ -286,8 +288,8 @@ def train(settings):
     if run.resumed:
         first, K, teacher = restore(run, model, adam, P, rng)
     order = data.batches(examples, settings.batch_size, settings.seed, first)
-    say("\n".join(data.describe(task, kept, held, examples, settings.bert, max_length)))
-    say(f"{steps} steps, {steps / per_epoch:.3g} epochs; {space.size():.1e} architectures")
+    print_line("\n".join(data.summarize_task(task, kept, held, examples, settings.bert, max_length)))
+    print_line(f"{steps} steps, {steps / per_epoch:.3g} epochs; {space.size():.1e} architectures")
     progress = Progress(first, steps)
     # CHOICE: t counts batches, as Alg. 1's loop takes one each, though it calls them epochs.
     for t in range(first, steps):                                                        # 2
@@ -297,21 +299,21 @@ def train(settings):
             adam = new_adam(model)
         if len(stages) > 1 and t == stages[1].first:                 # the largest was alone so far
             if settings.reorder:
-                reorder(model, importance(model, examples, settings, autocast))
+                sort_by_importance(model, importance(model, examples, settings, autocast))
             if settings.distill:
                 teacher = copy.deepcopy(model).eval()
         if t == stage.first or t % interval == 0:                                        # 3
             K = CONTROLLERS[settings.strategy](P)                                        # 4, 5
-        mine, share = rank_part(next(order))                         # the whole, of one process
+        mine, share = shard_batch(next(order))                         # the whole, of one process
         batch = data.collate(examples, mine, device, max_length)                         # 6
         source = P if rng.random() < K else P.uniform()                                  # 7
         archs = [space.arch(source.sample(rng)) for _ in range(settings.archs_per_step)]   # 8
         # The losses; Eq. 5's gradient of W is then in every .grad.
         losses = gradient(model, batch, archs, autocast, teacher)                        # 9
-        losses, stop = over_ranks(model, losses, share)              # sums; the signal heard, or 0
+        losses, stop = all_reduce_gradients(model, losses, share)              # sums; the signal heard, or 0
         # CHOICE: clipped, as by the authors, where the paper says nothing.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        losses = as_numbers(losses, norm, t, stage, lr, archs)       # or stops before W is spoilt
+        losses = check_finite_losses(losses, norm, t, stage, lr, archs)       # or stops before W is spoilt
         for group in adam.param_groups:                              # linear to 0 in every stage
             group["lr"] = lr * (1 - (t - stage.first) / stage.steps)
         adam.step()                                                                      # 10
@@ -328,17 +330,17 @@ def train(settings):
     if RANK > 0:
         return None
     theta = [variable.tolist() for variable in P.theta]
-    named = landmarks(space, theta)
+    named = reference_archs(space, theta)
     scores = {}
     if held:
-        score = data.scorer(model, [encode(held)], task.metric, device, autocast)
+        score = data.make_evaluator(model, [encode(held)], task.metric, device, autocast)
         scores = {name: score(arch) for name, arch in named.items()}
     save_bert(model, run.path, tokenizer)                            # before anything is printed
     result = run.finish(device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
                         data=settings.data, train=train_file, held_out=split, lr=lr, steps=steps,
                         max_length=max_length, theta=theta, holdout=scores)
     for name, found in scores.items():
-        say(f"hold-out, {name}: {in_words(model.config, named[name], found)}")
+        print_line(f"hold-out, {name}: {in_words(model.config, named[name], found)}")
     return result
 
 
@@ -351,7 +353,7 @@ def weight_gradient(model, batch, archs, autocast, teacher=None):
     # and an architecture drawn twice is computed once and weighs double.
     model.zero_grad()
     *inputs, labels = batch
-    wanted = taught(teacher, inputs, autocast)
+    wanted = teacher_targets(teacher, inputs, autocast)
     losses = {}                                                      # on the labels alone
     for arch, count in Counter(archs).items():
         with autocast():
@@ -364,7 +366,7 @@ def weight_gradient(model, batch, archs, autocast, teacher=None):
     return [losses[arch].detach() for arch in archs]
 
 
-def taught(teacher, inputs, autocast):
+def teacher_targets(teacher, inputs, autocast):
     """What a teacher wants on a batch: probabilities [B, num_labels], or the one logit [B, 1]."""
     if teacher is None:
         return None
@@ -396,10 +398,10 @@ def importance(model, examples, settings, autocast):
     order = data.batches(examples, settings.batch_size, settings.seed)
     model.eval()                                                     # no dropout
     for _ in range(min(per_epoch, 32)):
-        mine, share = rank_part(next(order))
+        mine, share = shard_batch(next(order))
         batch = data.collate(examples, mine, device, model.config.max_position_embeddings)
         losses = weight_gradient(model, batch, [model.config.arch], autocast)
-        over_ranks(model, losses, share)                             # .grad is the whole batch's
+        all_reduce_gradients(model, losses, share)                             # .grad is the whole batch's
         for layer, total in zip(model.layers, totals):
             outs = (layer.attention_out.weight, layer.D), (layer.ffn_out.weight, 1)
             for i, (w, size) in enumerate(outs):
@@ -430,25 +432,25 @@ def reward(score, cost, budget, full_cost, alpha=2):
 def search(settings):
     """Move P_theta toward the highest reward with W fixed, and write the best sub-BERT that fits,
     one for each budget. Returns their run.json, one for each."""
-    device, autocast = arithmetic(settings.device, settings.precision)
+    device, autocast = select_device_and_precision(settings.device, settings.precision)
     superbert = settings.model or latest_superbert()
     trained, task = read_superbert(superbert)
     model = data.load_trained(superbert, task).to(device)
     tokenizer = tokenizer_files(superbert)
     space = SearchSpace.for_config(model.config)
-    encode = data.encoder(superbert)
+    encode = data.make_encoder(superbert)
     _, held = data.split_holdout(task.train, *trained["held_out"])
     if settings.select_on == "holdout" and not held:
         raise UserError("the super-BERT was trained without a hold-out: use --select-on dev")
     devs = [encode(part) for part in task.devs]
     selects = devs if settings.select_on == "dev" else [encode(held)]
-    score = data.scorer(model, selects, task.metric, device, autocast)
-    on_dev = data.scorer(model, devs, task.metric, device, autocast)
+    score = data.make_evaluator(model, selects, task.metric, device, autocast)
+    on_dev = data.make_evaluator(model, devs, task.metric, device, autocast)
     largest, smallest = space.largest(), space.smallest()
-    kind, searches = wished(settings, superbert)         # {budget as typed: its own settings}
+    kind, searches = budgets_from_settings(settings, superbert)         # {budget as typed: its own settings}
     runs = [Run(own, trained["data"], superbert) for own in searches.values()]
     measure = cost_of(kind, model, autocast)
-    memo, known = recorded(runs, space)                  # arch -> ACC(m) in %; arch -> T(m)
+    memo, known = read_logged_scores(runs, space)                  # arch -> ACC(m) in %; arch -> T(m)
     cost = {arch: measure(arch) for arch in (largest, smallest)} | known
     budgets = [parse_budget(text, cost[smallest], cost[largest], UNITS[kind]) for text in searches]
     for run in runs:
@@ -492,7 +494,7 @@ def search(settings):
                    evaluations_run=len(read_log(run.path)) - 1)
     results = [read_run(run.path) for run in runs]
     for run, found in zip(runs, results):
-        say(found_in_words(model.config, run.path, found))
+        print_line(format_result(model.config, run.path, found))
     return results
 
 
@@ -509,26 +511,26 @@ def evaluate(settings):
     """Print architecture, parameters, FLOPs, latency and dev metrics."""
     if not settings.model:
         raise UserError("name a model with --model, such as subbert/MRPC-60000000")
-    device, autocast = arithmetic(settings.device, settings.precision)
+    device, autocast = select_device_and_precision(settings.device, settings.precision)
     run = read_run(settings.model)
     task = data.load_task(settings.data or run["data"])
     model = data.load_trained(settings.model, task).to(device)
     devs = [data.encode(part, settings.model) for part in task.devs]
-    score = data.scorer(model, devs, task.metric, device, autocast)
+    score = data.make_evaluator(model, devs, task.metric, device, autocast)
     measure = cost_of("latency", model, autocast)
     named = {"sub-BERT": model.config.arch}
     if "theta" in run:
-        named = landmarks(SearchSpace.for_config(model.config), run["theta"])
+        named = reference_archs(SearchSpace.for_config(model.config), run["theta"])
     for name, arch in named.items():
-        say(f"{name}: {arch}\n  {in_words(model.config, arch, score(arch))}\n  latency "
+        print_line(f"{name}: {arch}\n  {in_words(model.config, arch, score(arch))}\n  latency "
             f"{measure(arch):.2f} ms: one sequence of at most 128 tokens, {hardware(device)}")
-    say(f"on dev of {task.name}; always the most frequent answer: {data.majority(task):.2f}")
+    print_line(f"on dev of {task.name}; always the most frequent answer: {data.majority(task):.2f}")
 
 
 UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
 
 
-def wished(settings, superbert):
+def budgets_from_settings(settings, superbert):
     """The kind of budget that is asked for; and {budget: settings of the search for it alone, with
     the directory that it writes}, each budget as typed, in small letters."""
     kinds = [kind for kind in UNITS if getattr(settings, f"max_{kind}")]
@@ -563,7 +565,7 @@ def parse_budget(text, least, full, unit):
         raise UserError(f"no sub-BERT has T(m) < {budget:,.12g} {unit}: the smallest has "
                         f"{least:,.12g} ({least / full:.3f}x)")
     if budget > full:
-        say(f"the budget {budget:,.12g} bounds nothing: the full model has {full:,.12g} {unit}")
+        print_line(f"the budget {budget:,.12g} bounds nothing: the full model has {full:,.12g} {unit}")
     return budget
 
 
@@ -576,13 +578,13 @@ def cost_of(kind, model, autocast):
             "latency": lambda arch: latency(extract(model, arch), T, autocast)}[kind]
 
 
-def landmarks(space, theta):
+def reference_archs(space, theta):
     """The architectures by which a super-BERT is judged."""
     likely = space.arch([int(np.argmax(variable)) for variable in theta])
     return {"largest": space.largest(), "most likely": likely, "smallest": space.smallest()}
 
 
-def in_words(config, arch, result):
+def format_scores(config, arch, result):
     """Parameters, FLOPs and {metric: %} in one line; shares are of the largest of `config`."""
     params, flops = count_params(config, arch), count_flops(config, arch)
     part = params / count_params(config, config.arch), flops / count_flops(config, config.arch)
@@ -590,7 +592,7 @@ def in_words(config, arch, result):
             + "  ".join(f"{name} {value:.2f}" for name, value in result.items()))
 
 
-def found_in_words(config, path, found):
+def format_result(config, path, found):
     """What a search found, in two lines, from its run.json."""
     arch = Arch(**found["arch"])
     dev = "dev (optimistic: it selected)" if found["selected_on"] == "dev" else "dev"
@@ -602,7 +604,7 @@ def found_in_words(config, path, found):
 
 # ---- What a training begins with, and what it reports --------------------------------------------
 
-def complete(settings):
+def resolve_defaults(settings):
     """Settings of train with nothing left open: the recipe's, and the directories by default."""
     own = Path(settings.data, "config.json").exists()
     bert = settings.bert or (settings.data if own else "bert-base-uncased")
@@ -615,7 +617,7 @@ def complete(settings):
     return settings
 
 
-def contents_of(*directories):
+def fingerprint_directories(*directories):
     """The fingerprint of the data, weights and tokenizer files in some directories."""
     names = ("train.tsv", "dev.tsv", "dev_matched.tsv", "dev_mismatched.tsv", "config.json",
              *TOKENIZER_FILES)
@@ -631,12 +633,12 @@ def initial_model(settings, task):
     bert = Path(settings.bert)
     weights = [path for path in bert.glob("*") if re.search(r"\.(safetensors|bin|h5)", path.name)]
     if bert == Path(settings.data) and not weights:
-        say(f"{bert} has a config.json and no weights: they start at random")
+        print_line(f"{bert} has a config.json and no weights: they start at random")
         model = ElasticBert(BertConfig.load(bert), task.num_labels)
         model.config.name_labels(task.labels)
     else:
         model = load_bert(bert, task.num_labels, task.labels)
-    model.config.depth_keeps = settings.depth_keeps
+    model.config.keep_layers = settings.keep_layers
     return model
 
 
@@ -649,7 +651,7 @@ def holdout_split(settings, train_file):
     return before["held_out"] if same else [settings.holdout, settings.seed]
 
 
-def as_numbers(losses, norm, t, stage, lr, archs):
+def check_finite_losses(losses, norm, t, stage, lr, archs):
     """The losses as numbers (which waits for the device, once); UserError where one of them, or the
     norm of their gradient, is not finite."""
     *losses, norm = torch.stack([*losses, norm]).tolist()
@@ -659,11 +661,11 @@ def as_numbers(losses, norm, t, stage, lr, archs):
     return losses
 
 
-def exploit_floor(P):
+def min_exploit_probability(P):
     """The K that theta_min still leaves when every variable of P has collapsed."""
     collapsed = P.uniform()
     for theta in collapsed.theta:
-        theta[theta > 0] = above_floor(np.eye((theta > 0).sum())[0], P.n)
+        theta[theta > 0] = raise_to_minimum(np.eye((theta > 0).sum())[0], P.n)
     return exploit_probability(collapsed)
 
 
@@ -672,7 +674,7 @@ def report(run, progress, done, stage, losses, K, P, space, config):
     if done % 10 and done < progress.total:
         return
     loss = float(np.mean(losses))
-    floor = exploit_floor(P)
+    floor = min_exploit_probability(P)
     tops = [theta.max() for theta in P.theta if (theta > 0).sum() > 1] or [1.0]
     facts = dict(step=done, stage=stage.name, loss=loss, K=K, floor=floor, entropy=P.entropy(),
                  top_probability=float(np.mean(tops)),
@@ -694,15 +696,15 @@ class Progress:
         seconds = time.perf_counter() - self.shown
         if seconds > 10 or done == self.total:
             ms = 1000 * seconds / max(1, done - self.done)
-            tell(f"{done}/{self.total}  {text}  {ms:.0f} ms/step  "
+            print_progress(f"{done}/{self.total}  {text}  {ms:.0f} ms/step  "
                  f"{(self.total - done) * ms / 60_000:.1f} min left")
             self.done, self.shown = done, time.perf_counter()
 
 
-def tell(text):
+def print_progress(text):
     """Print to stderr. What nobody hears, or a full disk does not take, must not cost a run."""
     with contextlib.suppress(OSError, RuntimeError):     # RuntimeError: a signal while printing
-        print(printable(text), file=sys.stderr, flush=True)
+        print(escape_control_chars(text), file=sys.stderr, flush=True)
 
 
 # ---- The directory of a run: log, checkpoint, resuming -------------------------------------------
@@ -722,7 +724,7 @@ class Run:
         self.resumed = bool(before)
         own = {name: value for name, value in dataclasses.asdict(settings).items()
                if name not in ("out", "overwrite", "resume")}
-        self.begun = dict(settings=own, inputs=contents_of(*reads), world_size=WORLD_SIZE)
+        self.begun = dict(settings=own, inputs=fingerprint_directories(*reads), world_size=WORLD_SIZE)
         # Not Path.resolve, which raises where links form a loop.
         if os.path.realpath(self.path) in map(os.path.realpath, reads):
             raise UserError(f"--out {self.path} is what the command reads: choose another")
@@ -737,7 +739,7 @@ class Run:
         if settings.resume and not before and (self.finished or self.checkpoint.exists()):
             raise UserError(f"{self.log_path} is damaged: begin anew with --overwrite")
         if self.resumed:
-            with reading(self.log_path):
+            with user_errors_for(self.log_path):
                 then = before[0] | before[0]["settings"]
             now = self.begun | own
             if then.get("inputs") != now["inputs"]:
@@ -779,7 +781,7 @@ class Run:
             self.log_file.truncate(0)
             self.log(**self.begun)
         if self.finished:
-            say(f"{self.path} is finished")
+            print_line(f"{self.path} is finished")
             self.checkpoint.unlink(missing_ok=True)                  # if it was killed before that
 
     def log(self, **facts):
@@ -798,30 +800,30 @@ class Run:
         with autocast():
             bf16 = torch.is_autocast_enabled(device.type)            # what "auto" has chosen
         facts |= dict(**self.begun, seconds=round(time.perf_counter() - self.started, 1),
-                      peak_memory_mib=round(peak_memory(device)), hardware=hardware(device),
-                      precision="bf16" if bf16 else "fp32", wrote=contents_of(self.path),
+                      peak_memory_mib=round(peak_memory(device)), hardware=device_name(device),
+                      precision="bf16" if bf16 else "fp32", wrote=fingerprint_directories(self.path),
                       versions={name: metadata.version(name) for name in (
                           "torch", "numpy", "tokenizers", "safetensors")},
                       finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         write_json(self.path / "run.json", **facts)
         self.checkpoint.unlink(missing_ok=True)
-        say(f"wrote {self.path}; {facts['seconds']:.0f} s, {facts['peak_memory_mib']} MiB at most")
+        print_line(f"wrote {self.path}; {facts['seconds']:.0f} s, {facts['peak_memory_mib']} MiB at most")
         return facts
 
 
 def read_log(directory):
     """The whole lines of a run's log; none where there is no log."""
     path = Path(directory, "log.jsonl")
-    with reading(path):
+    with user_errors_for(path):
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
 
 
-def recorded(runs, space):
+def read_logged_scores(runs, space):
     """What the logs of interrupted searches hold: {arch: ACC(m) in %}, {arch: T(m)}."""
     memo, spent = {}, {}
     for run in runs:
-        with reading(run.log_path):
+        with user_errors_for(run.log_path):
             lines = read_log(run.path)[1:] if run.resumed else []
             for line in lines:
                 arch = space.arch(line["choices"])
@@ -851,9 +853,9 @@ def restore(run, model, adam, P, rng):
     teacher. Without a checkpoint, what a new run begins with."""
     state = dict(t=0, K=1.0, log_bytes=run.log_path.read_bytes().index(b"\n") + 1)
     teacher, parts = None, defaultdict(dict)
-    with reading(run.checkpoint):
+    with user_errors_for(run.checkpoint):
         if run.checkpoint.exists():
-            with safetensors.safe_open(plain(run.checkpoint), "pt") as file:
+            with safetensors.safe_open(regular_file(run.checkpoint), "pt") as file:
                 state = json.loads(file.metadata()["state"])
                 for key in file.keys():
                     part, name = key.split("/")
@@ -887,7 +889,7 @@ def read_run(directory):
     run = read_json(path, "does not exist: no finished train or search")
     if not {"data", "max_length", "held_out", "wrote", "train", "settings"} <= set(run):
         raise UserError(f"{path} was not written by train or search of this version")
-    if run["wrote"] != contents_of(directory):
+    if run["wrote"] != fingerprint_directories(directory):
         raise UserError(f"{directory} is not what its run.json tells of: make it again")
     return run
 
@@ -911,7 +913,7 @@ def latest_superbert():
              if run.get("settings", {}).get("stages", "largest") != "largest"]
     if not found:
         raise UserError("no finished super-BERT in superbert/: train one, or name one with --model")
-    say(f"using {max(found)[1]}, the super-BERT finished last")
+    print_line(f"using {max(found)[1]}, the super-BERT finished last")
     return max(found)[1]
 
 
@@ -919,12 +921,12 @@ def latest_superbert():
 
 def masked_gradient(model, batch, sizes, autocast, teacher=None):
     """What `weight_gradient` does, for a GPU, in one pass of shapes that no architecture changes.
-    sizes: what `layer_sizes` makes of the architectures, [lambda, L, 2]. Returns the losses,
+    sizes: what `archs_to_tensor` makes of the architectures, [lambda, L, 2]. Returns the losses,
     [lambda]."""
     *inputs, labels = batch
-    wanted = taught(teacher, inputs, autocast)
+    wanted = teacher_targets(teacher, inputs, autocast)
     with autocast():
-        logits = model.masked(*inputs, sizes).float()                # [lambda, B, num_labels]
+        logits = forward_many(model, *inputs, sizes).float()                # [lambda, B, num_labels]
     losses = totals = torch.stack([task_loss(one, labels) for one in logits])
     if teacher:
         # Compared with numbers: a graph that is being recorded takes no new tensor from the host.
@@ -944,7 +946,7 @@ def graphed_gradient():
     def gradient(model, batch, archs, autocast, teacher=None):
         """Leave the gradient in every .grad; return the losses."""
         alike = len(set(archs)) == 1                                 # then once is enough
-        sizes = layer_sizes(model.config, archs[:1] if alike else archs, batch[0].device)
+        sizes = archs_to_tensor(model.config, archs[:1] if alike else archs, batch[0].device)
         key = batch[0].shape, len(sizes), teacher is not None
         if key not in graphs:
             fixed = [tensor.clone() for tensor in (*batch, sizes)]   # a graph's inputs stay put
@@ -953,7 +955,7 @@ def graphed_gradient():
                 """Fresh gradients; the losses [lambda]."""
                 model.zero_grad()
                 return masked_gradient(model, fixed[:-1], fixed[-1], autocast, teacher)
-            graph, losses = record(compute)
+            graph, losses = capture_graph(compute)
             graphs[key] = fixed, graph, losses, [w.grad for w in model.parameters()]
         fixed, graph, losses, grads = graphs[key]
         for mine, new in zip(fixed, (*batch, sizes)):
@@ -969,14 +971,14 @@ def graphed_gradient():
     return gradient
 
 
-def rank_part(indices):
+def shard_batch(indices):
     """This rank's part of a batch, and its share. Where a small batch leaves none, any example: its
     gradient counts 0, but is there."""
     mine = indices[RANK::WORLD_SIZE]                                 # of all lengths
     return (mine or indices[:1]), len(mine) / len(indices)
 
 
-def over_ranks(model, losses, share):
+def all_reduce_gradients(model, losses, share):
     """Replace every .grad by its sum over the ranks, each weighted with its share of the batch;
     return the losses' sums, and the signal that any of them has heard, 0 without one."""
     # CHOICE: all ranks train the same architectures: theta needs the losses of all on one batch,
@@ -1037,7 +1039,7 @@ class TrainSettings(RunSettings):
                             "that has a config.json, else bert-base-uncased")
     out: str = setting("", "directory to write; without it superbert/<name of the data directory>")
     recipe: Literal["paper", "best"] = setting(
-        "paper", "best: --stages all --reorder --distill --depth-keeps even")
+        "paper", "best: --stages all --reorder --distill --keep-layers even")
     strategy: Literal["ee", "exploit", "explore", "noise"] = setting(
         "ee", "ee: the controller decides; exploit: always P_theta; explore: always pi, theta "
               "fixed; noise: ee with permuted losses, a control")
@@ -1046,7 +1048,7 @@ class TrainSettings(RunSettings):
               "epochs, then everything; largest: the largest alone, which is plain fine-tuning")
     reorder: bool = setting(None, "when smaller ones open, sort heads and neurons by importance")
     distill: bool = setting(None, "learn also from the largest as it was when smaller ones opened")
-    depth_keeps: Literal["first", "even"] = setting(
+    keep_layers: Literal["first", "even"] = setting(
         None, "the layers of a smaller depth: the first, or evenly spaced ones and the last")
     epochs: float = setting(0.0, "in all, shared out over the stages; 0: the table's", 0)
     lr: float = setting(0.0, "learning rate at the start of each stage; 0: the paper's", 0)
@@ -1130,12 +1132,12 @@ def flag(field):
     return "--" + field.name.replace("_", "-")
 
 
-def hear(number, _):
+def on_signal(number, _):
     """Note the first Ctrl-C or SIGTERM; the second stops at once."""
     SIGNALS.append(number)
     if len(SIGNALS) > 1 and WORLD_SIZE == 1:
         raise KeyboardInterrupt(number)
-    tell("\nstopping after this step" + ("; once more stops at once" if WORLD_SIZE == 1 else ""))
+    print_progress("\nstopping after this step" + ("; once more stops at once" if WORLD_SIZE == 1 else ""))
 
 
 def main(argv=None):
@@ -1152,10 +1154,10 @@ def main(argv=None):
             raise UserError("only train shares its work: start without torchrun")
         for number, handler in before.items():
             if function is not evaluate and handler != signal.SIG_IGN:       # else as with nohup
-                signal.signal(number, hear)
+                signal.signal(number, on_signal)
         function(settings)
     except KeyboardInterrupt as stop:
-        tell("\nstopped" + ("; the same command with --resume goes on" if stop.args else ""))
+        print_progress("\nstopped" + ("; the same command with --resume goes on" if stop.args else ""))
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         text = str(error)
@@ -1165,7 +1167,7 @@ def main(argv=None):
             text = "out of memory (a training needs less with a smaller --batch-size)"
         elif not isinstance(error, UserError):
             raise
-        tell(f"yoco.py: error: {' '.join(text.split())[:1000]}")
+        print_progress(f"yoco.py: error: {' '.join(text.split())[:1000]}")
         return 2
     finally:
         for number, handler in before.items():

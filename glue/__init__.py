@@ -8,7 +8,7 @@ def run_program(parser, work, argv):
     """Parse the words `argv` and do `work(options)`. Returns the exit status: what `work` returns,
     else 0; 2 after an error told in one line: a UserError, one of a file or of too little memory;
     130 after Ctrl-C."""
-    from model import UserError, printable                           # glue.toy needs no torch
+    from model import UserError, escape_control_chars                           # glue.toy needs no torch
     for stream in (sys.stdout, sys.stderr):
         # Its encoding may lack the letters of a label; and it is None where it is closed.
         if hasattr(stream, "reconfigure"):

@@ -33,8 +33,8 @@ import data
 import model as model_module
 import yoco
 from glue import run_program
-from model import (BertConfig, ElasticBert, SearchSpace, arithmetic, count_flops,
-                   hardware, peak_memory, say)
+from model import (BertConfig, count_flops, device_name, ElasticBert, peak_memory, print_line,
+                   SearchSpace, select_device_and_precision)
 
 try:
     import transformers
@@ -206,14 +206,14 @@ def introduce(name, device, autocast):
     with autocast():
         precision = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
     hugging_face = f", transformers {transformers.__version__}" if transformers else ""
-    say(f"\n**{name}**, lengths like MRPC's, {precision}, {hardware(device)}, "
+    print_line(f"\n**{name}**, lengths like MRPC's, {precision}, {hardware(device)}, "
         f"torch {torch.__version__}{hugging_face}")
 
 
 def row(what, unit, ours, other=None, share=""):
     """Print a row of the table."""
     ratio, theirs = ("", "") if other is None else (f"{ours / other:.2f}", f"{other:.2f} {unit}")
-    say(f"| {what} | {ratio} | {ours:.2f} {unit} | {theirs} | {share} |")
+    print_line(f"| {what} | {ratio} | {ours:.2f} {unit} | {theirs} | {share} |")
 
 
 def bench(name, options, device, autocast):
@@ -221,7 +221,7 @@ def bench(name, options, device, autocast):
     train, dev = mrpc()
     introduce(name, device, autocast)
     peak = matmul_peak(device, autocast)
-    say("\n| what | ratio | ours | the other | ours, of the matrix product's "
+    print_line("\n| what | ratio | ours | the other | ours, of the matrix product's "
         f"{peak / 1e9:.0f} GFLOP/s |\n|---|---|---|---|---|")
 
     def compare(what, unit, ours, others=(), flops=0):
@@ -282,7 +282,7 @@ def training(compare, config, n, train, device, autocast):
 def evaluation(compare, config, repeats, dev, device, autocast):
     """The rows of evaluation, all of dev: of the largest, and of a search's architectures."""
     model = ElasticBert(config, 2).to(device).eval()
-    score = data.scorer(model, [dev], "accuracy", device, autocast)
+    score = data.make_evaluator(model, [dev], "accuracy", device, autocast)
     cut = data.token_batches(dev, 2**11 if device.type == "cpu" else 2**15)      # as the scorer's
     ours = [data.collate(dev, indices, device) for indices in cut]
     theirs = [[x.to(device) for x in data.collate(dev, range(i, min(i + 32, len(dev))))]
@@ -316,7 +316,7 @@ def evaluation(compare, config, repeats, dev, device, autocast):
     rate = compare(f"search, architectures of {len(dev)} examples: ours / the authors' way",
                    "a second", (lambda: score(next(to_score)), [()] * SEARCHED, SEARCHED),
                    [(authors, [()] * SEARCHED, SEARCHED * part)])
-    say(f"| 1000 evaluations of a search | | {1000 / rate:.0f} s | | |")
+    print_line(f"| 1000 evaluations of a search | | {1000 / rate:.0f} s | | |")
 
 
 def whole(name, device, autocast):
@@ -338,9 +338,9 @@ def whole(name, device, autocast):
     order = list(islice(data.batches(train, 32, 0), WHOLE_STEPS))
     shapes = {data.collate(train, indices, device)[0].shape: indices for indices in order}
     first = seconds(shapes.values())
-    say(f"{first:.1f} s until all {len(shapes)} shapes of batches were there once")
+    print_line(f"{first:.1f} s until all {len(shapes)} shapes of batches were there once")
     each = seconds(order[:MEASURED_STEPS]) / MEASURED_STEPS
-    say(f"a whole training on MRPC: {first + WHOLE_STEPS * each:.0f} s, estimated: these, then "
+    print_line(f"a whole training on MRPC: {first + WHOLE_STEPS * each:.0f} s, estimated: these, then "
         f"{WHOLE_STEPS} steps of 32 at {1000 * each:.1f} ms, the mean of {MEASURED_STEPS} measured "
         f"ones ({64 / each:.0f} passes/s); {peak_memory(device):.0f} MiB at the peak")
 
@@ -350,7 +350,7 @@ def measure(options):
     torch.manual_seed(0)
     if options.memory == "HF":
         model_module.keep_memory = lambda: None                      # as its users have it
-    where = arithmetic(options.device, options.precision)
+    where = select_device_and_precision(options.device, options.precision)
     for name in options.models:
         if options.memory:
             memory(name, options.memory, *where)

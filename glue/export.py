@@ -25,8 +25,8 @@ import torch
 
 import data
 from glue import run_program
-from model import (TOKENIZER_FILES, ElasticBert, UserError, load_bert, read_json, save_bert, say,
-                   tokenizer_files, weight_files, write_file)
+from model import (ElasticBert, load_bert, print_line, read_json, save_bert, tokenizer_files,
+                   UserError, weight_files, write_file, TOKENIZER_FILES)
 from yoco import Parser, read_run
 
 INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
@@ -65,7 +65,7 @@ def export(options):
         new.rename(out)
     size = (out / FILES[options.format]).stat().st_size / 2**20
     before = sum(path.stat().st_size for path in weight_files(here)) / 2**20
-    say(f"wrote {options.out or out}: {size:.1f} MiB ({here}: {before:.1f} MiB); its logits of "
+    print_line(f"wrote {options.out or out}: {size:.1f} MiB ({here}: {before:.1f} MiB); its logits of "
         f"{len(examples)} texts differ by at most {difference:.1e}")
 
 
@@ -96,7 +96,7 @@ def read_examples(run):
 def tokenizer_of(here):
     """{name: bytes} of a model's tokenizer files, with what else its own texts went through: the
     length they are cut to, and the casing."""
-    tokenizer, length = data.load_tokenizer(here), data.trained_length(here)
+    tokenizer, length = data.load_tokenizer(here), data.max_train_length(here)
     tokenizer.enable_truncation(length, strategy="longest_first")
     found = {**tokenizer_files(here), "tokenizer.json": tokenizer.to_str(pretty=True).encode()}
     config = json.loads(found.get("tokenizer_config.json", b"{}"))

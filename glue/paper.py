@@ -32,8 +32,9 @@ import torch
 import data
 import yoco
 from glue import run_program
-from model import (Arch, BertConfig, SearchSpace, UserError, arithmetic, count_flops, count_params,
-                   extract, hardware, load_bert, read_json, save_bert, tokenizer_files, write_json)
+from model import (Arch, BertConfig, count_flops, count_params, device_name, extract, load_bert,
+                   read_json, save_bert, SearchSpace, select_device_and_precision, tokenizer_files,
+                   UserError, write_json)
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS, MEAN = ("MRPC", "RTE", "CoLA", "STS-B", "SST-2"), "mean of tasks"
@@ -51,7 +52,7 @@ ELASTIC = {                                         # flags of train
     "HAT": "--strategy explore --stages all", "OFA": "--strategy explore --distill",
     "best no-reorder": "--recipe best --no-reorder",
     "best no-distill": "--recipe best --no-distill",
-    "best first": "--recipe best --depth-keeps first",
+    "best first": "--recipe best --keep-layers first",
     "best progressive": "--recipe best --stages progressive"}
 STRATEGIES = ("exploit", "explore", "noise")
 ELASTIC |= {f"{recipe} {name}": f"--recipe {recipe} --strategy {name}"
@@ -176,8 +177,8 @@ def split_variant(variant):
 
 def opened(directory, options):
     """A trained directory as what is needed to score it and to train it further."""
-    run, start, encode = yoco.read_run(directory), time.perf_counter(), data.encoder(directory)
-    device, autocast = arithmetic(options.device, options.precision)
+    run, start, encode = yoco.read_run(directory), time.perf_counter(), data.make_encoder(directory)
+    device, autocast = select_device_and_precision(options.device, options.precision)
     task = data.load_task(run["data"])
     kept, held = data.split_holdout(task.train, *run["held_out"])
     model = data.load_trained(directory, task).to(device)
@@ -190,7 +191,7 @@ def opened(directory, options):
 
 def scorers(it):
     """{"holdout", "dev": a function arch -> {metric: %}} of the model of what was opened."""
-    return {on: data.scorer(it.model, [it.encode(part) for part in parts], it.metric, it.device,
+    return {on: data.make_evaluator(it.model, [it.encode(part) for part in parts], it.metric, it.device,
                             it.autocast) for on, parts in it.parts.items()}
 
 
@@ -282,7 +283,7 @@ class Cell:
         return {**same, "seconds": seconds, "settings": settings,
                 "evaluations": self.options.evaluations, **more}
 
-    def plain(self):
+    def regular_file(self):
         """Fine-tuning without elasticity, of the BERT or of the first half of its layers."""
         bert, part = self.options.bert, 1.0
         if self.base == "truncated":
@@ -336,7 +337,7 @@ class Cell:
             adam.param_groups[0]["lr"] = float(rate) * (1 - t / steps)
             adam.step()
         score = scorers(it)
-        return self.facts(it, steps=steps, hardware=hardware(it.device), scores=[
+        return self.facts(it, steps=steps, hardware=device_name(it.device), scores=[
             row(SHARES[-1], model.config, arch, score["holdout"](arch), score)])
 
     def bands(self):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from glue import run_program
-from model import UserError, say, write_file
+from model import UserError, print_line, write_file
 from yoco import Parser, read_log, read_run
 
 try:
@@ -49,7 +49,7 @@ def plot(options):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     write_file(out, buffer.getvalue())
-    say(f"wrote {out}")
+    print_line(f"wrote {out}")
 
 
 def records_of(directory):

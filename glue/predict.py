@@ -15,7 +15,8 @@ from pathlib import Path
 
 import data
 from glue import run_program
-from model import UserError, arithmetic, load_bert, read_json, say, write_file
+from model import (load_bert, print_line, read_json, select_device_and_precision, UserError,
+                   write_file)
 from yoco import Parser, read_run
 
 SUBMISSIONS = {"MNLI": {"test_matched.tsv": "MNLI-m.tsv", "test_mismatched.tsv": "MNLI-mm.tsv"}}
@@ -25,7 +26,7 @@ def predict(options):
     """Print a line per text, or write the files of a submission."""
     if options.glue and (options.file or options.json):
         raise UserError("--glue reads the test.tsv of its directory: leave out FILE and --json")
-    device, autocast = arithmetic(options.device, options.precision)
+    device, autocast = select_device_and_precision(options.device, options.precision)
     model, path = load_bert(options.model).to(device), Path(options.model, "run.json")
     run = read_json(path) if path.exists() else {}
     if "wrote" in run:
@@ -69,7 +70,7 @@ def submit(options, run, answers):
     out.mkdir(parents=True, exist_ok=True)
     for path, lines in contents.items():
         write_file(path, ("\n".join(lines) + "\n").encode())
-        say(f"wrote {path}: {len(lines) - 1} predictions")
+        print_line(f"wrote {path}: {len(lines) - 1} predictions")
 
 
 def read_texts(name, pairs):

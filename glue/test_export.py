@@ -101,7 +101,7 @@ def test_torch(sub):
     wanted = sub(*torch.ones(3, 2, 9, dtype=torch.int64))
     torch.testing.assert_close(torch.tensor(json.loads(printed)), wanted)
     assert BertConfig.load("export/sub-torch").labels == LABELS
-    assert data.trained_length("export/sub-torch") == 16
+    assert data.max_train_length("export/sub-torch") == 16
 
 
 @pytest.mark.parametrize("labels, cased", [(LABELS, False), (("a", "b", "c"), True), ((), False)])

@@ -19,8 +19,8 @@ import torch
 
 import yoco
 from glue import paper
-from model import (Arch, BertConfig, ElasticBert, SearchSpace, UserError, count_params, load_bert,
-                   save_bert, tokenizer_files)
+from model import (Arch, BertConfig, count_params, ElasticBert, load_bert, save_bert, SearchSpace,
+                   tokenizer_files, UserError)
 
 ROOT = Path(__file__).resolve().parents[1]
 
