@@ -1,13 +1,32 @@
-"""BERT from scratch with an elastic forward pass: one set of weights, any smaller BERT inside.
+"""BERT from scratch, with a forward pass that can use just the front of its weights.
 
-After Devlin et al. 2019 (the model) and YOCO-BERT, Sec. 3.2 (the elasticity). A *super-BERT* is an
-`ElasticBert` called with its largest architecture. A *sub-BERT* is `d` layers of it, the first or
-evenly spaced ones, and in each of them the first `h` heads and the first `k` FFN neurons. The
-architecture is an argument of `forward`: nothing is selected beforehand, and what is sliced off is
-not computed. Hidden size, embeddings, pooler and classifier are shared by every architecture.
+The model is BERT (Devlin et al. 2019). The elasticity is that of YOCO-BERT, Sec. 3.2.
+There is one set of weights, the *super-BERT*. A *sub-BERT* is a slice of it. It keeps
+some of the layers, and in each of them the first heads and the first FFN neurons.
 
-Letters: B batch, T tokens, C hidden size, L layers, H heads kept, D head size, F FFN neurons kept
-(F_ in code, where F is torch.nn.functional).
+Below, `#` is kept and `.` is sliced off, which means that it is not computed. On the
+left, 2 of 4 layers are kept. On the right are the weights of one kept layer, with 2 of
+3 heads and 3 of 5 FFN neurons. A weight of nn.Linear is [n_out, n_in].
+
+    layers           query, key, value   attention_out   ffn_in              ffn_out
+    first    even    [3*D, C]            [C, 3*D]        [5, C]              [C, 5]
+
+    3  .     3  #    head 0  # # # #     # # # # . .     neuron 0  # # # #   # # # . .
+    2  .     2  .            # # # #     # # # # . .     neuron 1  # # # #   # # # . .
+    1  #     1  #    head 1  # # # #     # # # # . .     neuron 2  # # # #   # # # . .
+    0  #     0  .            # # # #     # # # # . .     neuron 3  . . . .   # # # . .
+                     head 2  . . . .     ^   ^   ^       neuron 4  . . . .   ^ ^ ^ ^ ^
+                             . . . .     0   1   2                           0 1 2 3 4
+                                         head                                neuron
+
+The hidden size, the embeddings, the pooler and the classifier are never sliced. All
+sub-BERTs share them. `ElasticBert.forward` takes the architecture as an argument and
+computes with views of the weights. `extract` copies those slices into a smaller model.
+
+Letters in the shape comments:
+
+    B  batch         T  tokens        C  hidden size
+    H  heads kept    D  head size     F  FFN neurons kept (in code, torch.nn.functional)
 """
 
 import ctypes
@@ -24,7 +43,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-# Threads that wait for work must not keep busy a core that others want: read when torch is loaded.
+# Threads that wait for work should sleep, not spin. torch reads this at its import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import safetensors.torch
@@ -33,281 +52,287 @@ import torch.nn.functional as F
 from torch import nn
 
 
+# ==================================================================================================
+# Part I: the elastic BERT
+# ==================================================================================================
+
 class UserError(ValueError):
-    """A mistake that the user can mend: one line that says what is wrong and what to do."""
-
-
-# ---- Configuration -------------------------------------------------------------------------------
-
-ACTIVATIONS = {"gelu": nn.GELU(), "gelu_python": nn.GELU(), "gelu_new": nn.GELU("tanh"),
-               "gelu_pytorch_tanh": nn.GELU("tanh"), "relu": nn.ReLU()}
-# What is computed of the fields that have few values.
-CHOICES = {"model_type": ["bert"], "position_embedding_type": ["absolute"], "is_decoder": [False],
-           "is_encoder_decoder": [False], "add_cross_attention": [False], "pruned_heads": [{}],
-           "hidden_act": list(ACTIVATIONS), "keep_layers": ["first", "even"],
-           "problem_type": ["regression", "single_label_classification"],
-           "tokenizer_class": ["BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast"]}
-# Fields that change no logit; those in the last three lines are for generating text.
-HARMLESS = re.compile(r"""
-    architectures|transformers_version|\w*name_or_path|model_name|language|(torch_)?dtype|use_cache
-    |use_bfloat16|finetuning_task|task_specific_params|label2id|_?num_labels
-    |output_\w+|return_dict|torchscript|tf_legacy_loss|xla_device|gradient_checkpointing|tie_\w+
-    |chunk_size_feed_forward|_?attn_implementation\w*|directionality|pooler_\w+|\w+_token_ids?
-    |(max|min)_length|do_sample|early_stopping|num_beam\w+|num_return_sequences|temperature|top_[kp]
-    |typical_p|\w+_penalty|\w*no_repeat_ngram_size|\w*suppress_tokens|bad_words_ids|prefix
-    |remove_invalid_values|return_dict_in_generate|cross_attention_hidden_size""", re.VERBOSE)
-
-
-def is_label(name):
-    """Whether a text can name a label: not empty, and no character that breaks or steers a line."""
-    # Those are controls, separators of lines, and halves of characters.
-    steering = r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
-    return isinstance(name, str) and name != "" and not re.search(steering, name)
+    """Raise this for a mistake that the user can fix. The message is one line."""
 
 
 @dataclass
 class BertConfig:
-    """The fields of a Hugging Face config.json that shape a BERT; the defaults are BERT-base's.
-    ValueError for a value that no BERT has."""
+    """Hold the fields of a Hugging Face config.json that shape a BERT.
+
+    The defaults are those of BERT-base. Two attributes follow from the fields: `head_size`,
+    and `arch`, the largest architecture that the model holds. Raises ValueError if no BERT
+    can have the value of a field.
+    """
     vocab_size: int = 30522
-    hidden_size: int = 768                     # C
+    hidden_size: int = 768                  # C
     num_hidden_layers: int = 12
-    num_attention_heads: int = 12              # of a full layer: fixes the head size D = C / heads
-    intermediate_size: int = 3072
+    num_attention_heads: int = 12           # of a full layer
+    intermediate_size: int = 3072           # FFN neurons of a full layer
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float = None           # None: as hidden_dropout_prob
+    classifier_dropout: float = None        # None: the same as hidden_dropout_prob
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
-    problem_type: str = None                   # "regression": the one logit is the answer
-    id2label: dict = None                      # {"0": name, ...}: label names travel with the model
-    keep_layers: str = "first"                 # the layers of a smaller depth, or "even"ly spaced
-    layer_heads: list = None                   # a sub-BERT's heads, one number per layer
-    layer_ffn_sizes: list = None               # a sub-BERT's FFN sizes, one number per layer
+    problem_type: str = None                # "regression": one logit, the prediction
+    id2label: dict = None                   # {"0": name, ...}: the names of the labels
+    keep_layers: str = "first"              # the layers of a sub-BERT: "first" or "even"
+    layer_heads: list = None                # only in a sub-BERT: heads of each layer
+    layer_ffn_sizes: list = None            # only in a sub-BERT: FFN size of each layer
 
     def __post_init__(self):
-        for field in fields(self):
-            value, legal = getattr(self, field.name), None
-            if value is None and field.default is None:
-                continue
-            if field.type is int and not (type(value) is int and 1 <= value <= 10**6):
-                legal = "a whole number from 1 to 1000000"
-            if field.type is float and not (type(value) in (int, float) and 0 <= value < 1):
-                legal = "a number from 0 to less than 1"
-            if field.type is dict and not (
-                    isinstance(value, dict) and all(map(is_label, value.values()))
-                    and set(value) == {str(i) for i in range(len(set(value.values())))}):
-                legal = '{"0": name, ...}, different printable names'
-            if field.type is list and not (
-                    isinstance(value, list) and len(value) == self.num_hidden_layers
-                    and all(type(size) is int and size > 0 for size in value)):
-                legal = "a whole number for each layer"
-            if legal:
-                raise ValueError(f"{field.name} is {value!r:.30}, not {legal}")
-        heads, C = self.num_attention_heads, self.hidden_size
-        if C % heads:
-            raise ValueError(f"{heads} heads do not divide the hidden size {C}")
-        self.head_size = C // heads                                      # D, of every layer
-        # The largest architecture that a model of this configuration holds.
-        self.arch = Arch(self.layer_heads or [heads] * self.num_hidden_layers,
-                         self.layer_ffn_sizes or [self.intermediate_size] * self.num_hidden_layers)
+        check_config(self)                                   # Part II: checks the values
+        self.head_size = self.hidden_size // self.num_attention_heads            # D
+        heads = self.layer_heads or [self.num_attention_heads] * self.num_hidden_layers
+        ffn_sizes = self.layer_ffn_sizes or [self.intermediate_size] * self.num_hidden_layers
+        self.arch = Arch(heads, ffn_sizes)
 
     @property
     def labels(self):
-        """Label names in the order of the logits; () where none are known."""
+        """Return the label names in the order of the logits, or () if there are none."""
         return tuple(self.id2label[str(i)] for i in range(len(self.id2label or {})))
 
     def name_labels(self, labels):
-        """Take over a task's label names, () for regression."""
+        """Set the label names to those of a task. They are () for regression."""
         self.id2label = {str(i): name for i, name in enumerate(labels)} or None
         self.problem_type = None if labels else "regression"
 
     def layers(self, arch):
-        """(index, heads, FFN size) of each layer that `arch` runs, a tuple."""
-        return tuple(zip(kept_layer_indices(self.keep_layers, self.num_hidden_layers, arch.depth), *arch))
+        """Return a tuple of (layer index, heads, FFN size) for each layer of `arch`."""
+        kept = kept_layer_indices(self.keep_layers, self.num_hidden_layers, arch.depth)
+        return tuple(zip(kept, arch.heads, arch.ffn_sizes))
 
     @classmethod
     def load(cls, directory):
-        """Read `directory`/config.json. A field that changes what is computed is computed here or
-        refused by name, and so is one that nobody here knows; null stands for its default."""
+        """Read the config.json of a directory.
+
+        Unknown fields are ignored. Raises UserError if the file is missing, or if a field
+        asks for a model that this class does not describe.
+        """
         path = Path(directory) / "config.json"
-        own = {field.name for field in fields(cls)}
-        found = read_json(path, f"does not exist: {directory} is no BERT's directory; one to "
-                                "fetch: python -m glue.download bert-base-uncased")
-        if path.with_name("log.jsonl").exists() and not path.with_name("run.json").exists():
-            raise UserError(f"{directory} is unfinished: go on with --resume")
-        found = {name: value for name, value in found.items() if value is not None}
-        for name, value in found.items():
-            if value not in CHOICES.get(name, [value]):
-                raise UserError(f"{path}: {name} is {value!r}, not one of {CHOICES[name]}")
-            if name not in own and name not in CHOICES and not HARMLESS.fullmatch(name):
-                raise UserError(f"{path}: unknown field {name!r}: remove it if it changes no logit")
+        values = read_config(path)                # Part II: refuses unsupported values
+        names = {field.name for field in fields(cls)}
+        values = {name: value for name, value in values.items() if name in names}
         with user_errors_for(path, "does not describe a BERT"):
-            return cls(**{name: value for name, value in found.items() if name in own})
+            return cls(**values)
 
 
 # ---- Architectures and the search space ----------------------------------------------------------
 
-def kept_layer_indices(rule, layers, depth):
-    """Which of so many layers a sub-BERT of `depth` has, by the rule "first" or "even".
+def kept_layer_indices(rule, num_layers, depth):
+    """Return the indices of the layers that a sub-BERT of this depth keeps.
+
+    The rule is "first", as in the paper, or "even": evenly spaced, and always the last one.
 
     >>> list(kept_layer_indices("first", 6, 4)), list(kept_layer_indices("even", 6, 4))
     ([0, 1, 2, 3], [0, 2, 3, 5])
     """
     if rule == "first":
         return range(depth)
-    # DIFFERS from Sec. 3.2: "even" keeps them evenly spaced, and the last always.
-    return [(i + 1) * layers // depth - 1 for i in range(depth)]
+    # DIFFERS from Sec. 3.2: "even" keeps evenly spaced layers instead of the first ones.
+    return [(i + 1) * num_layers // depth - 1 for i in range(depth)]
 
 
 class Arch(namedtuple("Arch", "heads ffn_sizes")):
-    """A sub-BERT's architecture m: heads and FFN size of each active layer, two tuples.
+    """Describe a sub-BERT, the paper's m: heads and FFN size of each layer that it keeps.
+
+    Both fields are tuples. `kept_layer_indices` says which layers of the super-BERT they
+    describe.
 
     >>> print(Arch((12, 4), (3072, 512)))
     2 layers, heads 12 4, FFN 3072 512
     """
+
     def __new__(cls, heads, ffn_sizes):
         if not heads or len(heads) != len(ffn_sizes):
-            raise UserError("an Arch takes a number of heads and an FFN size for each layer")
+            raise UserError("an Arch needs a number of heads and an FFN size for each layer")
         return super().__new__(cls, tuple(heads), tuple(ffn_sizes))
 
     @property
     def depth(self):
-        """The number of active layers, d."""
+        """Return the number of layers that are kept."""
         return len(self.heads)
 
     def __str__(self):
-        heads, ffn_sizes = (" ".join(map(str, sizes)) for sizes in self)
+        heads = " ".join(map(str, self.heads))
+        ffn_sizes = " ".join(map(str, self.ffn_sizes))
         return f"{self.depth} layers, heads {heads}, FFN {ffn_sizes}"
 
 
 class SearchSpace:
-    """The search space M of Sec. 3.2 as categorical variables: one over depth, then one per layer
-    over the pair (FFN size, heads): index = FFN index * number of choices of heads + heads index.
+    """Write the search space of Sec. 3.2 as categorical variables that can be sampled.
 
-    A point of it is a list of choices, one category index per variable; a layer that the depth does
-    not keep is inactive and has the choice None. `categories` counts those of each variable.
+    The first variable is the depth. Then there is one variable for each layer of the
+    super-BERT. It chooses a pair: the FFN size and the number of heads of that layer.
+    The pairs are numbered row by row. For the example at the end:
+
+                     1 head   2 heads
+        FFN size  8     0        1
+        FFN size 16     2        3       index = FFN index * number of columns + heads index
+        FFN size 32     4        5
+
+    A list of `choices` has one index per variable. `arch(choices)` turns it into an Arch,
+    and `choices(arch)` turns an Arch into a list.
+
+    A sample has an index for every layer, but its depth keeps only some of the layers. The
+    others are *inactive*. An Arch does not contain them, so `choices(arch)` has None in
+    their places. The update of theta needs these None: the loss of a sub-BERT says nothing
+    about a layer that it does not run.
 
     >>> space = SearchSpace(depths=[1, 2], heads=[1, 2], ffn_sizes=[8, 16, 32])
-    >>> space.categories, space.size(), space.choices(Arch((2,), (16,)))
-    ((2, 6, 6), 42, [0, 3, None])
+    >>> space.categories, space.size()
+    ((2, 6, 6), 42)
+    >>> space.arch([0, 3, 5])
+    Arch(heads=(2,), ffn_sizes=(16,))
+    >>> space.choices(space.arch([0, 3, 5]))
+    [0, 3, None]
     """
 
     def __init__(self, depths, heads, ffn_sizes, keep_layers="first"):
+        # All choices are in ascending order.
+        self.depths = tuple(sorted(set(depths)))
+        self.heads = tuple(sorted(set(heads)))
+        self.ffn_sizes = tuple(sorted(set(ffn_sizes)))
         self.keep_layers = keep_layers
-        self.depths, self.heads, self.ffn_sizes = (
-            tuple(sorted(set(sizes))) for sizes in (depths, heads, ffn_sizes))   # ascending
-        self.pairs = [(h, k) for k in self.ffn_sizes for h in self.heads]
+        self.pairs = [(n_heads, size) for size in self.ffn_sizes for n_heads in self.heads]
+        # The number of categories of each variable.
         self.categories = (len(self.depths),) + (len(self.pairs),) * self.depths[-1]
 
     @classmethod
     def for_config(cls, config):
-        """BERT-base's choices (Sec. 4, Search Space Setups), as fractions of any BERT's size."""
-        if config.layer_heads or config.layer_ffn_sizes:
-            raise UserError("a sub-BERT is one architecture: there is nothing smaller inside it")
+        """Return the search space of the paper (Sec. 4), scaled to the size of any BERT.
 
-        def part(size, *fractions):
-            return [max(1, round(size * f)) for f in fractions]
-        return cls(depths=part(config.num_hidden_layers, 1/2, 2/3, 5/6, 1),
-                   heads=part(config.num_attention_heads, 1/3, 2/3, 1),
-                   ffn_sizes=part(config.intermediate_size, 1/6, 1/4, 1/3, 1),
+        For BERT-base: depths 6, 8, 10, 12, heads 4, 8, 12, FFN sizes 512, 768, 1024, 3072.
+        """
+        if config.layer_heads or config.layer_ffn_sizes:
+            raise UserError("this is a sub-BERT: it has one architecture and no search space")
+
+        def fractions_of(size, *fractions):
+            return [max(1, round(size * fraction)) for fraction in fractions]
+
+        return cls(depths=fractions_of(config.num_hidden_layers, 1/2, 2/3, 5/6, 1),
+                   heads=fractions_of(config.num_attention_heads, 1/3, 2/3, 1),
+                   ffn_sizes=fractions_of(config.intermediate_size, 1/6, 1/4, 1/3, 1),
                    keep_layers=config.keep_layers)
 
     def largest(self):
-        """The largest architecture: the super-BERT itself."""
+        """Return the largest architecture, which is the super-BERT itself."""
         return self.arch([n - 1 for n in self.categories])
 
     def smallest(self):
-        """The smallest architecture."""
+        """Return the smallest architecture."""
         return self.arch([0] * len(self.categories))
 
     def size(self):
-        """The number of architectures, inactive layers not counted."""
-        return sum(self.categories[1] ** depth for depth in self.depths)
+        """Return the number of architectures. Inactive layers do not count."""
+        return sum(len(self.pairs) ** depth for depth in self.depths)
 
     def check(self, arch):
-        """Raise UserError, naming the legal values, unless `arch` lies in the space."""
+        """Raise UserError, with the legal values, if `arch` is not in the space."""
         if arch.depth not in self.depths or not set(zip(*arch)) <= set(self.pairs):
-            raise UserError(f"[{arch}] is not in the search space: depth one of {self.depths}, "
-                            f"heads of {self.heads}, FFN sizes of {self.ffn_sizes}")
+            raise UserError(f"[{arch}] is not in the search space: the depth is one of "
+                            f"{self.depths}, the heads are one of {self.heads} and the FFN "
+                            f"sizes are one of {self.ffn_sizes}")
 
     def arch(self, choices):
-        """Choices -> Arch. What stands at inactive layers is not looked at."""
-        active = kept_layer_indices(self.keep_layers, self.depths[-1], self.depths[choices[0]])
-        heads, ffn_sizes = zip(*(self.pairs[choices[1 + i]] for i in active))
+        """Turn a list of choices into an Arch. Choices of inactive layers are not read."""
+        depth = self.depths[choices[0]]
+        kept = kept_layer_indices(self.keep_layers, self.depths[-1], depth)
+        heads, ffn_sizes = zip(*(self.pairs[choices[1 + i]] for i in kept))
         return Arch(heads, ffn_sizes)
 
     def choices(self, arch):
-        """Arch -> choices, with None for every inactive layer."""
+        """Turn an Arch into a list of choices, with None for each inactive layer."""
         self.check(arch)
         layers = [None] * self.depths[-1]
-        for i, h, k in zip(kept_layer_indices(self.keep_layers, len(layers), arch.depth), *arch):
-            layers[i] = self.pairs.index((h, k))
+        kept = kept_layer_indices(self.keep_layers, self.depths[-1], arch.depth)
+        for i, n_heads, ffn_size in zip(kept, arch.heads, arch.ffn_sizes):
+            layers[i] = self.pairs.index((n_heads, ffn_size))
         return [self.depths.index(arch.depth)] + layers
 
 
 def count_params(config, arch):
-    """Parameters T(m) of a sub-BERT: embeddings + active layers + pooler, no classifier."""
+    """Return the number of parameters of a sub-BERT.
+
+    By convention these are the embeddings, the kept layers and the pooler, without the
+    classifier.
+    """
     C, D = config.hidden_size, config.head_size
-    tables = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
-    embeddings = (tables + 2) * C                                  # three tables and a LayerNorm
-    layers = sum((4*C*h*D + 3*h*D + C) + (2*C*k + k + C) + 4*C     # attention, FFN, two LayerNorms
-                 for h, k in zip(*arch))
-    return embeddings + layers + (C*C + C)
+    rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+    total = (rows + 2) * C                                      # three tables and a LayerNorm
+    for n_heads, ffn_size in zip(arch.heads, arch.ffn_sizes):
+        HD = n_heads * D
+        total += 3 * (HD * C + HD)                              # query, key, value
+        total += C * HD + C                                     # attention_out
+        total += ffn_size * C + ffn_size                        # ffn_in
+        total += C * ffn_size + C                               # ffn_out
+        total += 2 * (C + C)                                    # two LayerNorms
+    return total + C * C + C                                    # the pooler
 
 
 def count_flops(config, arch, seq_len=128):
-    """FLOPs of one sequence: 2 per multiply-add of every matrix product of encoder and pooler; by
-    convention of the last layer in full, though `forward` computes it for [CLS] alone."""
-    C, D, T = config.hidden_size, config.head_size, seq_len
-    layers = sum(4*T*C*h*D        # query, key, value and output projections
-                 + 2*T*T*h*D      # attention scores and their product with the values
-                 + 2*T*C*k        # both FFN matrices
-                 for h, k in zip(*arch))
-    return 2 * (layers + C*C)
+    """Return the FLOPs of one sequence: 2 per multiply-add of every matrix product.
+
+    By convention this is the encoder and the pooler. The last layer counts in full, though
+    `forward` computes most of it only for [CLS].
+    """
+    C, D = config.hidden_size, config.head_size
+    multiply_adds = C * C                                   # the pooler
+    for n_heads, ffn_size in zip(arch.heads, arch.ffn_sizes):
+        HD = n_heads * D
+        multiply_adds += 4 * seq_len * C * HD               # query, key, value, attention_out
+        multiply_adds += 2 * seq_len * seq_len * HD         # the scores, then times values
+        multiply_adds += 2 * seq_len * C * ffn_size         # ffn_in, ffn_out
+    return 2 * multiply_adds
 
 
 # ---- The model -----------------------------------------------------------------------------------
 
+ACTIVATIONS = {"gelu": nn.GELU(), "gelu_python": nn.GELU(), "relu": nn.ReLU(),
+               "gelu_new": nn.GELU("tanh"), "gelu_pytorch_tanh": nn.GELU("tanh")}
+
+
 def sliced_linear(x, linear, n_out=None, n_in=None):
-    """x @ W[:n_out, :n_in].T + b[:n_out], the slice being a view. x [..., n_in] -> [..., n_out]."""
+    """Apply the first n_out rows and n_in columns of a linear layer. None means all.
+
+    x [..., n_in] -> [..., n_out]. The slices are views. Nothing is copied.
+    """
     return F.linear(x, linear.weight[:n_out, :n_in], linear.bias[:n_out])
 
 
 def dropout(x, p):
-    """F.dropout, always active: `p` is 0 outside of training. On a CPU that draws one number at a
-    time, a good part of a step; here 64 random bits decide about four elements, which rounds `p` to
-    a multiple of 2**-16."""
-    if p == 0 or x.device.type != "cpu":
-        return F.dropout(x, p)
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)
-    # Four int16 of each int64, uniform from -2**15 on: a share p of them lies below this threshold.
-    keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
-    return x * keep.to(x.dtype).mul_(1 / (1 - p))
+    """Apply dropout with probability p. The caller passes p = 0 outside of training."""
+    if p > 0 and x.device.type == "cpu":
+        return fast_cpu_dropout(x, p)               # Part II: same distribution, faster
+    return F.dropout(x, p)
 
 
 def attention(q, k, v, mask, p):
-    """softmax(q k' / sqrt(D)) v with dropout `p` of the softmax. q [B, H, Q, D] for Q <= T tokens,
-    k and v [B, H, T, D], mask [B, 1, 1, T] bool -> [B, H, Q, D]."""
-    if p == 0 or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    # The same, since PyTorch has no fused kernel with dropout for CPUs, and its way around is slow.
-    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)              # [B, H, Q, T]
-    weights = weights.masked_fill_(~mask, -torch.inf).softmax(-1)
-    return dropout(weights, p) @ v
+    """Return softmax(q k' / sqrt(D)) v, with dropout of the softmax.
+
+    q [B, H, T, D], or [B, H, 1, D] for [CLS]. k, v [B, H, T, D]. mask [B, 1, 1, T] bool.
+    """
+    if p > 0 and q.device.type == "cpu":
+        return fast_cpu_attention(q, k, v, mask, p)     # Part II: same formula, faster
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
 
 
 class Layer(nn.Module):
-    """One post-norm transformer encoder layer with up to `heads` heads and `ffn_size` neurons."""
+    """Run a post-norm transformer encoder layer with some or all of its heads and neurons."""
 
-    def __init__(self, config, heads, ffn_size):
+    def __init__(self, config, n_heads, ffn_size):
         super().__init__()
-        C, self.D = config.hidden_size, config.head_size
-        self.query, self.key, self.value = (nn.Linear(C, heads * self.D) for _ in range(3))
-        self.attention_out = nn.Linear(heads * self.D, C)
+        C, D = config.hidden_size, config.head_size
+        self.head_size = D
+        self.query, self.key, self.value = (nn.Linear(C, n_heads * D) for _ in range(3))
+        self.attention_out = nn.Linear(n_heads * D, C)
         self.attention_norm = nn.LayerNorm(C, config.layer_norm_eps)
         self.ffn_in = nn.Linear(C, ffn_size)
         self.ffn_out = nn.Linear(ffn_size, C)
@@ -316,32 +341,46 @@ class Layer(nn.Module):
         self.dropout = config.hidden_dropout_prob
         self.attention_dropout = config.attention_probs_dropout_prob
 
-    def forward(self, x, mask, H, F_, cls_only=False, masks=None):
-        """x [B, T, C], mask [B, 1, 1, T] bool, H heads and F_ neurons of the front -> [B, T, C], or
-        [B, 1, C] of the last layer, out of which only [CLS] goes to the pooler. keep: of each
-        example, which of those heads [B, H] and neurons [B, F] count; the others become zero."""
-        B, T, C = x.shape
-        p, p_attention = (self.dropout, self.attention_dropout) if self.training else (0.0, 0.0)
+    def forward(self, x, mask, n_heads, ffn_size, cls_only=False, masks=None):
+        """Run the layer with its first n_heads heads and its first ffn_size FFN neurons.
 
-        def split(x, linear):
-            return sliced_linear(x, linear, H * self.D).view(B, -1, H, self.D).transpose(1, 2)
-        key, value = split(x, self.key), split(x, self.value)            # [B, H, T, D]
-        x = x[:, :1] if cls_only else x                                      # [B, Q, C], Q = 1 or T
-        a = attention(split(x, self.query), key, value, mask, p_attention)   # [B, H, Q, D]
+        x         [B, T, C] -> [B, T, C]
+        mask      [B, 1, 1, T] bool, False for padding
+        cls_only  return only [CLS], [B, 1, C], since the pooler reads nothing else
+        masks     (head_mask [B, H], ffn_mask [B, F]), only from forward_many in Part II
+        """
+        p = self.dropout if self.training else 0.0
+        p_attention = self.attention_dropout if self.training else 0.0
+        HD = n_heads * self.head_size
+
+        key = self.project(x, self.key, n_heads)                         # [B, H, T, D]
+        value = self.project(x, self.value, n_heads)                     # [B, H, T, D]
+        if cls_only:
+            # [CLS] still attends to every token. From here on, T is 1 in the comments.
+            x = x[:, :1]                                                 # [B, 1, C]
+        query = self.project(x, self.query, n_heads)                     # [B, H, T, D]
+        a = attention(query, key, value, mask, p_attention)              # [B, H, T, D]
         if masks:
             a = a * masks[0][:, :, None, None]
-        a = a.transpose(1, 2).reshape(B, -1, H * self.D)                 # [B, Q, H*D]
-        a = sliced_linear(a, self.attention_out, n_in=H * self.D)         # [B, Q, C]
+        a = a.transpose(1, 2).reshape(x.shape[0], -1, HD)                # [B, T, H*D]
+        a = sliced_linear(a, self.attention_out, n_in=HD)                # [B, T, C]
         x = self.attention_norm(x + dropout(a, p))
-        f = self.activation(sliced_linear(x, self.ffn_in, F_))            # [B, Q, F]
+
+        f = sliced_linear(x, self.ffn_in, n_out=ffn_size)                # [B, T, F]
+        f = self.activation(f)
         if masks:
             f = f * masks[1][:, None, :]
-        f = sliced_linear(f, self.ffn_out, n_in=F_)                       # [B, Q, C]
+        f = sliced_linear(f, self.ffn_out, n_in=ffn_size)                # [B, T, C]
         return self.ffn_norm(x + dropout(f, p))
+
+    def project(self, x, linear, n_heads):
+        """Return the queries, keys or values of n_heads heads. [B, T, C] -> [B, H, T, D]."""
+        y = sliced_linear(x, linear, n_out=n_heads * self.head_size)     # [B, T, H*D]
+        return y.view(x.shape[0], -1, n_heads, self.head_size).transpose(1, 2)
 
 
 class ElasticBert(nn.Module):
-    """BERT with a pooler and a linear classifier; `forward` uses a part of the full weights."""
+    """Run a BERT with a pooler and a linear classifier, or any sub-BERT of it."""
 
     def __init__(self, config, num_labels):
         super().__init__()
@@ -351,7 +390,8 @@ class ElasticBert(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, C)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, C)
         self.embedding_norm = nn.LayerNorm(C, config.layer_norm_eps)
-        self.layers = nn.ModuleList(Layer(config, h, k) for h, k in zip(*config.arch))
+        self.layers = nn.ModuleList(
+            Layer(config, n_heads, ffn_size) for n_heads, ffn_size in zip(*config.arch))
         self.pooler = nn.Linear(C, C)
         self.classifier = nn.Linear(C, num_labels)
         for module in self.modules():
@@ -360,365 +400,635 @@ class ElasticBert(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def check(self, arch):
-        """Raise UserError unless every size of `arch` is from 1 to what the model has."""
-        own = self.config.arch
-        fits = arch.depth <= own.depth and all(
-            1 <= heads <= own.heads[i] and 1 <= neurons <= own.ffn_sizes[i]
-            for i, heads, neurons in self.config.layers(arch))
-        if not fits:
-            raise UserError(f"architecture [{arch}] does not fit into the model's [{own}]")
-
     def forward(self, input_ids, token_type_ids, attention_mask, arch=None):
-        """Three [B, T] tensors, the mask bool or 0/1 integers (1 = a token, 0 = padding) -> logits
-        [B, num_labels] of the sub-BERT `arch` (None: of the whole model).
-        UserError where `arch` or T exceeds what the model has."""
+        """Return the logits of the sub-BERT `arch`, or of the whole model if it is None.
+
+        Three [B, T] tensors -> [B, num_labels]. The mask is bool or integer, with 1 for a
+        token and 0 for padding. Raises UserError if `arch` or T exceeds the model.
+        """
         arch = arch or self.config.arch
         self.check(arch)
         x = self.embed(input_ids, token_type_ids)                        # [B, T, C]
         mask = attention_mask.bool()[:, None, None, :]                   # [B, 1, 1, T]
-        for n, (i, H, F_) in enumerate(self.config.layers(arch), 1):
-            x = self.layers[i](x, mask, H, F_, cls_only=n == arch.depth)
+        for n, (i, n_heads, ffn_size) in enumerate(self.config.layers(arch)):
+            is_last = n == arch.depth - 1
+            x = self.layers[i](x, mask, n_heads, ffn_size, cls_only=is_last)     # [B, T, C]
         return self.head(x)                                              # [B, num_labels]
 
     def embed(self, input_ids, token_type_ids):
-        """Two [B, T] tensors -> the hidden states before the first layer, [B, T, C]."""
-        T, most = input_ids.shape[1], self.config.max_position_embeddings
-        if T > most:
-            raise UserError(f"{T} tokens; the model has {most} positions")
-        x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:T]
+        """Return the hidden states before the first layer. Two [B, T] -> [B, T, C]."""
+        n_tokens = input_ids.shape[1]
+        n_positions = self.config.max_position_embeddings
+        if n_tokens > n_positions:
+            raise UserError(f"{n_tokens} tokens are too many: the model has only "
+                            f"{n_positions} positions")
+        x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:n_tokens]
              + self.token_type_embeddings(token_type_ids))
         return dropout(self.embedding_norm(x), self.config.hidden_dropout_prob * self.training)
 
     def head(self, x):
-        """Hidden states after the last layer, [B, 1 or T, C] -> logits [B, num_labels]."""
+        """Return the logits, given the output of the last layer.
+
+        [B, T, C], or [B, 1, C] for just [CLS] -> [B, num_labels].
+        """
         p = self.config.classifier_dropout
-        p = self.config.hidden_dropout_prob if p is None else p
+        if p is None:
+            p = self.config.hidden_dropout_prob
         pooled = torch.tanh(self.pooler(x[:, 0]))                        # [B, C] from [CLS]
         pooled = dropout(pooled, p * self.training)
-        # In fp32 whatever the precision: bf16 would round a regression's answers.
+        # The logits are always fp32, since bf16 would round the predictions of a regression.
         with torch.autocast(x.device.type, enabled=False):
             return self.classifier(pooled.float())
 
-
-def forward_many(model, input_ids, token_type_ids, attention_mask, sizes):
-    """What `forward` gives for several architectures, in one pass of fixed shapes, which suits
-    a GPU. Every example is there once per architecture. Heads and neurons that this one lacks
-    are multiplied by 0, a layer that it lacks passes its input on: slicing is masking with the
-    zeros not computed. Three [B, T] tensors as above, and sizes [lambda, L, 2] of `archs_to_tensor`
-    -> [lambda, B, num_labels]."""
-    n, B = len(sizes), len(input_ids)
-    x = model.embed(input_ids.repeat(n, 1), token_type_ids.repeat(n, 1))      # [n*B, T, C]
-    mask = attention_mask.bool().repeat(n, 1)[:, None, None, :]      # [n*B, 1, 1, T]
-    sizes = sizes.repeat_interleave(B, 0)                            # [n*B, L, 2]
-    for i, (layer, H, F_) in enumerate(zip(model.layers, *model.config.arch)):
-        h, k = sizes[:, i, :1], sizes[:, i, 1:]                      # [n*B, 1] each
-        keep = (torch.arange(H, device=h.device) < h,                # [n*B, H]
-                torch.arange(F_, device=k.device) < k)               # [n*B, F]
-        y = layer(x, mask, H, F_, cls_only=i + 1 == len(model.layers), masks=keep)
-        x = torch.where(h[:, :, None] > 0, y, x[:, :y.shape[1]])     # missing: its input
-    return model.head(x).view(n, B, -1)                               # [n, B, num_labels]
-
-
-def archs_to_tensor(config, archs, device=None):
-    """Architectures as one tensor for `masked`, int64 [len(archs), L, 2]: heads and FFN size of
-    each layer of the model, 0 and 0 where an architecture does not have it."""
-    sizes = torch.zeros(len(archs), config.num_hidden_layers, 2, dtype=torch.int64)
-    for row, arch in zip(sizes, archs):
-        for i, *pair in config.layers(arch):
-            row[i] = torch.tensor(pair)
-    return sizes.to(device)
+    def check(self, arch):
+        """Raise UserError if `arch` has more layers, heads or neurons than the model."""
+        largest = self.config.arch
+        fits = arch.depth <= largest.depth and all(
+            1 <= n_heads <= largest.heads[i] and 1 <= ffn_size <= largest.ffn_sizes[i]
+            for i, n_heads, ffn_size in self.config.layers(arch))
+        if not fits:
+            raise UserError(f"architecture [{arch}] does not fit into the model, "
+                            f"which has at most [{largest}]")
 
 
 def extract(model, arch):
-    """A stand-alone ElasticBert with the weights of `arch`: the same logits, nothing shared.
-    UserError where `arch` exceeds `model`."""
+    """Return a smaller ElasticBert that holds a copy of the weights of a sub-BERT.
+
+    It gives the same logits as `model` does with `arch`. Raises UserError if `arch` does
+    not fit into `model`.
+    """
     model.check(arch)
     config = replace(model.config, num_hidden_layers=arch.depth, keep_layers="first",
                      layer_heads=list(arch.heads), layer_ffn_sizes=list(arch.ffn_sizes))
-    with torch.device("meta"):                                           # shapes without memory
+    # On the "meta" device a tensor has a shape, but no memory.
+    with torch.device("meta"):
         sub = ElasticBert(config, model.num_labels)
-    # The layers that stay are numbered anew, and stand over the full model's first ones.
-    active = nn.ModuleList(model.layers[i] for i, *_ in model.config.layers(arch))
-    full = {**model.state_dict(), **active.state_dict(prefix="layers.")}
+    # Renumber the kept layers 0, 1, 2, ... In this dict they replace the first layers.
+    kept = nn.ModuleList(model.layers[i] for i, *_ in model.config.layers(arch))
+    full = {**model.state_dict(), **kept.state_dict(prefix="layers.")}
     state = {}
     for name, tensor in sub.state_dict().items():
-        front = tuple(slice(n) for n in tensor.shape)                    # [:n] in every dimension
+        # Take the front of the full tensor in each of its dimensions.
+        front = tuple(slice(n) for n in tensor.shape)
         state[name] = full[name][front].clone()
     sub.load_state_dict(state, assign=True)
     return sub.train(model.training)
 
 
+# ==================================================================================================
+# Part II: the machinery. You can stop here on a first reading.
+# ==================================================================================================
+
+# ---- Checking a configuration --------------------------------------------------------------------
+
+# These fields of a config.json change the result. Other values of them are refused.
+SUPPORTED_VALUES = {
+    "model_type": ["bert"],
+    "position_embedding_type": ["absolute"],
+    "is_decoder": [False],
+    "is_encoder_decoder": [False],
+    "add_cross_attention": [False],
+    "pruned_heads": [{}],
+    "hidden_act": list(ACTIVATIONS),
+    "problem_type": ["regression", "single_label_classification"],
+    "tokenizer_class": ["BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast"],
+    "keep_layers": ["first", "even"],
+    # An old spelling of keep_layers.
+    "depth_keeps": ["first"],
+}
+# transformers writes these fields into ordinary BERT configurations. They change no
+# logit, so load_bert does not mention them.
+HARMLESS_FIELDS = (
+    "_name_or_path", "_num_labels", "architectures", "bos_token_id", "dtype",
+    "eos_token_id", "finetuning_task", "gradient_checkpointing", "label2id", "num_labels",
+    "output_past", "pad_token_id", "tie_word_embeddings", "torch_dtype",
+    "transformers_version", "use_cache")
+
+
+def read_config(path):
+    """Return the fields of a config.json as a dict, without those that are null.
+
+    Raises UserError if there is no BERT, or if a field has an unsupported value.
+    """
+    directory = path.parent
+    values = read_json(path, f"does not exist: {directory} is not the directory of a BERT. "
+                             "To fetch one: python -m glue.download bert-base-uncased")
+    if (directory / "log.jsonl").exists() and not (directory / "run.json").exists():
+        raise UserError(f"{directory} holds an unfinished run: continue it with --resume")
+    values = {name: value for name, value in values.items() if value is not None}
+    for name, value in values.items():
+        supported = SUPPORTED_VALUES.get(name, [value])
+        if value not in supported:
+            raise UserError(f"{path}: {name} is {value!r}, not one of {supported}")
+    return values
+
+
+def unknown_fields(values):
+    """Return the names of those fields of a config.json that this project does not know."""
+    known = {field.name for field in fields(BertConfig)}
+    return sorted(set(values) - known - set(SUPPORTED_VALUES) - set(HARMLESS_FIELDS))
+
+
+def check_config(config):
+    """Raise ValueError if a field of a BertConfig has a value that is not possible."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type not in LEGAL_VALUES or (value is None and field.default is None):
+            continue
+        is_legal, description = LEGAL_VALUES[field.type]
+        if not is_legal(value):
+            raise ValueError(f"{field.name} is {value!r:.30}, not {description}")
+    for name in ("layer_heads", "layer_ffn_sizes"):
+        sizes, num_layers = getattr(config, name), config.num_hidden_layers
+        if sizes is not None and len(sizes) != num_layers:
+            raise ValueError(f"{name} is {sizes!r:.30}, not a whole number for each layer")
+    n_heads, hidden_size = config.num_attention_heads, config.hidden_size
+    if hidden_size % n_heads:
+        raise ValueError(f"{n_heads} heads do not divide the hidden size {hidden_size}")
+
+
+def is_size(value):
+    """Return whether a value can be the size of a tensor."""
+    return type(value) is int and 1 <= value <= 10**6
+
+
+def is_fraction(value):
+    """Return whether a value is a number from 0 to less than 1."""
+    return type(value) in (int, float) and 0 <= value < 1
+
+
+def is_id2label(value):
+    """Return whether a value maps "0", "1", ... to different label names."""
+    if not isinstance(value, dict) or not all(map(is_label, value.values())):
+        return False
+    num_names = len(set(value.values()))
+    return set(value) == {str(i) for i in range(num_names)}
+
+
+def is_list_of_sizes(value):
+    """Return whether a value is a list of positive whole numbers."""
+    if not isinstance(value, list):
+        return False
+    return all(type(size) is int and size > 0 for size in value)
+
+
+def is_label(name):
+    """Return whether a value can name a label: a text that prints as one line."""
+    # Control characters, line separators and halves of surrogate pairs would break it.
+    unprintable = r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return isinstance(name, str) and name != "" and not re.search(unprintable, name)
+
+
+# For each type of a BertConfig field: the check of a value, and a description of the legal
+# values. read_config checks the fields of type str, by SUPPORTED_VALUES.
+LEGAL_VALUES = {
+    int: (is_size, "a whole number from 1 to 1000000"),
+    float: (is_fraction, "a number from 0 to less than 1"),
+    dict: (is_id2label, '{"0": name, ...}, different printable names'),
+    list: (is_list_of_sizes, "a whole number for each layer"),
+}
+
+
+# ---- Sorting by importance -----------------------------------------------------------------------
+
 @torch.no_grad()
 def sort_by_importance(model, importance):
-    """Sort the heads and FFN neurons of every layer in place, most important first; the function
-    that the largest computes stays the same. importance: per layer two tensors, [H] and [F]."""
-    for layer, (heads, neurons) in zip(model.layers, importance):
-        order = heads.argsort(descending=True, stable=True).cpu()        # [H]
-        rows = torch.arange(len(heads) * layer.D).view(-1, layer.D)[order].flatten()     # [H*D]
-        neurons = neurons.argsort(descending=True, stable=True)          # [F]
-        for linear, order in ((layer.query, rows), (layer.key, rows), (layer.value, rows),
-                              (layer.ffn_in, neurons)):
-            linear.weight.copy_(linear.weight[order])
-            linear.bias.copy_(linear.bias[order])
-        for linear, order in ((layer.attention_out, rows), (layer.ffn_out, neurons)):
-            linear.weight.copy_(linear.weight[:, order])
+    """Sort the heads and FFN neurons of every layer in place, most important first.
+
+    importance: two tensors per layer, one number per head and one per FFN neuron. The
+    function that the largest architecture computes does not change.
+    """
+    for layer, (head_importance, neuron_importance) in zip(model.layers, importance):
+        heads = head_importance.argsort(descending=True, stable=True).cpu()
+        neurons = neuron_importance.argsort(descending=True, stable=True)
+        # The rows of a head are together: rows[h] are those of head h.
+        rows = torch.arange(len(heads) * layer.head_size).view(-1, layer.head_size)
+        rows = rows[heads].flatten()
+        for linear in (layer.query, layer.key, layer.value):
+            sort_outputs(linear, rows)
+        sort_inputs(layer.attention_out, rows)
+        sort_outputs(layer.ffn_in, neurons)
+        sort_inputs(layer.ffn_out, neurons)
 
 
-# ---- Weights and tokenizer on disk, under Hugging Face's names -----------------------------------
+def sort_outputs(linear, order):
+    """Reorder the outputs of a linear layer in place."""
+    linear.weight.copy_(linear.weight[order])
+    linear.bias.copy_(linear.bias[order])
 
-HF_NAMES = {"word_embeddings": "bert.embeddings.word_embeddings",
-            "position_embeddings": "bert.embeddings.position_embeddings",
-            "token_type_embeddings": "bert.embeddings.token_type_embeddings",
-            "embedding_norm": "bert.embeddings.LayerNorm",
-            "query": "attention.self.query", "key": "attention.self.key",
-            "value": "attention.self.value", "attention_out": "attention.output.dense",
-            "attention_norm": "attention.output.LayerNorm", "ffn_in": "intermediate.dense",
-            "ffn_out": "output.dense", "ffn_norm": "output.LayerNorm",
-            "pooler": "bert.pooler.dense", "classifier": "classifier"}
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json",
-                   "special_tokens_map.json")
+
+def sort_inputs(linear, order):
+    """Reorder the inputs of a linear layer in place."""
+    linear.weight.copy_(linear.weight[:, order])
+
+
+# ---- Weights and tokenizer files on disk, with the names of Hugging Face -------------------------
+
+HF_NAMES = {
+    "word_embeddings": "bert.embeddings.word_embeddings",
+    "position_embeddings": "bert.embeddings.position_embeddings",
+    "token_type_embeddings": "bert.embeddings.token_type_embeddings",
+    "embedding_norm": "bert.embeddings.LayerNorm",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "ffn_in": "intermediate.dense",
+    "ffn_out": "output.dense",
+    "ffn_norm": "output.LayerNorm",
+    "pooler": "bert.pooler.dense",
+    "classifier": "classifier",
+}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json",
+                   "added_tokens.json", "special_tokens_map.json")
 
 
 def hf_name(name):
-    """Our tensor name, such as layers.3.ffn_in.weight, -> Hugging Face's."""
-    *layer, module, kind = name.split(".")
+    """Translate our tensor name, like layers.3.ffn_in.weight, to Hugging Face's name."""
+    *layer, module, parameter = name.split(".")
     prefix = f"bert.encoder.layer.{layer[1]}." if layer else ""
-    return f"{prefix}{HF_NAMES[module]}.{kind}"
+    return f"{prefix}{HF_NAMES[module]}.{parameter}"
 
 
 def load_bert(directory, num_labels=None, labels=None):
-    """ElasticBert from the config.json and model.safetensors of Hugging Face or `save_bert`, with
-    `num_labels` labels (None: as many as the classifier in the file has).
+    """Load an ElasticBert from the config.json and model.safetensors in a directory.
 
-    labels: the names to train on, () for regression; see `fit_classifier`. Where there is no
-    classifier, a new one is initialised at random, with a line that says so, and so is the pooler
-    that a model of masked words lacks. All other tensors must have exactly the names and shapes of
-    the model's; UserError names the first at fault.
+    num_labels: the number of logits. None: as many as the classifier in the file has.
+    labels: the names of the labels to train on, () for regression (see fit_classifier).
+
+    If the file has no classifier, the model gets a random one, and also a random pooler if
+    there is none. A printed line says so. All other tensors must be in the file, with the
+    names and shapes of the model. Raises UserError if one is missing, unknown or different.
     """
     config, tensors = BertConfig.load(directory), read_tensors(directory)
-    kinds = read_json(Path(directory) / "config.json").get("architectures")
-    if kinds not in (None, ["BertForSequenceClassification"]):
-        # A classifier of tokens or of choices does not classify texts.
-        tensors = {name: t for name, t in tensors.items() if not name.startswith("classifier.")}
+    path = Path(directory) / "config.json"
+    values = read_config(path)
+    unknown = ", ".join(unknown_fields(values))
+    if unknown:
+        print_line(f"{path}: ignored fields that this project does not know: {unknown}")
+    if values.get("architectures") not in (None, ["BertForSequenceClassification"]):
+        # The classifier of another architecture does not classify texts.
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("classifier.")}
     if labels is not None:
         fit_classifier(tensors, config, labels, directory)
     if num_labels is None:
         if "classifier.weight" not in tensors:
             raise UserError(f"{directory} has no classifier: it was not fine-tuned")
         num_labels = len(torch.atleast_1d(tensors["classifier.weight"]))
-    one_answer = config.problem_type == "regression"
-    if one_answer != (num_labels == 1) or (config.labels and len(config.labels) != num_labels):
-        raise UserError(f"{directory}: {num_labels} logits contradict its config.json: one alone "
-                        'needs "problem_type": "regression"; "id2label", if any, names each')
-    with torch.device("meta"):                    # no memory before the shapes are checked
+    check_num_labels(config, num_labels, directory)
+    # On the "meta" device the model takes no memory until its shapes have been checked.
+    with torch.device("meta"):
         model = ElasticBert(config, num_labels)
-    for name in ("classifier", "pooler"):
-        if hf_name(f"{name}.weight") in tensors:
-            break                                 # no new pooler under an old classifier
-        n_out, n_in = getattr(model, name).weight.shape
-        print_line(f"{directory}: a new {name} is initialised, {n_in} -> {n_out}")
-        weight = torch.empty(n_out, n_in).normal_(std=config.initializer_range)
-        tensors[hf_name(f"{name}.weight")] = weight
-        tensors[hf_name(f"{name}.bias")] = torch.zeros(n_out)
-    state = {}
-    for name, like in model.state_dict().items():
-        title = f"{directory}: tensor {hf_name(name)}"
-        tensor = tensors.pop(hf_name(name), None)
-        if tensor is None:
-            raise UserError(f"{title} is missing")
-        if tensor.shape != like.shape:
-            raise UserError(f"{title} has shape {[*tensor.shape]}, expected {[*like.shape]}")
-        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
-            raise UserError(f"{title} is not all finite numbers")
-        state[name] = tensor.to(torch.float32, copy=True)                # not the file, mapped
-    if tensors:
-        raise UserError(f"{directory}: unknown tensor {min(tensors)}")
-    model.load_state_dict(state, assign=True)
+    add_missing_heads(tensors, model, directory)
+    model.load_state_dict(move_to_state(tensors, model, directory), assign=True)
     return model.eval()
 
 
 def fit_classifier(tensors, config, labels, directory):
-    """Fit the classifier among `tensors` to label names, () for regression: one of the same names
-    in another order is permuted; one of other names is removed, but for regression one of a single
-    row is kept. `config` takes the names over."""
-    known, own = config.labels, [name for name in tensors if name.startswith("classifier.")]
-    rows = {tensors[name].shape[:1] for name in own}
+    """Fit the classifier in `tensors` to the label names of a task, () for regression.
+
+    If it has the same names in another order, its rows are permuted. If it has other
+    names, it is removed. For a regression, a classifier with a single row is kept. The
+    names in `config` become those of the task.
+    """
+    old_labels = config.labels
     config.name_labels(labels)
-    if rows == {(len(labels),)} and sorted(labels) == sorted(known):
-        order = [known.index(name) for name in labels]
-        tensors.update({name: tensors[name][order] for name in own})
-    elif own and (labels or rows != {(1,)}):
-        print_line(f"{directory}: its classifier, of {', '.join(known) or 'unnamed labels'}, is not used")
-        for name in own:
+    names = [name for name in tensors if name.startswith("classifier.")]
+    if not names:
+        return
+    num_rows = {tensors[name].shape[:1] for name in names}
+    if num_rows == {(len(labels),)} and sorted(labels) == sorted(old_labels):
+        order = [old_labels.index(label) for label in labels]
+        for name in names:
+            tensors[name] = tensors[name][order]
+    elif labels or num_rows != {(1,)}:
+        old_names = ", ".join(old_labels) or "unnamed labels"
+        print_line(f"{directory}: its classifier (of {old_names}) is not used")
+        for name in names:
             del tensors[name]
 
 
+def check_num_labels(config, num_labels, directory):
+    """Raise UserError if config.json contradicts the number of logits."""
+    is_regression = config.problem_type == "regression"
+    is_named = not config.labels or len(config.labels) == num_labels
+    if is_regression != (num_labels == 1) or not is_named:
+        raise UserError(f"{directory}: config.json does not fit {num_labels} logits. Set "
+                        '"problem_type" to "regression" for a single logit, and only then. '
+                        'Let "id2label" name every logit, or remove it')
+
+
+def add_missing_heads(tensors, model, directory):
+    """Add a random classifier to `tensors` if it has none, and then a random pooler too."""
+    for name in ("classifier", "pooler"):
+        if hf_name(f"{name}.weight") in tensors:
+            # A classifier that was trained needs the pooler that it was trained with.
+            return
+        n_out, n_in = getattr(model, name).weight.shape
+        print_line(f"{directory}: a new {name} is initialised, {n_in} -> {n_out}")
+        weight = torch.empty(n_out, n_in).normal_(std=model.config.initializer_range)
+        tensors[hf_name(f"{name}.weight")] = weight
+        tensors[hf_name(f"{name}.bias")] = torch.zeros(n_out)
+
+
+def move_to_state(tensors, model, directory):
+    """Move all tensors into a state dict of the model, and return that.
+
+    `tensors` is empty at the end, so that nothing is in memory twice. Raises UserError if a
+    tensor is missing, unknown or of another shape.
+    """
+    state = {}
+    for name, parameter in model.state_dict().items():
+        title = f"{directory}: tensor {hf_name(name)}"
+        tensor = tensors.pop(hf_name(name), None)
+        if tensor is None:
+            raise UserError(f"{title} is missing")
+        if tensor.shape != parameter.shape:
+            expected = [*parameter.shape]
+            raise UserError(f"{title} has shape {[*tensor.shape]}, expected {expected}")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            raise UserError(f"{title} is not all finite numbers")
+        # A copy, because the loaded tensor is the file, mapped into memory.
+        state[name] = tensor.to(torch.float32, copy=True)
+    if tensors:
+        raise UserError(f"{directory}: unknown tensor {min(tensors)}")
+    return state
+
+
 def weight_files(directory):
-    """The safetensors files of a BERT directory: one, or those that an index names."""
-    names, index = ["model.safetensors"], Path(directory, "model.safetensors.index.json")
-    if index.exists() and not Path(directory, "model.safetensors").exists():
-        with user_errors_for(index):
-            names = sorted(set(map(str, read_json(index)["weight_map"].values())))
-    return [Path(directory, name) for name in names]
+    """Return the paths of the safetensors files: one, or those that an index names."""
+    single = Path(directory) / "model.safetensors"
+    index = Path(directory) / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return [single]
+    with user_errors_for(index):
+        names = sorted(set(map(str, read_json(index)["weight_map"].values())))
+    return [Path(directory) / name for name in names]
 
 
 def read_tensors(directory):
-    """{name: tensor} of a directory's weights: without the prefixes of wrappers, the pre-training
-    heads, a head for answers and the buffer `position_ids`; under today's names for old ones."""
+    """Read the weights of a directory and return {Hugging Face name: tensor}.
+
+    Old names are replaced with new ones, and the prefixes of wrappers are removed. Some
+    tensors are left out: heads for pre-training or for question answering, and the buffer
+    `position_ids`.
+    """
     tensors = {}
     for path in weight_files(directory):
         if not regular_file(path).exists():
-            raise UserError(f"{path} does not exist (a pytorch_model.bin becomes one by "
-                            "transformers' from_pretrained(...).save_pretrained(...))")
+            raise UserError(f"{path} does not exist. To make it from pytorch_model.bin, use "
+                            "transformers: from_pretrained(...).save_pretrained(...)")
         with user_errors_for(path, "is not a complete safetensors file"):
-            found = safetensors.torch.load_file(path)
-        for name, tensor in found.items():
+            tensors_of_file = safetensors.torch.load_file(path)
+        for name, tensor in tensors_of_file.items():
             name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
             name = re.sub(r"^(embeddings|encoder|pooler)\.", r"bert.\1.", name)
             name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
             name = name.replace("LayerNorm.beta", "LayerNorm.bias")
             if name in tensors:
-                raise UserError(f"{path} has two tensors {name}, or another file has it, too")
+                raise UserError(f"{path} has two tensors {name}, or another file has it too")
             if not re.match(r"cls\.|qa_outputs\.|.*embeddings\.position_ids$", name):
                 tensors[name] = tensor
     return tensors
 
 
 def tokenizer_files(directory):
-    """{name: bytes} of a BERT directory's tokenizer, to be written beside another model."""
+    """Return the files of a BERT's tokenizer as {name: bytes}, for save_bert."""
     paths = [Path(directory) / name for name in TOKENIZER_FILES]
-    return {path.name: regular_file(path).read_bytes() for path in paths if path.exists()}
+    existing = [regular_file(path) for path in paths if path.exists()]
+    return {path.name: path.read_bytes() for path in existing}
 
 
 def save_bert(model, directory, tokenizer=None):
-    """Write config.json and model.safetensors, which `load_bert` reads back bit for bit; and, so
-    that the directory stands alone, a tokenizer's files, {name: bytes}."""
-    config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert",
-              **{k: v for k, v in asdict(model.config).items() if v is not None}}
+    """Write config.json and model.safetensors, which load_bert reads back bit for bit.
+
+    tokenizer: {name: bytes}, the files of a tokenizer, which are written too.
+    """
+    config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert"}
+    for name, value in asdict(model.config).items():
+        if value is not None:
+            config[name] = value
     if model.config.id2label:
         config["label2id"] = {name: i for i, name in enumerate(model.config.labels)}
     else:
-        config["num_labels"] = model.num_labels   # for others, who would take two for granted
-    tensors = {hf_name(n): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
+        # transformers assumes two labels if it finds no number.
+        config["num_labels"] = model.num_labels
+    tensors = {hf_name(name): tensor.detach().cpu().contiguous()
+               for name, tensor in model.state_dict().items()}
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     files = {"config.json": json.dumps(config, indent=2).encode() + b"\n",
-             "model.safetensors": safetensors.torch.save(tensors, metadata={"format": "pt"})}
+             "model.safetensors": weights, **(tokenizer or {})}
     Path(directory).mkdir(parents=True, exist_ok=True)
-    for name, content in {**files, **(tokenizer or {})}.items():
+    for name, content in files.items():
         write_file(Path(directory) / name, content)
 
 
-# ---- Where it computes, and how long that takes --------------------------------------------------
+# ---- Faster, same results ------------------------------------------------------------------------
 
-def select_device_and_precision(device="auto", precision="auto"):
-    """(torch.device, maker of autocast contexts); "auto": the fastest device there is, and bf16
-    where its hardware has units for it, else fp32. UserError where the device is missing."""
-    keep_memory()                                 # here, since every program begins with this
-    here = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
-    name = here[0] if device == "auto" else device
-    if name not in here:
-        raise UserError(f"--device {name}: this machine has none")
-    bf16 = precision == "bf16"
-    if precision == "auto" and name == "cuda":
-        bf16 = torch.cuda.get_device_capability() >= (8, 0)                  # from Ampere on
-    elif precision == "auto" and name == "cpu":
-        units = torch.cpu.get_capabilities()
-        bf16 = bool(units.get("amx_bf16") or units.get("avx512_bf16"))
-    return torch.device(name), lambda: torch.autocast(name, torch.bfloat16, enabled=bf16)
+def fast_cpu_dropout(x, p):
+    """Apply dropout with 16 random bits per element.
+
+    F.dropout on a CPU draws one random number per element, which takes a good part of a
+    training step. Here one draw of 64 bits serves four elements. This rounds p to a
+    multiple of 2**-16.
+    """
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)
+    # As int16, these are uniform from -2**15 to 2**15 - 1, one number per element. A share
+    # p of them is below the threshold.
+    uniform = bits.view(torch.int16)[:x.numel()].view(x.shape)
+    keep = uniform >= round(p * 2**16) - 2**15
+    return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
-def keep_memory():
-    """Let malloc keep what is freed. glibc's gives the memory of every large tensor back to the
-    kernel, which maps and zeroes it anew for the next."""
-    with suppress(OSError, AttributeError):                              # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)                                              # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)                                      # M_TRIM_THRESHOLD
+def fast_cpu_attention(q, k, v, mask, p):
+    """Compute the formula of `attention`.
+
+    PyTorch has no fused attention with dropout for CPUs, and its fallback is slow.
+    """
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)              # [B, H, T, T]
+    weights = weights.masked_fill_(~mask, -torch.inf).softmax(-1)
+    return dropout(weights, p) @ v                                       # [B, H, T, D]
 
 
-def device_name(device):
-    """The GPU's name, or the processor's and the number of threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.*)", info.read_text()) if info.exists() else None
-    return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
+def forward_many(model, input_ids, token_type_ids, attention_mask, sizes):
+    """Return the logits of several architectures in one pass, [n_archs, B, num_labels].
+
+    The result equals that of `forward` for each architecture. The batch is repeated once
+    per architecture. The outputs of heads and neurons that an architecture does not keep
+    are multiplied by 0. A layer that it does not keep returns its input. Slicing computes
+    less, but here no shape depends on the architectures, which suits a GPU.
+
+    Takes three [B, T] tensors as `forward` does, and sizes [n_archs, num_layers, 2] from
+    archs_to_tensor.
+    """
+    n_archs, B = len(sizes), len(input_ids)
+    # N in the comments is n_archs * B.
+    x = model.embed(input_ids.repeat(n_archs, 1), token_type_ids.repeat(n_archs, 1))
+    mask = attention_mask.bool().repeat(n_archs, 1)[:, None, None, :]    # [N, 1, 1, T]
+    sizes = sizes.repeat_interleave(B, 0)                                # [N, layers, 2]
+    largest = model.config.arch
+    for i, (n_heads, ffn_size) in enumerate(zip(largest.heads, largest.ffn_sizes)):
+        heads_kept, neurons_kept = sizes[:, i, :1], sizes[:, i, 1:]      # [N, 1] each
+        head_mask = torch.arange(n_heads, device=sizes.device) < heads_kept      # [N, H]
+        ffn_mask = torch.arange(ffn_size, device=sizes.device) < neurons_kept    # [N, F]
+        is_last = i == largest.depth - 1
+        y = model.layers[i](x, mask, n_heads, ffn_size, cls_only=is_last,
+                            masks=(head_mask, ffn_mask))                 # [N, T or 1, C]
+        is_kept = heads_kept[:, :, None] > 0                             # [N, 1, 1]
+        x = torch.where(is_kept, y, x[:, :y.shape[1]])
+    return model.head(x).view(n_archs, B, -1)
 
 
-def peak_memory(device):
-    """The most memory used so far, in MiB: the GPU's, or this process's (0 where not on Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    with suppress(OSError):
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
-    return 0
+def archs_to_tensor(config, archs, device=None):
+    """Turn architectures into one tensor for forward_many.
+
+    int64 [n_archs, num_layers, 2]: the heads and the FFN size of each layer, or 0 and 0 if
+    the layer is not kept.
+    """
+    sizes = torch.zeros(len(archs), config.num_hidden_layers, 2, dtype=torch.int64)
+    for arch_sizes, arch in zip(sizes, archs):
+        for i, n_heads, ffn_size in config.layers(arch):
+            arch_sizes[i] = torch.tensor([n_heads, ffn_size])
+    return sizes.to(device)
 
 
 def capture_graph(compute, pool=None):
-    """(CUDA graph, result) of a function without arguments that computes on tensors which stay
-    where they are: `graph.replay()` computes the result anew, without launching every kernel."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    # Twice beforehand, since what libraries load at their first use cannot be recorded.
-    with torch.cuda.stream(aside):
+    """Record a function as a CUDA graph. Return the graph and the result of the function.
+
+    The function takes no arguments and reads tensors that stay where they are in memory.
+    `graph.replay()` then computes the result again without launching every kernel.
+    """
+    # Run the function twice first, since libraries load things at their first use, and
+    # that cannot be recorded.
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
         for _ in range(2):
             compute()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         result = compute()
     return graph, result
 
 
-def latency(model, T, autocast):
-    """Milliseconds that one sequence of T tokens takes: the median of 20, after 3 to warm up."""
-    mask = torch.ones(1, T, dtype=torch.int64, device=model.pooler.weight.device)
-    ids = types = torch.zeros_like(mask)                                 # any tokens will do
+def keep_memory():
+    """Stop glibc from returning the memory of freed tensors to the kernel.
+
+    Otherwise every large tensor costs page faults: the kernel maps and zeroes new pages.
+    """
+    # Another C library does not have this setting.
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)                          # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)                  # M_TRIM_THRESHOLD
+
+
+# ---- Device, precision, latency, memory ----------------------------------------------------------
+
+def select_device_and_precision(device="auto", precision="auto"):
+    """Return a torch.device and a function that makes autocast contexts.
+
+    The device "auto" is the fastest one of this machine. The precision "auto" is bf16 if
+    the device has hardware for it, else fp32. Raises UserError if the device is missing.
+    """
+    # Every program begins with this function, so it also sets up malloc.
+    keep_memory()
+    gpus = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+    available = gpus + ["cpu"]
+    name = available[0] if device == "auto" else device
+    if name not in available:
+        raise UserError(f"--device {name}: this machine has none. Use --device auto")
+    bf16 = precision == "bf16"
+    if precision == "auto" and name == "cuda":
+        bf16 = torch.cuda.get_device_capability() >= (8, 0)          # Ampere and later
+    elif precision == "auto" and name == "cpu":
+        features = torch.cpu.get_capabilities()
+        bf16 = bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+    return torch.device(name), lambda: torch.autocast(name, torch.bfloat16, enabled=bf16)
+
+
+def device_name(device):
+    """Return the name of the GPU, or the processor's name and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    processor, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search("model name.*: (.*)", cpuinfo.read_text())
+        processor = match[1] if match else processor
+    return f"{processor}, {torch.get_num_threads()} threads"
+
+
+def latency(model, n_tokens, autocast):
+    """Return the milliseconds for one sequence of n_tokens tokens: the median of 20 runs."""
+    warm_up, repeats = 3, 20
+    device = model.pooler.weight.device
+    mask = torch.ones(1, n_tokens, dtype=torch.int64, device=device)
+    # The time does not depend on which tokens these are.
+    ids = types = torch.zeros_like(mask)
     times = []
     with torch.inference_mode(), autocast():
-        for _ in range(23):
+        for _ in range(warm_up + repeats):
             start = time.perf_counter()
-            model(ids, types, mask)[0, 0].item()                         # waits for the device
+            # .item() waits until the device has finished.
+            model(ids, types, mask)[0, 0].item()
             times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times[3:])
+    return 1000 * statistics.median(times[warm_up:])
 
 
-# ---- Files, and what is said ---------------------------------------------------------------------
+def peak_memory(device):
+    """Return the peak memory of the GPU or of this process in MiB, or 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # Linux only.
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
+    return 0
+
+
+# ---- Files and messages --------------------------------------------------------------------------
 
 @contextmanager
-def user_errors_for(path, fault="is damaged, or not what it seems"):
-    """Whatever is wrong with what a file says ends in a UserError that names file and fault."""
+def user_errors_for(path, fault="is damaged or in an unexpected format"):
+    """Turn any error while parsing a file into a UserError that names the file."""
     try:
         yield
     except (UserError, OSError, MemoryError):
         raise
-    except Exception as error:                    # tokenizers has no other class
+    # The tokenizers library raises plain Exceptions.
+    except Exception as error:
         raise UserError(f"{path} {fault}: {str(error)[:100]}") from None
 
 
 def regular_file(path):
-    """The path; UserError where it is something else than a file: a pipe might never end."""
+    """Return the path. Raises UserError if it is not a regular file: a pipe could hang."""
     if Path(path).exists() and not Path(path).is_file():
         raise UserError(f"{path} is not a file")
     return Path(path)
 
 
 def escape_control_chars(text):
-    """A text without what would steer a terminal."""
+    """Escape characters that could control a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def read_json(path, otherwise="does not exist"):
-    """A JSON object from a file; UserError `path otherwise` where there is none."""
+    """Read a JSON object from a file.
+
+    Raises UserError with the text `path otherwise` if the file does not exist.
+    """
     path = regular_file(path)
     if not path.exists():
         raise UserError(f"{path} {otherwise}")
     with user_errors_for(path, "is not a JSON object"):
-        return {**json.loads(path.read_bytes())}  # a list or a number cannot be unpacked
+        # Unpacking raises if the JSON value is a list or a number.
+        return {**json.loads(path.read_bytes())}
 
 
 def write_file(path, data):
-    """Write bytes so that `path` holds the old content or the new one, never a part."""
+    """Write bytes so that the file holds the old or the new content, never a part."""
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -727,34 +1037,38 @@ def write_file(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = str(path)                # a full disk does not say where
+        # The error of a full disk does not name the file.
+        error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, **fields):
-    """Write a JSON object, one field per line."""
-    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
-    write_file(path, f"{{\n{rows}\n}}\n".encode())
+def write_json(path, **values):
+    """Write a JSON object with one field per line."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}"
+                       for name, value in values.items())
+    write_file(path, f"{{\n{lines}\n}}\n".encode())
 
 
 def fingerprint(*paths):
-    """One sha256 of the names and contents of those `paths` that exist."""
+    """Return one sha256 of the names and contents of all files that exist."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
         if path.exists():
             with open(regular_file(path), "rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+                content = hashlib.file_digest(file, "sha256").digest()
+            digest.update(path.name.encode() + content)
     return digest.hexdigest()
 
 
 def print_line(text):
-    """Print a line. Where nobody reads any more, the work goes on in silence."""
+    """Print a line. If nobody reads the output any more, continue without printing."""
     try:
         print(escape_control_chars(text), flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
     except OSError as error:
-        error.filename = "standard output"        # a full disk does not say where
+        # The error of a full disk does not name the file.
+        error.filename = "standard output"
         raise

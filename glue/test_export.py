@@ -1,4 +1,4 @@
-"""glue.export against what loads its files: transformers, onnxruntime and torch.export."""
+"""Tests of glue/export.py, against transformers, onnxruntime and torch.export."""
 
 import os
 
@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import data
-from glue import export, predict
-from glue.test_predict import CPU, LABELS, TEXTS, refused, tiny_bert
+from glue import export
+from glue.test_predict import CPU, LABELS, TEXTS, assert_refused, predictions, write_tiny_bert
 from model import Arch, BertConfig, ElasticBert, extract, save_bert, tokenizer_files
 
-HERE = ["--model", "sub", "--format"]
-# What the README shows, with nothing of this project.
-SIX_LINES = """
+EXPORT = ["--model", "sub", "--format"]
+# The README's example of using an ONNX export. It imports nothing of this project.
+README_EXAMPLE = """
 import json, onnxruntime, tokenizers
 encode = tokenizers.Tokenizer.from_file("export/sub-onnx/tokenizer.json").encode
 model = onnxruntime.InferenceSession("export/sub-onnx/model.onnx")
@@ -35,14 +35,17 @@ print(labels[str(model.run(None, feed)[0].argmax())])
 
 @pytest.fixture
 def sub(tmp_path, monkeypatch):
-    """A directory `sub` with a sub-BERT whose layers differ in heads and FFN size."""
+    """A sub-BERT in the directory `sub`, with layers that differ in heads and FFN size."""
     monkeypatch.chdir(tmp_path)
-    tiny_bert(tmp_path / "tiny")
-    return make_sub(LABELS)
+    write_tiny_bert(tmp_path / "tiny")
+    return write_sub(LABELS)
 
 
-def make_sub(labels, **run):
-    """Write it; labels: () for a regression."""
+def write_sub(labels, **run):
+    """Write a sub-BERT to `sub`, and return it.
+
+    labels: the label names, or () for a regression. run: further fields of run.json.
+    """
     config = BertConfig.load("tiny")
     config.id2label = {str(i): name for i, name in enumerate(labels)} or None
     config.problem_type = None if labels else "regression"
@@ -55,153 +58,215 @@ def make_sub(labels, **run):
     return model
 
 
-def shapes():
-    """Inputs of several sizes, int64, with padding."""
+def random_inputs():
+    """Yield int64 inputs of several sizes, with padding."""
     for B, T in ((1, 1), (1, 32), (5, 1), (3, 7), (40, 16)):
         ids, mask = torch.randint(5, 12, (B, T)), (torch.rand(B, T) > 0.3).long()
         mask[:, 0] = 1
         yield ids, ids % 2, mask
 
 
-def isolated(script):
-    """What a process prints that finds nothing of this project."""
+def run_isolated(script):
+    """Run a script in a process that cannot import this project, and return its output."""
     return subprocess.run([sys.executable, "-I", "-c", script], check=True, text=True,
                           capture_output=True).stdout
 
 
+def directory_names():
+    """Return the names of the files and directories in the working directory."""
+    return {path.name for path in Path().iterdir()}
+
+
 def test_onnx(sub, capsys):
-    """onnxruntime computes the same logits for any batch and length; and alone the same label."""
+    """onnxruntime computes the same logits, and the README's example gives the same label."""
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name)
     onnxruntime = pytest.importorskip("onnxruntime")
-    assert export.main([*HERE, "onnx"]) == 0
+    assert export.main([*EXPORT, "onnx"]) == 0
     session = onnxruntime.InferenceSession("export/sub-onnx/model.onnx")
-    for inputs in shapes():
-        logits, = session.run(None, {n: x.numpy() for n, x in zip(export.INPUTS, inputs)})
+    for inputs in random_inputs():
+        feed = {name: x.numpy() for name, x in zip(export.INPUTS, inputs)}
+        logits, = session.run(None, feed)
         torch.testing.assert_close(torch.from_numpy(logits), sub(*inputs).detach(), atol=1e-5,
                                    rtol=1e-4)
-    for texts in (TEXTS[0], "bad"), (TEXTS[-1],):       # -1 is longer than max_length
+    # A pair, and a text that is longer than max_length.
+    for texts in ((TEXTS[0], "bad"), (TEXTS[-1],)):
         Path("texts").write_text("\t".join(texts) + "\n", "utf-8")
-        capsys.readouterr()
-        assert predict.main(["texts", "--model", "sub", "--json", *CPU]) == 0
-        label = json.loads(capsys.readouterr().out)["label"]
-        assert isolated(SIX_LINES.replace("TEXTS", repr(texts))) == label + "\n"
+        answer, = predictions(capsys, "texts", "--model", "sub")
+        printed = run_isolated(README_EXAMPLE.replace("TEXTS", repr(texts)))
+        assert printed == answer["label"] + "\n"
 
 
 def test_torch(sub):
-    """A process that knows nothing of this project loads it: the same logits."""
-    assert export.main([*HERE, "torch"]) == 0
+    """torch.export.load gives the same logits, also without this project."""
+    assert export.main([*EXPORT, "torch"]) == 0
     exported = torch.export.load("export/sub-torch/model.pt2").module()
-    for inputs in shapes():
+    for inputs in random_inputs():
         torch.testing.assert_close(exported(*inputs), sub(*inputs))
-    printed = isolated("""if True:
+    printed = run_isolated("""if True:
         import torch
         model = torch.export.load("export/sub-torch/model.pt2").module()
         print(model(*torch.ones(3, 2, 9, dtype=torch.int64)).tolist())""")
-    wanted = sub(*torch.ones(3, 2, 9, dtype=torch.int64))
-    torch.testing.assert_close(torch.tensor(json.loads(printed)), wanted)
+    expected = sub(*torch.ones(3, 2, 9, dtype=torch.int64))
+    torch.testing.assert_close(torch.tensor(json.loads(printed)), expected)
     assert BertConfig.load("export/sub-torch").labels == LABELS
     assert data.max_train_length("export/sub-torch") == 16
 
 
-@pytest.mark.parametrize("labels, cased", [(LABELS, False), (("a", "b", "c"), True), ((), False)])
+@pytest.mark.parametrize("labels, cased", [
+    pytest.param(LABELS, False, id="two-labels"),
+    pytest.param(("a", "b", "c"), True, id="three-labels-cased"),
+    pytest.param((), False, id="regression"),
+])
 def test_hf(sub, capsys, labels, cased):
-    """transformers' pipeline, told nothing else, gives the labels and probabilities of predict, of
-    odd texts and a long one; and predict gives the same on what was exported."""
+    """transformers' pipeline, with its defaults, gives the answers of glue.predict.
+
+    glue.predict gives the same answers for the export as for the model.
+    """
     transformers = pytest.importorskip("transformers")
-    if cased:                                           # a capital in the vocabulary says so
+    if cased:
+        # A capital letter in the vocabulary makes the tokenizer cased.
         vocab = Path("tiny/vocab.txt")
         vocab.write_text(vocab.read_text("utf-8").replace("good", "Good"), "utf-8")
-    sub = make_sub(labels)
-    assert export.main([*HERE, "hf"]) == 0
-    theirs, report = transformers.BertForSequenceClassification.from_pretrained(
+    sub = write_sub(labels)
+    assert export.main([*EXPORT, "hf"]) == 0
+    hf_model, report = transformers.BertForSequenceClassification.from_pretrained(
         "export/sub-hf", output_loading_info=True)
-    assert not any(report.values()) and theirs.config.num_hidden_layers == 2
-    for ids, types, mask in shapes():
-        logits = theirs.eval()(input_ids=ids, token_type_ids=types, attention_mask=mask).logits
+    assert not any(report.values())
+    assert hf_model.config.num_hidden_layers == 2
+    hf_model.eval()
+    for ids, types, mask in random_inputs():
+        logits = hf_model(input_ids=ids, token_type_ids=types, attention_mask=mask).logits
         torch.testing.assert_close(logits, sub(ids, types, mask), atol=1e-5, rtol=1e-4)
     pipeline = transformers.pipeline("text-classification", "export/sub-hf", device="cpu",
                                      top_k=None)
     texts = [*TEXTS, "Good", "GOOD film"]
     Path("texts").write_text("".join(text + "\n" for text in texts), "utf-8")
-    found = []
-    for directory in ("sub", "export/sub-hf"):
-        capsys.readouterr()
-        assert predict.main(["texts", "--model", directory, "--json", *CPU]) == 0
-        found.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
-    for text, ours, again in zip(texts, *found, strict=True):
+    answers = predictions(capsys, "texts", "--model", "sub")
+    export_answers = predictions(capsys, "texts", "--model", "export/sub-hf")
+    for text, answer, export_answer in zip(texts, answers, export_answers, strict=True):
         result, = pipeline([text], truncation=True)
-        scores = {x["label"]: x["score"] for x in result}
-        wanted = {"LABEL_0": ours["label"]} if not labels else ours["probabilities"]
-        assert scores == pytest.approx(wanted, abs=1e-5)
-        assert again["probabilities"] == pytest.approx(ours["probabilities"], abs=1e-6)
-        assert not labels or again["label"] == ours["label"] == result[0]["label"]
-    assert len({json.dumps(answer) for answer in found[0]}) > 6
+        scores = {label["label"]: label["score"] for label in result}
+        expected = answer["probabilities"] if labels else {"LABEL_0": answer["label"]}
+        assert scores == pytest.approx(expected, abs=1e-5)
+        probabilities = pytest.approx(answer["probabilities"], abs=1e-6)
+        assert export_answer["probabilities"] == probabilities
+        if labels:
+            assert export_answer["label"] == answer["label"]
+            assert result[0]["label"] == answer["label"]
+    assert len({json.dumps(answer) for answer in answers}) > 6
+
+
+@pytest.mark.parametrize("error", [
+    pytest.param(0.01, id="other-logits"),
+    pytest.param(np.nan, id="not-a-number"),
+])
+def test_wrong_export_is_not_kept(sub, capsys, monkeypatch, error):
+    """An export with other logits is refused, and nothing of it stays."""
+    class WrongBert(ElasticBert):
+        """A model whose logits are off by the error."""
+
+        def forward(self, *inputs):
+            """Return the sub-BERT's logits plus the error."""
+            return sub(*inputs) + error
+
+    exported = WrongBert(sub.config, 2)
+    monkeypatch.setattr(export, "write_model", lambda *_: exported)
+    assert_refused(capsys, export, [*EXPORT, "torch", "--out", "new"], "nothing was written")
+    assert directory_names() == {"tiny", "sub"}
+
+
+def test_overwrite(sub, capsys):
+    """--overwrite replaces an earlier export and no other directory."""
+    new = [*EXPORT, "hf", "--out", "new"]
+    assert export.main(new) == 0
+    assert directory_names() == {"tiny", "sub", "new"}
+    assert_refused(capsys, export, new, "--overwrite")
+    assert export.main([*new, "--overwrite"]) == 0
+    assert_refused(capsys, export, [*EXPORT, "hf", "--out", ".", "--overwrite"],
+                   "which no export wrote")
+    assert_refused(capsys, export, [*EXPORT, "hf", "--out", "sub", "--overwrite"],
+                   "the directory of --model")
 
 
 def test_refusals(sub, capsys, monkeypatch):
-    """Super-BERTs, what others wrote, missing packages; and what fails leaves nothing."""
-    for error in (0.01, np.nan):
-        class Wrong(ElasticBert):
-            def forward(self, *inputs):
-                return sub(*inputs) + error
-        exported = Wrong(sub.config, 2)
-        with monkeypatch.context() as patch:
-            patch.setattr(export, "write", lambda *_: exported)
-            refused(capsys, export, [*HERE, "torch", "--out", "new"], "nothing was written")
-        assert {path.name for path in Path().iterdir()} == {"tiny", "sub"}
-    assert export.main([*HERE, "hf", "--out", "new"]) == 0
-    assert {path.name for path in Path().iterdir()} == {"tiny", "sub", "new"}
-    refused(capsys, export, [*HERE, "hf", "--out", "new"], "--overwrite")
-    assert export.main([*HERE, "hf", "--out", "new", "--overwrite"]) == 0
-    refused(capsys, export, [*HERE, "hf", "--out", ".", "--overwrite"], "which no export wrote")
-    refused(capsys, export, [*HERE, "hf", "--out", "sub", "--overwrite"], "what the command reads")
-    refused(capsys, export, ["--model", "nowhere", "--format", "hf"], "nowhere")
-    refused(capsys, export, ["--model", "sub", "--format", "pt"], "--format")
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "onnxruntime", None)
-        refused(capsys, export, [*HERE, "onnx"], "pip install onnx onnxruntime onnxscript")
-    make_sub(LABELS, theta=[], settings={"stages": "all"})
-    refused(capsys, export, [*HERE, "hf"], "is a super-BERT")
-    make_sub(LABELS, theta=[], settings={"stages": "largest"})
-    assert export.main([*HERE, "hf"]) == 0
+    """A missing model, an unknown format, and a missing package end in one line."""
+    assert_refused(capsys, export, ["--model", "nowhere", "--format", "hf"], "nowhere")
+    assert_refused(capsys, export, ["--model", "sub", "--format", "pt"], "--format")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert_refused(capsys, export, [*EXPORT, "onnx"], "pip install onnx onnxruntime onnxscript")
 
 
-def test_ids_are_those_of_transformers(tmp_path):
-    """Directories as transformers 5 writes them, with tokenizer.json and no vocab.txt, and as 4
-    did, with vocab.txt and added tokens of all kinds, give its ids and token types: on 500 odd
-    texts and pairs, uncased, cased, and of a class without token types."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+def test_superbert(sub, capsys):
+    """A super-BERT is refused, unless only its largest architecture was trained."""
+    write_sub(LABELS, theta=[], settings={"stages": "all"})
+    assert_refused(capsys, export, [*EXPORT, "hf"], "is a super-BERT")
+    write_sub(LABELS, theta=[], settings={"stages": "largest"})
+    assert export.main([*EXPORT, "hf"]) == 0
+
+
+# Tokenizer settings of transformers 5, which writes tokenizer.json and no vocab.txt.
+TRANSFORMERS_5 = [
+    pytest.param({}, id="uncased"),
+    pytest.param({"do_lower_case": False}, id="cased"),
+    pytest.param({"additional_special_tokens": ["<e>"]}, id="special-token"),
+    pytest.param({"model_input_names": ["input_ids", "attention_mask"]}, id="no-token-types"),
+]
+
+
+def odd_texts(rng):
+    """Return a hundred texts that are hard to tokenize."""
+    parts = ["the film ", "Zürich ", "İstanbul ", "你好", "日本", "می‌رود ", "\u200d", "\u00a0",
+             "😀", "ﬁ", "½", "don't ", "(", "…", "[MASK]", "[SEP]", "##ing", "▁x", "\u2028",
+             "<e> ", "\t", "COVID ", "covids ", "Covid", "<E>"]
+    return ["".join(rng.choice(parts, rng.integers(1, 20))) for _ in range(100)]
+
+
+def assert_same_ids(transformers, bert_dir):
+    """Check that token ids and token types of odd texts and pairs are those of transformers."""
+    transformers.BertConfig(vocab_size=30522 + 2).save_pretrained(bert_dir)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert_dir)
+    rng = np.random.default_rng(0)
+    texts = odd_texts(rng)
+    for first, second in zip(texts, [None, *texts[:-1]]):
+        example = data.Example(first, second if rng.random() < 0.5 else None, 0)
+        inputs = [text for text in example[:2] if text is not None]
+        expected = tokenizer(*inputs, truncation=True, max_length=40)
+        encoded = data.encode([example], bert_dir, 40)[0]
+        no_types = [0] * len(encoded.input_ids)
+        assert encoded.input_ids == expected["input_ids"], example
+        assert encoded.token_type_ids == expected.get("token_type_ids", no_types)
+
+
+@pytest.fixture
+def vocab():
+    """The path of all-MiniLM-L6-v2's vocab.txt."""
     minilm = Path(__file__).parents[1] / "all-MiniLM-L6-v2"
     vocab = Path(os.environ.get("MINILM_DIR", minilm), "vocab.txt")
     if not vocab.exists():
         pytest.skip("no MiniLM vocabulary: python -m glue.download all-MiniLM-L6-v2")
-    rng = np.random.default_rng(0)
-    parts = ["the film ", "Zürich ", "İstanbul ", "你好", "日本", "می‌رود ", "\u200d", "\u00a0", "😀",
-             "ﬁ", "½", "don't ", "(", "…", "[MASK]", "[SEP]", "##ing", "▁x", "\u2028", "<e> ", "\t",
-             "COVID ", "covids ", "Covid", "<E>"]
-    texts = ["".join(rng.choice(parts, rng.integers(1, 20))) for _ in range(100)]
+    return vocab
+
+
+@pytest.mark.parametrize("options", TRANSFORMERS_5)
+def test_ids_are_those_of_transformers_5(tmp_path, vocab, options):
+    """A directory as transformers 5 writes it gives the same token ids and types."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizer = transformers.BertTokenizer.from_pretrained(vocab.parent, **options)
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists()
+    assert not (tmp_path / "vocab.txt").exists()
+    assert_same_ids(transformers, tmp_path)
+
+
+def test_ids_are_those_of_transformers_4(tmp_path, vocab):
+    """A directory as transformers 4 wrote it, with added tokens, gives the same ids and types."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     token = {"content": "covid", "lstrip": False, "rstrip": True, "normalized": True,
              "single_word": True, "special": False}
-    old = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "added_tokens_decoder": {
-        "30522": token, "30523": token | {"content": "<e>", "normalized": False, "special": True}}}
-    for options in ({}, {"do_lower_case": False}, {"additional_special_tokens": ["<e>"]}, old,
-                    {"model_input_names": ["input_ids", "attention_mask"]}):
-        here = tmp_path / str(len(list(tmp_path.iterdir())))
-        here.mkdir()
-        if options is old:
-            shutil.copy(vocab, here)
-            (here / "tokenizer_config.json").write_text(json.dumps(old))
-        else:
-            theirs = transformers.BertTokenizer.from_pretrained(vocab.parent, **options)
-            theirs.save_pretrained(here)
-            assert (here / "tokenizer.json").exists() and not (here / "vocab.txt").exists()
-        transformers.BertConfig(vocab_size=30522 + 2).save_pretrained(here)
-        theirs = transformers.AutoTokenizer.from_pretrained(here)
-        for one, two in zip(texts, [None, *texts[:-1]] * 2):
-            example = data.Example(one, two if rng.random() < 0.5 else None, 0)
-            pair = [text for text in example[:2] if text is not None]
-            expected = theirs(*pair, truncation=True, max_length=40)
-            ours = data.encode([example], here, 40)[0]
-            assert ours.input_ids == expected["input_ids"], (options, example)
-            assert ours.token_type_ids == expected.get("token_type_ids", [0] * len(ours.input_ids))
+    special_token = token | {"content": "<e>", "normalized": False, "special": True}
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True,
+              "added_tokens_decoder": {"30522": token, "30523": special_token}}
+    shutil.copy(vocab, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert_same_ids(transformers, tmp_path)

@@ -1,4 +1,4 @@
-"""glue.plot on what a real train and search of glue/TOY logged."""
+"""Tests of glue/plot.py, with the logs of a real training and a real search on TOY."""
 
 import os
 
@@ -7,6 +7,7 @@ if os.environ.get("YOCO_TEST_GPU") != "1":
 
 import doctest
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,71 +15,142 @@ import pytest
 
 import yoco
 from glue import plot
-from glue.test_predict import CPU, refused
+from glue.test_predict import CPU, assert_refused
 
 TOY = str(Path(__file__).parent / "TOY")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def runs_dir(tmp_path_factory):
     """A directory with a super-BERT `super` and sub-BERTs `sub/0.4x` and `sub/0.7x`."""
-    place = tmp_path_factory.mktemp("plot")
-    assert yoco.main(["train", "--data", TOY, "--out", f"{place}/super", "--epochs", "0.5",
+    runs_dir = tmp_path_factory.mktemp("plot")
+    assert yoco.main(["train", "--data", TOY, "--out", f"{runs_dir}/super", "--epochs", "0.5",
                       *CPU]) == 0
-    assert yoco.main(["search", "--model", f"{place}/super", "--out", f"{place}/sub",
+    assert yoco.main(["search", "--model", f"{runs_dir}/super", "--out", f"{runs_dir}/sub",
                       "--max-params", "0.4x", "0.7x", "--evaluations", "20", *CPU]) == 0
-    return place
+    return runs_dir
 
 
-def test_pictures(place, tmp_path, monkeypatch):
-    """The same bytes each time; as many points as architectures were scored, and theta as logged.
-    """
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Record the calls of matplotlib, {method: [arguments and label]}, and work in tmp_path."""
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
     monkeypatch.chdir(tmp_path)
-    drawn = {"scatter": [], "pcolormesh": []}
+    drawn = {"scatter": [], "pcolormesh": [], "axvline": [], "annotate": [], "plot": []}
 
     def watch(name, method):
+        """Make a method of Axes record its arguments."""
         def watched(self, *args, **kwargs):
-            if kwargs.get("rasterized"):                # not the color bar
-                drawn[name].append(args)
+            # A color bar is a mesh, too, but it is not rasterized.
+            if name != "pcolormesh" or kwargs.get("rasterized"):
+                drawn[name].append((*args, kwargs.get("label")))
             return method(self, *args, **kwargs)
+
         monkeypatch.setattr(Axes, name, watched)
-    watch("scatter", Axes.scatter)
-    watch("pcolormesh", Axes.pcolormesh)
-    for directories in ([place / "super"], [place / "sub/0.4x", place / "sub/0.7x"]):
-        words = [*map(str, directories)]
-        assert plot.main(words) == 0 and plot.main([*words, "--out", "again.svg"]) == 0
+
+    for name in drawn:
+        watch(name, getattr(Axes, name))
+    return drawn
+
+
+def draw(directories, out):
+    """Draw a picture and return its bytes."""
+    assert plot.main([*map(str, directories), "--out", out]) == 0
+    return Path(out).read_bytes()
+
+
+def search_records(runs_dir):
+    """Return the records of all searches."""
+    return [json.loads(line) for path in sorted(runs_dir.glob("sub/*/log.jsonl"))
+            for line in path.read_text().splitlines()[1:]]
+
+
+def test_same_directories_same_bytes(runs_dir, drawn):
+    """A picture depends on the directories alone, and is named after the first of them."""
+    subberts = [runs_dir / "sub/0.4x", runs_dir / "sub/0.7x"]
+    for directories in ([runs_dir / "super"], subberts):
+        assert plot.main([*map(str, directories)]) == 0
         picture = Path(f"{directories[0].name}.svg").read_bytes()
-        assert picture == Path("again.svg").read_bytes() and b"<dc:date>" not in picture
-    lines = [line for path in place.glob("sub/*/log.jsonl")
-             for line in path.read_text().splitlines()[1:]]
-    costs, scores = drawn["scatter"][0]
-    assert sorted(zip(costs, scores)) == sorted(
-        (json.loads(line)["cost"], json.loads(line)["score"]) for line in lines)
-    theta = yoco.read_run(place / "super")["theta"]
-    assert len(drawn["pcolormesh"]) == 2 * len(theta)
-    for (edges, _, values), last in zip(drawn["pcolormesh"], theta):
-        assert len(edges) == values.shape[1] + 1 and np.allclose(values[:, -1], last, atol=1e-4)
+        assert picture == draw(directories, "again.svg")
+        assert b"<dc:date>" not in picture
 
 
-def test_front():
+def test_search_picture(runs_dir, drawn):
+    """The points are those of the logs, and winners and budgets those of run.json."""
+    directories = [runs_dir / "sub/0.4x", runs_dir / "sub/0.7x"]
+    draw(directories, "search.svg")
+    runs = [yoco.read_run(directory) for directory in directories]
+    records = search_records(runs_dir)
+    (costs, scores, _), = drawn["scatter"]
+    assert sorted(zip(costs, scores)) == sorted((r["cost"], r["score"]) for r in records)
+    by_label = {args[-1]: args[:-1] for args in drawn["plot"]}
+    costs, scores, _ = by_label["chosen by the search"]
+    winners = {(run["cost"], run["selection_score"]) for run in runs}
+    assert set(zip(costs, scores)) == winners
+    assert len(costs) == len({str(run["arch"]) for run in runs})
+    cost, score, _ = by_label["the full model"]
+    assert cost == runs[0]["full_cost"]
+    assert [score] == [r["score"] for r in records if r["cost"] == cost]
+    assert [args[0] for args in drawn["axvline"]] == [run["budget"] for run in runs]
+    assert [args[0] for args in drawn["annotate"]] == ["0.4x", "0.7x"]
+
+
+def test_same_winner_gets_one_star(runs_dir, drawn):
+    """Two directories with the same sub-BERT draw one star, and every point once."""
+    shutil.copytree(runs_dir / "sub/0.4x", "copy")
+    draw([runs_dir / "sub/0.4x", "copy"], "twice.svg")
+    by_label = {args[-1]: args[:-1] for args in drawn["plot"]}
+    star_costs, _, _ = by_label["chosen by the search"]
+    assert len(star_costs) == 1
+    (costs, _, _), = drawn["scatter"]
+    path = runs_dir / "sub/0.4x/log.jsonl"
+    assert len(costs) == len(path.read_text().splitlines()) - 1
+
+
+def test_training_picture(runs_dir, drawn):
+    """Theta is drawn as it was logged, and each stage of the log has a line and a name."""
+    draw([runs_dir / "super"], "training.svg")
+    theta = yoco.read_run(runs_dir / "super")["theta"]
+    assert len(drawn["pcolormesh"]) == len(theta)
+    for (edges, _, values, _), last in zip(drawn["pcolormesh"], theta):
+        assert len(edges) == values.shape[1] + 1
+        assert np.allclose(values[:, -1], last, atol=1e-4)
+    log = (runs_dir / "super/log.jsonl").read_text().splitlines()[1:]
+    stages = list(dict.fromkeys(json.loads(line)["stage"] for line in log))
+    assert len(stages) > 1
+    assert [args[0] for args in drawn["annotate"]] == stages * 2
+    # A line where a stage begins, in three curves and in the map of each variable.
+    assert len(drawn["axvline"]) == (len(stages) - 1) * (3 + len(theta))
+
+
+def test_training_log_alone(runs_dir, drawn):
+    """The picture of a training needs its log.jsonl and no other file."""
+    Path("committed").mkdir()
+    shutil.copy(runs_dir / "super/log.jsonl", "committed")
+    assert draw(["committed"], "log.svg") == draw([runs_dir / "super"], "all.svg")
+
+
+def test_docstring_examples():
+    """The examples in the docstrings are right."""
     assert doctest.testmod(plot).failed == 0
 
 
-def test_refusals(place, tmp_path, capsys, monkeypatch):
-    """One line for what cannot be drawn."""
+def test_refusals(runs_dir, tmp_path, capsys, monkeypatch):
+    """A directory or a command that cannot be drawn ends in one line."""
     with monkeypatch.context() as patch:
         patch.setattr(plot, "matplotlib", None)
-        refused(capsys, plot, [place / "super"], "pip install matplotlib")
+        assert_refused(capsys, plot, [runs_dir / "super"], "pip install matplotlib")
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    refused(capsys, plot, [], "DIR")
-    refused(capsys, plot, [place], "log.jsonl does not exist")
-    refused(capsys, plot, [place / "super", place / "sub/0.4x"], "sub-BERTs, or one super-BERT")
-    refused(capsys, plot, [place / "super", "--out", "a.png"], ".svg")
-    refused(capsys, plot, [place / "super", "--out", "no/a.svg"], "no")
+    superbert, subbert = runs_dir / "super", runs_dir / "sub/0.4x"
+    assert_refused(capsys, plot, [], "DIR")
+    assert_refused(capsys, plot, [runs_dir], "log.jsonl does not exist")
+    assert_refused(capsys, plot, [superbert, subbert], "several sub-BERTs, or one super-BERT")
+    assert_refused(capsys, plot, [superbert, "--out", "a.png"], ".svg")
+    assert_refused(capsys, plot, [superbert, "--out", "no/a.svg"], "no")
+    # The last line is not finished, so it does not count.
     Path("log.jsonl").write_text('{"settings": {}}\n{"step": 10, "stage"')
-    refused(capsys, plot, ["."], "no finished train or search")   # an unfinished line is no line
+    assert_refused(capsys, plot, ["."], "no finished train or search")
     Path("log.jsonl").write_text('{"settings": {}}\n{"step": 10}\n')
-    refused(capsys, plot, ["."], "lines of neither")
+    assert_refused(capsys, plot, ["."], "lines that neither train nor search wrote")

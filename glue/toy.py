@@ -1,12 +1,16 @@
-"""Write the made-up task glue/TOY and a tiny untrained BERT for it: `python -m glue.toy`.
+"""Write the made-up task glue/TOY and a tiny untrained BERT for it.
 
-The task is the sentiment of invented film reviews, in SST-2's format: does the writer recommend it?
-Its sentences look like English, but their label follows from one rule, `label`, that leaves no
-doubt and that no list of good and bad words can apply: the words' order decides. So a small BERT
-learns it from random weights in a minute, and the smallest sub-BERTs do visibly worse.
+    python -m glue.toy
 
-Only `random.Random.random` is drawn from, whose sequence Python guarantees: a seed gives the same
-bytes on every machine. Standard library only.
+The task is the sentiment of invented film reviews, in SST-2's format: does the writer
+recommend the film? The sentences look like English, but a fixed rule (see `label`)
+decides each label. The order of the words matters, so no list of good and bad words
+solves the task. A small BERT learns the rule from random weights in about a minute,
+and the smallest sub-BERTs score visibly lower.
+
+A seed gives the same bytes on every machine, because the only random source is
+`random.Random.random`, whose sequence Python guarantees. Only the standard library is
+needed.
 """
 
 import argparse
@@ -14,7 +18,8 @@ import json
 import random
 from pathlib import Path
 
-# Every word that can occur. Their order in these lists is part of what a seed stands for.
+# All words of the task. A word is drawn by its position in a list, so another order of
+# the words would change the data of every seed.
 THINGS = "plot cast acting music script ending dialogue story pacing humor".split()
 GOOD = "good great brilliant funny moving clever charming fresh".split()
 BAD = "bad awful dull boring weak stale clumsy tedious".split()
@@ -22,26 +27,33 @@ LIKE = "love enjoy admire like".split()
 HATE = "hate dislike loathe regret".split()
 PAST = {verb: verb + ("ted" if verb == "regret" else "d" if verb[-1] == "e" else "ed")
         for verb in LIKE + HATE}
-STRONG = "very truly really extremely".split()               # verbs take the two in the middle
+# The intensifiers. Only the middle two go with a verb.
+STRONG = "very truly really extremely".split()
 NOT = "not never hardly".split()
 POSITIVE = {*GOOD, *LIKE, *(PAST[verb] for verb in LIKE)}
 NEGATIVE = {*BAD, *HATE, *(PAST[verb] for verb in HATE)}
-OTHERS = "the was , i doubt that we did but although and".split()
+FUNCTION_WORDS = "the was , i doubt that we did but although and".split()
 SPECIAL = "[PAD] [UNK] [CLS] [SEP] [MASK]".split()
-SIZES = {"train": 3000, "dev": 800, "test": 400}                   # sentences; no two are the same
-CONFIG = {  # five layers, so that BERT-base's fractions give four depths; about 150,000 parameters
+# The number of sentences. No sentence occurs twice.
+SIZES = {"train": 3000, "dev": 800, "test": 400}
+# About 150,000 parameters. With five layers, the fractions that give BERT-base its
+# four depths give four depths here, too.
+CONFIG = {
     "architectures": ["BertForSequenceClassification"], "model_type": "bert",
-    "hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 3, "intermediate_size": 192,
-    "max_position_embeddings": 32, "type_vocab_size": 2, "hidden_act": "gelu",
-    # The rule has no noise to overfit. Post-norm layers learn fastest from a start a bit above the
-    # usual 0.02 here, while from 0.1 they do not learn at all.
-    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.03,
-    "layer_norm_eps": 1e-12, "pad_token_id": 0}
+    "hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 3,
+    "intermediate_size": 192, "max_position_embeddings": 32, "type_vocab_size": 2, "hidden_act": "gelu",
+    # No dropout, because the rule has no noise to overfit. BERT usually starts from
+    # weights with a standard deviation of 0.02. These layers learn faster from 0.03,
+    # and from 0.1 not at all.
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.03, "layer_norm_eps": 1e-12, "pad_token_id": 0}
 
 
 def value(clause):
-    """A clause's sentiment: +1 or -1 for its one word of praise or blame, doubled by an intensifier
-    and turned round by every "not", "never", "hardly" and "doubt".
+    """Return the sentiment of a clause: 1 or -1, or 2 or -2 with an intensifier.
+
+    A clause has exactly one word of praise or blame. Every "not", "never", "hardly"
+    and "doubt" reverses the sign.
 
     >>> value("the plot was not very good"), value("i doubt that we never loved the plot")
     (-2, 1)
@@ -49,16 +61,18 @@ def value(clause):
     words = clause.split()
     polarity = 1 if POSITIVE & set(words) else -1
     strength = 2 if set(STRONG) & set(words) else 1
-    return polarity * strength * (-1) ** sum(word in NOT + ["doubt"] for word in words)
+    num_reversals = sum(word in NOT + ["doubt"] for word in words)
+    return polarity * strength * (-1) ** num_reversals
 
 
 def label(sentence):
-    """The rule: 1 for praise, 0 for blame, None where the two balance (no such sentence is used).
+    """Return 1 for praise, 0 for blame, and None if the two balance.
 
-    What "although" introduces does not count, nor does what stands before "but"; clauses joined by
-    "and" add up, so that the stronger one decides where they disagree.
+    A clause after "although" does not count, and neither does a clause before "but".
+    The values of clauses joined by "and" are added, so the stronger clause decides if
+    they disagree. A sentence whose label would be None is not used.
 
-    >>> label("although the plot was not very good , we loved the cast")           # the cast counts
+    >>> label("although the plot was not very good , we loved the cast")   # the cast counts
     1
     >>> label("the plot was really bad and the cast was good")                     # -2 + 1
     0
@@ -67,58 +81,93 @@ def label(sentence):
         total = value(sentence.split(" , ")[1])
     elif " but " in sentence:
         total = value(sentence.split(" but ")[1])
-    else:                                                          # "A although B", "A and B", "A"
-        total = sum(value(clause) for clause in sentence.split(" although ")[0].split(" and "))
+    else:
+        # The forms "A although B", "A and B" and "A".
+        main_clauses = sentence.split(" although ")[0].split(" and ")
+        total = sum(value(clause) for clause in main_clauses)
     return None if total == 0 else int(total > 0)
 
 
 def random_clause(rng):
-    """One clause: "the plot was not very good", "i doubt that we really enjoyed the music"."""
+    """Draw one clause.
+
+    Examples: "the plot was not very good", "i doubt that we really loved the music".
+    """
     def pick(words):
+        """Draw one word of a list."""
         return words[int(rng.random() * len(words))]
-    praise, turned, strong = rng.random() < 0.5, rng.random() < 0.3, rng.random() < 0.4
+
+    is_praise = rng.random() < 0.5
+    is_negated = rng.random() < 0.3
+    is_strong = rng.random() < 0.4
+    # An intensifier and a negation are drawn in any case, and used only if they are
+    # wanted.
     if rng.random() < 0.35:
-        verb = pick(LIKE if praise else HATE)
-        words = ["we"] + ["did", "not"] * turned + [pick(STRONG[1:3])] * strong
-        words += [verb if turned else PAST[verb], "the", pick(THINGS)]
+        verb = pick(LIKE if is_praise else HATE)
+        intensifier = pick(STRONG[1:3])
+        words = ["we"]
+        if is_negated:
+            words += ["did", "not"]
+        if is_strong:
+            words += [intensifier]
+        words += [verb if is_negated else PAST[verb], "the", pick(THINGS)]
     else:
-        words = ["the", pick(THINGS), "was"] + [pick(NOT)] * turned + [pick(STRONG)] * strong
-        words += [pick(GOOD if praise else BAD)]
-    return " ".join(["i", "doubt", "that"] * (rng.random() < 0.1) + words)
+        thing, negation, intensifier = pick(THINGS), pick(NOT), pick(STRONG)
+        words = ["the", thing, "was"]
+        if is_negated:
+            words += [negation]
+        if is_strong:
+            words += [intensifier]
+        words += [pick(GOOD if is_praise else BAD)]
+    if rng.random() < 0.1:
+        words = ["i", "doubt", "that"] + words
+    return " ".join(words)
 
 
 def random_sentence(rng):
-    """One clause, or two joined in one of four ways."""
+    """Draw one clause, or two clauses joined in one of four ways."""
     forms = ["{0}"] * 2 + ["{0} , but {1}", "although {0} , {1}", "{0} although {1}"] * 2
     forms += ["{0} and {1}"] * 3
-    return forms[int(rng.random() * len(forms))].format(random_clause(rng), random_clause(rng))
+    form = forms[int(rng.random() * len(forms))]
+    return form.format(random_clause(rng), random_clause(rng))
 
 
 def make(seed):
-    """The data set's files, {name: text}."""
+    """Return the files of the task and of its BERT, {name: text}."""
     rng, seen, tables = random.Random(seed), set(), {}
     for split, size in SIZES.items():
-        rows, left = [], {None: 0, 0: size // 2, 1: size // 2}     # as much praise as blame
+        # Half of the sentences are praise and half are blame. None is a label that is
+        # not used.
+        rows, num_left = [], {None: 0, 0: size // 2, 1: size // 2}
         while len(rows) < size:
             sentence = random_sentence(rng)
-            if sentence not in seen and left[answer := label(sentence)]:
+            answer = label(sentence)
+            if sentence not in seen and num_left[answer]:
                 seen.add(sentence)
-                left[answer] -= 1
+                num_left[answer] -= 1
                 rows.append((sentence, answer))
         tables[split] = [("sentence", "label"), *rows]
-    tables["test"] = [("index", "sentence"), *enumerate(row[0] for row in tables["test"][1:])]
-    words = SPECIAL + sorted({*OTHERS, *THINGS, *POSITIVE, *NEGATIVE, *STRONG, *NOT})
-    return {"vocab.txt": "".join(word + "\n" for word in words),
-            "config.json": json.dumps({**CONFIG, "vocab_size": len(words)}, indent=2) + "\n",
-            **{f"{split}.tsv": "".join(f"{a}\t{b}\n" for a, b in table)
-               for split, table in tables.items()}}
+    # As in SST-2, the test file has row numbers instead of labels.
+    sentences = [sentence for sentence, _ in tables["test"][1:]]
+    tables["test"] = [("index", "sentence"), *enumerate(sentences)]
+    words = {*FUNCTION_WORDS, *THINGS, *POSITIVE, *NEGATIVE, *STRONG, *NOT}
+    vocabulary = SPECIAL + sorted(words)
+    config = {**CONFIG, "vocab_size": len(vocabulary)}
+    files = {"vocab.txt": "".join(word + "\n" for word in vocabulary),
+             "config.json": json.dumps(config, indent=2) + "\n"}
+    for split, table in tables.items():
+        files[f"{split}.tsv"] = "".join(f"{first}\t{second}\n" for first, second in table)
+    return files
 
 
 def main(argv=None):
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "TOY")
-    parser.add_argument("--seed", type=int, default=0)
+    """Write the files to --out."""
+    parser = argparse.ArgumentParser("glue.toy", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", metavar="DIR", type=Path,
+                        default=Path(__file__).parent / "TOY",
+                        help="the directory to write to (default: glue/TOY)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="the seed of the sentences (default: 0, as for glue/TOY)")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, text in make(options.seed).items():
