@@ -1,18 +1,28 @@
-"""The paper's tables on real data, with seeds and intervals, from MiniLM.
+"""Run the paper's experiments on real data with MiniLM, and print their tables.
 
     python -m glue.paper run [--tasks MRPC RTE] [--variants core 4] [--seeds 0 1 2]
     python -m glue.paper table choose|core|1|3|4|5|ablation|matters [--tasks MRPC ...]
 
-A cell is one task, variant and seed, and one JSON file under glue/results/. `run` skips what is
-there, goes on with what was interrupted, and leaves to another process what that works on: the same
-command may run several times at once. `table` reads those files alone. A variant is a name below,
-or a table's: all in it. After a name, `lr=5e-5`, `epochs=3` (of plain fine-tuning) or `length=0.5`
-(of the authors' epochs) stand instead of what is chosen below.
+`run` fills cells. A cell is one task, one variant and one seed. Its result is one JSON
+file under glue/results/. `run` skips the cells that have a result, resumes the ones
+that were interrupted, and skips a cell that another process is filling. You can
+therefore start the same command several times at once. `table` only reads the JSON
+files.
 
-What a cell does: one `train` from the pretrained BERT; one `search` on the hold-out, which finds a
-sub-BERT with less than 0.75 and one with less than 0.5 of the *encoder's* parameters (MiniLM's
-embeddings are half of it and not elastic); dev is read once for each. 20 architectures drawn
-uniformly tell, on the hold-out, what it is worth without a search. HAT and OFA search by evolution.
+A variant is a way to train, and its name is one of those defined below. The name of a
+table means all variants in that table. A variant's name may be followed by settings
+that replace the chosen ones: `lr=5e-5`, `epochs=3` (plain fine-tuning only) or
+`length=0.5` (the fraction of the authors' epochs, elastic training only).
+
+An elastic cell does four things:
+
+1. It trains a super-BERT, starting from the pretrained BERT.
+2. It scores 20 uniformly drawn architectures on the hold-out set. Their mean says what the
+   super-BERT is worth without a search.
+3. It searches with the hold-out set for a sub-BERT below 0.75 and one below 0.5 of the encoder's
+   parameters. (MiniLM's embeddings are half of its parameters, and they are not elastic.)
+   HAT and OFA search by evolution, the other variants as the paper does.
+4. It evaluates each of these sub-BERTs, and the largest architecture, once on dev.
 """
 
 import dataclasses
@@ -37,417 +47,88 @@ from model import (Arch, BertConfig, count_flops, count_params, device_name, ext
                    UserError, write_json)
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS, MEAN = ("MRPC", "RTE", "CoLA", "STS-B", "SST-2"), "mean of tasks"
-SHARES = (0.75, 0.5)                                # budgets, of the encoder's parameters
-HOLDOUT = {"SST-2": 0.02}                           # else 0.1: of SST-2 1,347 sentences
-BATCH, DRAWN = 32, 300                              # examples a step; architectures of `matters`
-# The rate, chosen on the hold-out; and how long, in parts of the authors' epochs (else all).
-RATE, LENGTHS = 1e-4, {"MRPC": 0.5, "CoLA": 0.25, "STS-B": 0.25, "SST-2": 0.125}
-PLAIN_EPOCHS = {"SST-2": 2}                         # else 10
-MAJORITY = {"MRPC": 74.8, "RTE": 52.7, "SST-2": 50.9}     # dev, the most frequent answer; else 0
+TASKS = ("MRPC", "RTE", "CoLA", "STS-B", "SST-2")
+MEAN = "mean of tasks"
 
-PLAIN = ("plain", "truncated")                      # all layers; the first half of them, alone
-ELASTIC = {                                         # flags of train
-    "paper": "--recipe paper", "best": "--recipe best",
-    "HAT": "--strategy explore --stages all", "OFA": "--strategy explore --distill",
+# The dev score of always giving the most frequent answer. It is 0 for the other tasks.
+MAJORITY = {"MRPC": 74.8, "RTE": 52.7, "SST-2": 50.9}
+
+# The budgets of every search, as shares of the encoder's parameters.
+SHARES = (0.75, 0.5)
+# The hold-out set is a tenth of train, except where this says otherwise. (SST-2: 1,347
+# sentences.)
+HOLDOUT = {"SST-2": 0.02}
+BATCH_SIZE = 32
+# The rate was chosen on the hold-out set. So was the length, the fraction of the
+# authors' epochs. It is 1 for the other tasks.
+RATE = 1e-4
+LENGTHS = {"MRPC": 0.5, "CoLA": 0.25, "STS-B": 0.25, "SST-2": 0.125}
+# Plain fine-tuning takes 10 epochs, except where this says otherwise.
+PLAIN_EPOCHS = {"SST-2": 2}
+
+# How many architectures a cell of `matters` draws.
+NUM_DRAWN = 300
+
+# ---- Variants ------------------------------------------------------------------------------------
+
+# Ordinary fine-tuning: of all layers, or of a BERT that has only the first half of them.
+PLAIN = ("plain", "truncated")
+
+# Elastic training, with the flags of `yoco.py train`.
+ELASTIC = {
+    "paper": "--recipe paper",
+    "best": "--recipe best",
+    "HAT": "--strategy explore --stages all",
+    "OFA": "--strategy explore --distill",
     "best no-reorder": "--recipe best --no-reorder",
     "best no-distill": "--recipe best --no-distill",
     "best first": "--recipe best --keep-layers first",
-    "best progressive": "--recipe best --stages progressive"}
+    "best progressive": "--recipe best --stages progressive",
+}
 STRATEGIES = ("exploit", "explore", "noise")
-ELASTIC |= {f"{recipe} {name}": f"--recipe {recipe} --strategy {name}"
-            for recipe in ("paper", "best") for name in STRATEGIES}
+ELASTIC |= {f"{recipe} {strategy}": f"--recipe {recipe} --strategy {strategy}"
+            for recipe in ("paper", "best") for strategy in STRATEGIES}
+
+# Further fine-tuning of the sub-BERT that a variant found, at several rates.
 TUNED = {variant: [f"{variant} tuned {rate}" for rate in ("2e-4", "2e-5", "2e-6", "2e-7")]
-         for variant in ("paper", "best", "HAT", "OFA")}             # what they found, fine-tuned
+         for variant in ("paper", "best", "HAT", "OFA")}
+
+# Searches of a super-BERT that another cell has trained: one for each band of sizes
+# (shares of the encoder's parameters), and three by different methods.
+BANDED = ["bands of paper", "bands of best"]
 BANDS = {"A": (0.18, 0.36), "B": (0.36, 0.55), "C": (0.55, 0.73), "D": (0.73, 0.91)}
+MATTERS = ["matters of paper", "matters of best"]
 METHODS = ("sng", "evolution", "random")
-BANDED, MATTERS = (["bands of paper", "bands of best"], ["matters of paper", "matters of best"])
-AROUND = ("lr=2e-5", "lr=5e-5", "length=1", "length=0.5", "length=0.25")     # of the choice
-GRID = [[f"plain lr={lr} epochs={n}" for lr in ("2e-5", "5e-5", "1e-4") for n in (3, 10)]]
-GRID += [[recipe, *(f"{recipe} {given}" for given in AROUND)] for recipe in ("paper", "best")]
 
+# The type of a variant says which function fills its cells.
+VARIANT_TYPES = {
+    **dict.fromkeys(PLAIN, "plain"),
+    **dict.fromkeys(ELASTIC, "elastic"),
+    **dict.fromkeys(BANDED, "bands"),
+    **dict.fromkeys(MATTERS, "matters"),
+    **dict.fromkeys(sum(TUNED.values(), []), "tuned"),
+}
 
-# ---- Statistics, of {seed: value} ----------------------------------------------------------------
+# The choice of rate and length: a grid for plain fine-tuning, and for each recipe the
+# chosen settings with one of them changed.
+CHANGES = ("lr=2e-5", "lr=5e-5", "length=1", "length=0.5", "length=0.25")
+CHOICE_PLAIN = [f"plain lr={lr} epochs={epochs}"
+                for lr in ("2e-5", "5e-5", "1e-4") for epochs in (3, 10)]
+CHOICE_PAPER = ["paper", *(f"paper {change}" for change in CHANGES)]
+CHOICE_BEST = ["best", *(f"best {change}" for change in CHANGES)]
 
-# Two-sided 95% quantiles of Student's t for 1 ... 9 degrees of freedom; the last serves for more.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def mean_and_deviation(found):
-    """The mean, and the sample standard deviation: None of a single value."""
-    x = list(found.values())
-    return float(np.mean(x)), float(np.std(x, ddof=1)) if len(x) > 1 else None
-
-
-def paired_difference(found, reference):
-    """The mean difference over common seeds, and half of its 95% interval; None without such a
-    seed, and below two."""
-    less = {seed: found[seed] - reference[seed] for seed in found if seed in reference}
-    mean, deviation = mean_and_deviation(less) if less else (None, None)
-    if deviation is None:
-        return mean, None
-    return mean, T95[min(len(less) - 2, 8)] * deviation / math.sqrt(len(less))
-
-
-def in_words(found, reference=None):
-    """'mean ± sample standard deviation (seeds)', empty where nothing is known; and where there is
-    a reference '; difference [its 95% interval]'."""
-    if not found:
-        return ""
-    mean, deviation = mean_and_deviation(found)
-    less, half = paired_difference(found, reference or {})
-    text = f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
-    text += f" ({len(found)})" + (f"; {less:+.1f}" if less is not None else "")
-    return text + (f" [{less - half:+.1f}, {less + half:+.1f}]" if half is not None else "")
-
-
-# ---- Sizes, and the searches that are not the paper's --------------------------------------------
-
-def budget(config, part):
-    """`--max-params` for so much of the encoder."""
-    # Embeddings and pooler are what is left of a model of one layer without that layer.
-    one, two = (count_params(config, Arch([1] * n, [1] * n)) for n in (1, 2))
-    rest = 2 * one - two
-    return round(rest + part * (count_params(config, config.arch) - rest))
-
-
-def first_under(it, limit, draw):
-    """The first of the drawn architectures that is under the limit; it: as `opened` makes it."""
-    for _ in range(10_000):
-        arch = it.space.arch(draw())
-        if it.cost(arch) < limit:
-            return arch
-    return it.space.smallest()
-
-
-def propose_random(it, limit, rng, *_):
-    """An architecture drawn uniformly among those under the limit."""
-    pi = yoco.Categorical(it.space.categories)
-    return first_under(it, limit, lambda: pi.sample(rng))
-
-
-def propose_evolution(it, limit, rng, past, evaluations):
-    """HAT's next architecture (Wang et al. 2020): the first generation, 125, is drawn at random;
-    the parents of later ones, of 100 each, are the 25 best of all complete generations. past:
-    {arch: score} of this search."""
-    # CHOICE: the three shrink in proportion where fewer than 1000 evaluations are asked for; a
-    # generation counts distinct architectures.
-    first, later, best = (max(1, round(n * min(1, evaluations / 1000))) for n in (125, 100, 25))
-    if len(past) < first:
-        return propose_random(it, limit, rng)
-    born = list(past)[:first + (len(past) - first) // later * later]
-    parents = sorted(born, key=lambda arch: -past[arch])[:best]
-    pi = yoco.Categorical(it.space.categories)
-
-    def child():
-        """Half of the time a mutation, every choice drawn anew with p = 0.3, else a crossover."""
-        one, two = (it.space.choices(parents[i]) for i in rng.integers(len(parents), size=2))
-        drawn, mutates, choices = pi.sample(rng), rng.random() < 0.5, []
-        for mine, theirs, new in zip(one, two, drawn):
-            if rng.random() < (0.3 if mutates else 0.5):
-                mine = new if mutates else theirs
-            choices.append(new if mine is None else mine)    # a layer that the parent has not
-        return choices
-    return first_under(it, limit, child)
-
-
-def search_by(propose, it, limit, score, memo, evaluations, seed):
-    """{arch: score} of the architectures that were asked for. memo: scores known already, which
-    grows."""
-    rng, past = np.random.default_rng(seed), {}
-    for _ in range(evaluations):
-        arch = propose(it, limit, rng, past, evaluations)
-        if arch not in memo:
-            memo[arch] = score(arch)["score"]
-        past[arch] = memo[arch]
-    return past
-
-
-# ---- Cells ---------------------------------------------------------------------------------------
-
-def split_variant(variant):
-    """'best lr=5e-5' -> ('best', {'lr': '5e-5'}); UserError where there is no such variant."""
-    base = " ".join(word for word in variant.split() if "=" not in word)
-    given = dict(word.split("=", 1) for word in variant.split() if "=" in word)
-    known = [*PLAIN, *ELASTIC, *BANDED, *MATTERS, *sum(TUNED.values(), [])]
-    if base not in known or not set(given) <= {"lr", "epochs" if base in PLAIN else "length"}:
-        raise UserError(f"no variant {variant!r}; there are {', '.join(known)}")
-    return base, given
-
-
-def opened(directory, options):
-    """A trained directory as what is needed to score it and to train it further."""
-    run, start, encode = yoco.read_run(directory), time.perf_counter(), data.make_encoder(directory)
-    device, autocast = select_device_and_precision(options.device, options.precision)
-    task = data.load_task(run["data"])
-    kept, held = data.split_holdout(task.train, *run["held_out"])
-    model = data.load_trained(directory, task).to(device)
-    return SimpleNamespace(
-        run=run, start=start, encode=encode, device=device, autocast=autocast, kept=kept,
-        metric=task.metric, parts={"holdout": [held], "dev": task.devs}, model=model,
-        config=model.config, space=SearchSpace.for_config(model.config),
-        cost=functools.partial(count_params, model.config))
-
-
-def scorers(it):
-    """{"holdout", "dev": a function arch -> {metric: %}} of the model of what was opened."""
-    return {on: data.make_evaluator(it.model, [it.encode(part) for part in parts], it.metric, it.device,
-                            it.autocast) for on, parts in it.parts.items()}
-
-
-def row(part, config, arch, holdout, score):
-    """The facts of one architecture; its dev score is taken here."""
-    return dict(budget=part, arch=arch._asdict(), params=count_params(config, arch),
-                flops=count_flops(config, arch), holdout=holdout, dev=score["dev"](arch))
-
-
-class Cell:
-    """One task, variant and seed: what it needs, its commands, and the facts that it keeps."""
-
-    def __init__(self, task, variant, seed, options):
-        self.task, self.variant, self.seed, self.options = task, variant, seed, options
-        self.base, self.given = split_variant(variant)
-        self.name = f"{task}-{variant}-{seed}".replace(" ", "_")
-        self.path = Path(options.results) / f"paper-{self.name}.json"
-        self.out = f"{options.work}/{self.name}"                     # where its models go
-
-    def ensure(self, needed=False):
-        """Fill the cell, unless it is filled or another process is at it. needed: wait for that
-        process; and fill it anew where its model is no longer there."""
-        for path in (Path(self.out), self.path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.out + ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if needed else fcntl.LOCK_NB))
-            except BlockingIOError:
-                return
-            if self.path.exists() and (not needed or Path(self.out, "run.json").exists()):
-                return
-            print(f"--- {self.name}", flush=True)
-            fills = {"plain": self.plain, "truncated": self.plain, "tuned": self.tuned,
-                     "bands": self.bands, "matters": self.matters}
-            fill = next((fills[w] for w in self.base.split() if w in fills), self.elastic)
-            begun = commit()
-            write_json(self.path, task=self.task, variant=self.variant, seed=self.seed,
-                       commit=begun, **fill())
-
-    def other(self, variant):
-        """The cell of another variant, finished first."""
-        cell = Cell(self.task, variant, self.seed, self.options)
-        cell.ensure(needed=True)
-        return cell
-
-    def command(self, *words):
-        """Run a command of yoco.py to its end."""
-        status = yoco.main([*words, "--seed", str(self.seed), "--device", self.options.device,
-                            "--precision", self.options.precision, "--resume"])
-        if status:
-            raise SystemExit(status)
-
-    def train(self, bert, *flags):
-        """Run `train`, or take what is there; what was trained, opened."""
-        lr = float(self.given.get("lr", RATE))
-        if self.base in PLAIN:
-            epochs = float(self.given.get("epochs", PLAIN_EPOCHS.get(self.task, 10)))
-        else:
-            space = SearchSpace.for_config(BertConfig.load(bert))
-            last = yoco.make_stages(space, self.task, 1)[-1]         # a step stands for an epoch
-            length = float(self.given.get("length", LENGTHS.get(self.task, 1)))
-            epochs = length * (last.first + last.steps)
-        self.command("train", "--data", f"{self.options.data}/{self.task}", "--bert", bert,
-                     "--out", self.out, "--lr", str(lr), "--epochs", str(epochs), "--batch-size",
-                     str(BATCH), "--holdout", str(HOLDOUT.get(self.task, 0.1)), *flags)
-        return opened(self.out, self.options)
-
-    def search(self, model, budgets):
-        """Run `search` for several budgets; their run.json, and all its {arch: score}."""
-        out, memo = self.out + "-found", {}
-        self.command("search", "--model", model, "--out", out, "--evaluations",
-                     str(self.options.evaluations), "--max-params", *map(str, budgets))
-        paths = [Path(out, str(b)) for b in budgets] if len(budgets) > 1 else [Path(out)]
-        space = SearchSpace.for_config(BertConfig.load(model))
-        for path in paths:
-            for line in (path / "log.jsonl").read_text().splitlines()[1:]:
-                record = json.loads(line)
-                memo[space.arch(record["choices"])] = record["score"]
-        return [read_json(path / "run.json") for path in paths], memo
-
-    def facts(self, it, **more):
-        """What every cell says: of the training; seconds, with those of a training of its own."""
-        settings = {name: value for name, value in it.run["settings"].items()
-                    if name not in ("data", "bert")}                 # paths
-        seconds = time.perf_counter() - it.start
-        if self.base in (*PLAIN, *ELASTIC):
-            seconds += it.run["seconds"]
-        same = {name: it.run[name] for name in ("steps", "hardware", "precision", "versions")}
-        return {**same, "seconds": seconds, "settings": settings,
-                "evaluations": self.options.evaluations, **more}
-
-    def regular_file(self):
-        """Fine-tuning without elasticity, of the BERT or of the first half of its layers."""
-        bert, part = self.options.bert, 1.0
-        if self.base == "truncated":
-            task = data.load_task(f"{self.options.data}/{self.task}")
-            torch.manual_seed(self.seed)                             # the classifier
-            model, part = load_bert(bert, task.num_labels, task.labels), SHARES[-1]
-            half = model.config.num_hidden_layers // 2
-            cut = extract(model, Arch(*(sizes[:half] for sizes in model.config.arch)))
-            cut.config = dataclasses.replace(cut.config, layer_heads=None, layer_ffn_sizes=None)
-            save_bert(cut, self.out + "-cut", tokenizer_files(bert))
-            bert = self.out + "-cut"
-        it = self.train(bert, "--stages", "largest")
-        return self.facts(it, scores=[row(part, it.config, it.config.arch,
-                                          it.run["holdout"]["largest"], scorers(it))])
-
-    def elastic(self):
-        """Train a super-BERT, search it under both budgets."""
-        it = self.train(self.options.bert, *ELASTIC[self.base].split())
-        score, limits = scorers(it), [budget(it.config, part) for part in SHARES]
-        pi, rng = yoco.Categorical(it.space.categories), np.random.default_rng(0)
-        uniform = [score["holdout"](it.space.arch(pi.sample(rng)))["score"] for _ in range(20)]
-        scores = [row(1.0, it.config, it.config.arch, it.run["holdout"]["largest"], score)]
-        memo, found = {}, []
-        if self.base not in ("HAT", "OFA"):
-            for run in self.search(self.out, limits)[0]:
-                found.append((Arch(**run["arch"]), run["selection_score"]))
-        else:
-            for limit in limits:
-                past = search_by(propose_evolution, it, limit, score["holdout"], memo,
-                                 self.options.evaluations, self.seed)
-                best = yoco.best_fit(past, it.cost, limit)
-                found.append((best, past[best]))
-        for part, (arch, holdout) in zip(SHARES, found):
-            scores.append(row(part, it.config, arch, {"score": holdout}, score))
-        return self.facts(it, uniform=float(np.mean(uniform)), scores=scores)
-
-    def tuned(self):
-        """Ten more epochs for the sub-BERT that a variant found under the smaller budget. What it
-        says of settings is what it began from."""
-        variant, rate = self.base.split(" tuned ")
-        cell = self.other(variant)
-        it, arch = opened(cell.out, self.options), read_json(cell.path)["scores"][-1]["arch"]
-        it.model = model = extract(it.model, Arch(**arch)).train()
-        examples, steps = it.encode(it.kept), 10 * math.ceil(len(it.kept) / BATCH)
-        adam, arch = yoco.new_adam(model), model.config.arch
-        gradient = yoco.graphed_gradient() if it.device.type == "cuda" else yoco.weight_gradient
-        torch.manual_seed(self.seed)                                 # dropout
-        for t, indices in zip(range(steps), data.batches(examples, BATCH, self.seed)):
-            gradient(model, data.collate(examples, indices, it.device, 128), [arch], it.autocast)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            adam.param_groups[0]["lr"] = float(rate) * (1 - t / steps)
-            adam.step()
-        score = scorers(it)
-        return self.facts(it, steps=steps, hardware=device_name(it.device), scores=[
-            row(SHARES[-1], model.config, arch, score["holdout"](arch), score)])
-
-    def bands(self):
-        """Tab. 1: the best in every band of sizes, of one super-BERT, one memo."""
-        it, scores = opened(self.other(self.base.split()[-1]).out, self.options), []
-        score, limits = scorers(it), [budget(it.config, high) for _, high in BANDS.values()]
-        _, memo = self.search(self.other(self.base.split()[-1]).out, limits)
-        for band, (low, high) in BANDS.items():
-            least, limit = budget(it.config, low), budget(it.config, high)
-            best = yoco.best_fit({m: s for m, s in memo.items() if it.cost(m) >= least}, it.cost,
-                                 limit)
-            if best:
-                scores.append(row(band, it.config, best, {"score": memo[best]}, score))
-        return self.facts(it, evaluated=len(memo), scores=scores)
-
-    def matters(self):
-        """Fig. 3, and whether a search matters: what three methods find under the smaller budget;
-        and of architectures drawn at random under it depth, hold-out score and dev score."""
-        source = self.other(self.base.split()[-1]).out
-        it, found, drawn = opened(source, self.options), {}, []
-        score, limit = scorers(it), budget(it.config, SHARES[-1])
-        rng, asked = np.random.default_rng(self.seed), self.options.evaluations
-        for _ in range(DRAWN):
-            arch = propose_random(it, limit, rng)
-            drawn.append([arch.depth, *(score[on](arch)["score"] for on in ("holdout", "dev"))])
-        for method in METHODS:
-            if method == "sng":
-                past = self.search(source, [limit])[1]
-            else:                                   # another seed than that of the drawn ones
-                propose = propose_random if method == "random" else propose_evolution
-                past = search_by(propose, it, limit, score["holdout"], {}, asked, self.seed + 1000)
-            past = {arch: s for arch, s in past.items() if it.cost(arch) < limit}
-            best = yoco.best_fit(past, it.cost, limit)
-            found[method] = row(method, it.config, best, {"score": past[best]}, score)
-        return self.facts(it, drawn=drawn, methods=found, examples={
-            on: sum(map(len, parts)) for on, parts in it.parts.items()})
-
-
-def commit():
-    """The commit of this code; "+" where a file in the repository differs from it."""
-    git = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
-    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
-# ---- Tables, from the JSON files alone -----------------------------------------------------------
-
-def load(options):
-    """{(task, variant): {seed: facts}} of all cells, or of the tasks and seeds named. UserError
-    where seeds were not run alike."""
-    cells = {}
-    for path in sorted(Path(options.results).glob("paper-*.json")):
-        facts = read_json(path)
-        task, variant, seed = facts["task"], facts["variant"], facts["seed"]
-        if seed not in (options.seeds or [seed]) or task not in (options.tasks or [task]):
-            continue
-        facts["alike"] = facts["settings"] | {"seed": 0, "device": ""} | {
-            name: facts[name] for name in ("evaluations", "precision")}
-        cell = cells.setdefault((task, variant), {})
-        for other in cell.values():
-            if other["alike"] != facts["alike"]:
-                raise UserError(f"{path}: other settings than seed {other['seed']}'s: remove one")
-        cell[seed] = named(facts)
-    return cells
-
-
-def named(facts):
-    """The facts of a cell with its scores under the names that the tables' fields have for them."""
-    scores = {found["budget"]: found for found in facts.get("scores", [])}
-    # The smallest comes last: half of the encoder, of plain fine-tuning all.
-    last = {"deployed": facts["scores"][-1]} if scores else {}
-    return facts | scores | last | ({"told": of_drawn(facts)} if "drawn" in facts else {})
-
-
-def of_drawn(facts):
-    """What a cell of `matters` tells, {title: value}: of all that were drawn, and of the deep ones,
-    which have more than two thirds of the layers."""
-    depths, *scores = np.array(facts["drawn"]).T                     # hold-out, dev: [DRAWN] each
-    told = {f"those of {d:.0f} layers: mean on dev": scores[1][depths == d].mean()
-            for d in np.unique(depths)}
-    for kind, part in (("all", depths > 0), ("deep", 3 * depths > 2 * depths.max())):
-        told[f"{kind}: Spearman of both x 100"] = 100 * data.spearman(*(x[part] for x in scores))
-        for (on, n), x in zip(facts["examples"].items(), scores):
-            p = x[part].mean() / 100
-            told[f"{kind}: standard deviation, {on}"] = x[part].std()
-            told[f"{kind}: sqrt(p (1 - p) / n), {on}"] = 100 * math.sqrt(max(0, p * (1 - p)) / n)
-            for method, found in facts["methods"].items():
-                above = found[on]["score"] - x[part]                 # ties are halved below
-                told[f"{kind}: {method} above their mean, {on}"] = above.mean()
-                told[f"{kind}: % of them below {method}, {on}"] = 50 * (np.sign(above) + 1).mean()
-    return told
-
-
-# {title: where it stands in the facts of a cell}; a table shows those that its cells have.
-HOLDOUTS = {"hold-out, largest": (1.0, "holdout", "score"),
-            "hold-out, found at 0.5x": (0.5, "holdout", "score"),
-            "hold-out, uniform": ("uniform",)}
-FIELDS = {"dev, largest": (1.0, "dev", "score"), "dev, 0.75x": (0.75, "dev", "score"),
-          "dev, 0.5x": (0.5, "dev", "score"), "hold-out, 0.5x": (0.5, "holdout", "score"),
-          "hold-out, uniform": ("uniform",)}
-for band, (low, high) in BANDS.items():
-    FIELDS[f"dev, {low} to {high} of the encoder"] = (band, "dev", "score")
-DEPLOYED = {"dev: plain whole, others half": ("deployed", "dev", "score")}
-# table: its parts, the variants of each; all others are compared with the first one.
+# The parts of each table, and the variants (rows) of each part. The first row of a part
+# is the one that its other rows are compared with.
 TABLES = {
-    "choose": GRID,
-    "core": [["plain", "plain lr=2e-5", "truncated", "truncated epochs=3", "paper", "best"],
-             ["truncated", "truncated epochs=3", "paper", "best"], ["paper", "best"]],
+    "choose": [CHOICE_PLAIN, CHOICE_PAPER, CHOICE_BEST],
+    "core": [
+        ["plain", "plain lr=2e-5", "truncated", "truncated epochs=3", "paper", "best"],
+        ["truncated", "truncated epochs=3", "paper", "best"],
+        ["paper", "best"]],
     "1": [BANDED],
     "3": [["paper", "HAT", "OFA", *TUNED["HAT"], *TUNED["OFA"]]],
-    "4": [[recipe, *(f"{recipe} {name}" for name in STRATEGIES)] for recipe in ("paper", "best")],
+    "4": [[recipe, *(f"{recipe} {strategy}" for strategy in STRATEGIES)]
+          for recipe in ("paper", "best")],
     "5": [[recipe, *TUNED[recipe]] for recipe in ("paper", "best")],
     "ablation": [["best", "best no-reorder", "best no-distill", "best first", "best progressive",
                   "paper"]],
@@ -455,122 +136,773 @@ TABLES = {
 }
 
 
+def split_variant(variant):
+    """Split a variant into its name and its settings.
+
+    Raises UserError if there is no variant of this name, or if it does not take these
+    settings.
+
+    >>> split_variant("best lr=5e-5")
+    ('best', {'lr': '5e-5'})
+    """
+    words = variant.split()
+    base = " ".join(word for word in words if "=" not in word)
+    settings = dict(word.split("=", 1) for word in words if "=" in word)
+    allowed = {"lr", "epochs" if base in PLAIN else "length"}
+    if base not in VARIANT_TYPES or not set(settings) <= allowed:
+        raise UserError(
+            f"no variant {variant!r}: use one of {', '.join(VARIANT_TYPES)}. Settings may "
+            "follow: lr= and epochs= (plain fine-tuning), lr= and length= (all others)")
+    return base, settings
+
+
+# ---- Statistics of one score over seeds, {seed: score} -------------------------------------------
+
+# Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom. The last serves
+# for more.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def mean_and_deviation(scores):
+    """Return the mean and the sample standard deviation (None for a single score)."""
+    values = list(scores.values())
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return float(np.mean(values)), deviation
+
+
+def paired_difference(scores, reference):
+    """Return the mean difference over the common seeds, and half of its 95% interval.
+
+    Both are None without a common seed. The second is None with only one.
+    """
+    differences = {seed: scores[seed] - reference[seed]
+                   for seed in scores if seed in reference}
+    if not differences:
+        return None, None
+    mean, deviation = mean_and_deviation(differences)
+    if deviation is None:
+        return mean, None
+    n = len(differences)
+    return mean, T95[min(n - 2, 8)] * deviation / math.sqrt(n)
+
+
+def format_mean(scores, reference=None):
+    """Format scores as "mean ± sample standard deviation (seeds)".
+
+    With a reference, the difference follows, and its 95% interval in brackets. Parts
+    that the number of seeds does not allow are left out. Without any scores the text is
+    empty.
+
+    >>> format_mean({0: 3.0, 1: 5.0, 2: 10.0}, {0: 1.0, 1: 4.0, 2: 7.0})
+    '6.0 ± 3.6 (3); +2.0 [-0.5, +4.5]'
+    """
+    if not scores:
+        return ""
+    mean, deviation = mean_and_deviation(scores)
+    text = f"{mean:.1f}"
+    if deviation is not None:
+        text += f" ± {deviation:.1f}"
+    text += f" ({len(scores)})"
+    difference, half_width = paired_difference(scores, reference or {})
+    if difference is not None:
+        text += f"; {difference:+.1f}"
+    if half_width is not None:
+        text += f" [{difference - half_width:+.1f}, {difference + half_width:+.1f}]"
+    return text
+
+
+# ---- Budgets, and two searches to compare with the paper's ---------------------------------------
+
+def encoder_budget(config, share):
+    """Return the `--max-params` for a share of the encoder's parameters."""
+    # Two layers, minus their difference from one layer, leave the embeddings and the
+    # pooler.
+    one_layer = count_params(config, Arch([1], [1]))
+    two_layers = count_params(config, Arch([1, 1], [1, 1]))
+    rest = 2 * one_layer - two_layers
+    return round(rest + share * (count_params(config, config.arch) - rest))
+
+
+def draw_below(ctx, limit, draw_choices):
+    """Return the first drawn architecture that costs less than the limit.
+
+    `draw_choices` draws the choices of one architecture. After 10,000 failures the
+    smallest architecture is returned. `ctx` is made by `load_run`.
+    """
+    for _ in range(10_000):
+        arch = ctx.space.arch(draw_choices())
+        if ctx.cost(arch) < limit:
+            return arch
+    return ctx.space.smallest()
+
+
+def propose_random(ctx, limit, rng, *_):
+    """Return an architecture below the limit, drawn uniformly."""
+    pi = yoco.Categorical(ctx.space.categories)
+    return draw_below(ctx, limit, lambda: pi.sample(rng))
+
+
+def propose_evolution(ctx, limit, rng, scores, evaluations):
+    """Return the next architecture of HAT's evolutionary search (Wang et al. 2020).
+
+    The first generation is 125 random architectures. Every later generation is 100
+    children of the 25 best architectures of all complete generations. `scores` is
+    {arch: score} of this search, in the order of evaluation.
+    """
+    # CHOICE: the three numbers shrink in proportion if the search has fewer than 1000
+    # evaluations. A generation counts distinct architectures.
+    scale = min(1, evaluations / 1000)
+    first_size = max(1, round(125 * scale))
+    later_size = max(1, round(100 * scale))
+    num_parents = max(1, round(25 * scale))
+    if len(scores) < first_size:
+        return propose_random(ctx, limit, rng)
+
+    num_later = (len(scores) - first_size) // later_size
+    complete = list(scores)[:first_size + num_later * later_size]
+    parents = sorted(complete, key=lambda arch: -scores[arch])[:num_parents]
+    pi = yoco.Categorical(ctx.space.categories)
+
+    def draw_child():
+        """Draw the choices of a child, half of the time by mutation, otherwise by crossover.
+
+        A mutation redraws each choice of one parent with probability 0.3. A crossover
+        takes each choice from either of two parents.
+        """
+        first, second = (ctx.space.choices(parents[i])
+                         for i in rng.integers(len(parents), size=2))
+        random_choices = pi.sample(rng)
+        mutates = rng.random() < 0.5
+        if mutates:
+            alternatives, probability = random_choices, 0.3
+        else:
+            alternatives, probability = second, 0.5
+        child = []
+        for choice, alternative, random_choice in zip(first, alternatives, random_choices):
+            if rng.random() < probability:
+                choice = alternative
+            # A parent has no choice (None) for a layer that it lacks. The child may
+            # have the layer.
+            child.append(random_choice if choice is None else choice)
+        return child
+
+    return draw_below(ctx, limit, draw_child)
+
+
+def search_by(propose, ctx, limit, evaluate, cache, evaluations, seed):
+    """Search with a `propose` function, and return {arch: score} of all proposals.
+
+    `evaluate` returns {metric: %} of an architecture. `cache` is {arch: score} of
+    architectures that need no evaluation. The new scores are added to it.
+    """
+    rng = np.random.default_rng(seed)
+    scores = {}
+    for _ in range(evaluations):
+        arch = propose(ctx, limit, rng, scores, evaluations)
+        if arch not in cache:
+            cache[arch] = evaluate(arch)["score"]
+        scores[arch] = cache[arch]
+    return scores
+
+
+# ---- Cells ---------------------------------------------------------------------------------------
+
+def load_run(directory, options):
+    """Load a trained model, with all that scoring and further fine-tuning need.
+
+    The directory is one that `train` wrote. Raises UserError if it is not.
+
+    Returns a namespace:
+        run         the contents of run.json
+        start       the time when loading began
+        model       on `device`, with its `config`, its SearchSpace `space`, and `autocast`
+        cost        a function from an architecture to its number of parameters
+        encode      a function that tokenizes examples
+        train_set   the examples of train that are not in the hold-out set
+        splits      {"holdout": [examples], "dev": [examples] or for MNLI two lists}
+        metric      the task's metric
+    """
+    run = yoco.read_run(directory)
+    start = time.perf_counter()
+    encode = data.make_encoder(directory)
+    device, autocast = select_device_and_precision(options.device, options.precision)
+    task = data.load_task(run["data"])
+    train_set, holdout_set = data.split_holdout(task.train, *run["held_out"])
+    model = data.load_trained(directory, task).to(device)
+    return SimpleNamespace(
+        run=run, start=start, model=model, config=model.config, device=device, autocast=autocast,
+        space=SearchSpace.for_config(model.config),
+        cost=functools.partial(count_params, model.config), encode=encode, train_set=train_set,
+        splits={"holdout": [holdout_set], "dev": task.devs}, metric=task.metric)
+
+
+def make_evaluators(ctx):
+    """Return {"holdout": evaluator, "dev": evaluator}.
+
+    An evaluator is a function from an architecture to {metric: %}.
+    """
+    evaluators = {}
+    for split, parts in ctx.splits.items():
+        encoded = [ctx.encode(part) for part in parts]
+        evaluators[split] = data.make_evaluator(ctx.model, encoded, ctx.metric, ctx.device,
+                                                ctx.autocast)
+    return evaluators
+
+
+def arch_facts(budget, config, arch, holdout, evaluators):
+    """Return the facts of one architecture, after evaluating it on dev."""
+    return dict(budget=budget, arch=arch._asdict(), params=count_params(config, arch),
+                flops=count_flops(config, arch), holdout=holdout, dev=evaluators["dev"](arch))
+
+
+def code_commit():
+    """Return the commit of this code, with a "+" if a tracked file differs from it."""
+    git = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+class Cell:
+    """One task, one variant and one seed, with the code that fills its result file."""
+
+    def __init__(self, task, variant, seed, options):
+        self.task, self.variant, self.seed, self.options = task, variant, seed, options
+        self.base, self.settings = split_variant(variant)
+        self.name = f"{task}-{variant}-{seed}".replace(" ", "_")
+        self.path = Path(options.results) / f"paper-{self.name}.json"
+        self.model_dir = f"{options.work}/{self.name}"
+
+    def ensure(self, needed=False):
+        """Fill the cell, unless it has a result or another process is filling it.
+
+        With `needed`, another cell needs the model of this one. Then wait for the other
+        process, and fill the cell again if its model is gone.
+        """
+        for path in (Path(self.model_dir), self.path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.model_dir + ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if needed else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return
+            has_model = Path(self.model_dir, "run.json").exists()
+            if self.path.exists() and (has_model or not needed):
+                return
+            print(f"--- {self.name}", flush=True)
+            fill_functions = {
+                "plain": self.fine_tune,
+                "elastic": self.train_and_search,
+                "tuned": self.tune_further,
+                "bands": self.search_bands,
+                "matters": self.compare_searches,
+            }
+            # Read the commit first: somebody may commit while the cell is being filled.
+            commit = code_commit()
+            facts = fill_functions[VARIANT_TYPES[self.base]]()
+            write_json(self.path, task=self.task, variant=self.variant, seed=self.seed,
+                       commit=commit, **facts)
+
+    def require(self, variant):
+        """Return the filled cell of another variant, with the same task and seed."""
+        cell = Cell(self.task, variant, self.seed, self.options)
+        cell.ensure(needed=True)
+        return cell
+
+    def run_yoco(self, *words):
+        """Run a command of yoco.py, and raise SystemExit if it fails."""
+        status = yoco.main([*words, "--seed", str(self.seed), "--device", self.options.device,
+                            "--precision", self.options.precision, "--resume"])
+        if status:
+            raise SystemExit(status)
+
+    def epochs(self, pretrained):
+        """Return for how many epochs this cell trains."""
+        if self.base in PLAIN:
+            return float(self.settings.get("epochs", PLAIN_EPOCHS.get(self.task, 10)))
+        # With one step per epoch, the number of steps is the number of the authors'
+        # epochs.
+        space = SearchSpace.for_config(BertConfig.load(pretrained))
+        last_stage = yoco.make_stages(space, self.task, 1)[-1]
+        length = float(self.settings.get("length", LENGTHS.get(self.task, 1)))
+        return length * (last_stage.first + last_stage.steps)
+
+    def train(self, pretrained, *flags):
+        """Run `train`, which resumes an earlier training, and load the result."""
+        self.run_yoco(
+            "train", "--data", f"{self.options.data}/{self.task}", "--bert", pretrained,
+            "--out", self.model_dir, "--lr", str(float(self.settings.get("lr", RATE))),
+            "--epochs", str(self.epochs(pretrained)), "--batch-size", str(BATCH_SIZE),
+            "--holdout", str(HOLDOUT.get(self.task, 0.1)), *flags)
+        return load_run(self.model_dir, self.options)
+
+    def search(self, superbert, budgets):
+        """Run `search` for all budgets. Return each run.json, and {arch: score} of all."""
+        out = self.model_dir + "-found"
+        self.run_yoco("search", "--model", superbert, "--out", out, "--evaluations",
+                      str(self.options.evaluations), "--max-params", *map(str, budgets))
+        # With several budgets, `search` writes one directory for each.
+        paths = [Path(out)]
+        if len(budgets) > 1:
+            paths = [Path(out, str(budget)) for budget in budgets]
+        space = SearchSpace.for_config(BertConfig.load(superbert))
+        scores = {}
+        for path in paths:
+            # The first line of a log is its header.
+            for line in (path / "log.jsonl").read_text().splitlines()[1:]:
+                record = json.loads(line)
+                scores[space.arch(record["choices"])] = record["score"]
+        return [read_json(path / "run.json") for path in paths], scores
+
+    def facts(self, ctx, **results):
+        """Return the facts of every cell, followed by the results of this one.
+
+        The steps, hardware, precision, versions and settings are those of the training.
+        The seconds include the training if this cell did it.
+        """
+        # The two settings that are left out are paths on this machine.
+        settings = {name: value for name, value in ctx.run["settings"].items()
+                    if name not in ("data", "bert")}
+        seconds = time.perf_counter() - ctx.start
+        if VARIANT_TYPES[self.base] in ("plain", "elastic"):
+            seconds += ctx.run["seconds"]
+        names = ("steps", "hardware", "precision", "versions")
+        of_training = {name: ctx.run[name] for name in names}
+        return {**of_training, "seconds": seconds, "settings": settings,
+                "evaluations": self.options.evaluations, **results}
+
+    def truncate(self):
+        """Write a BERT with the first half of the layers, and return its directory."""
+        task = data.load_task(f"{self.options.data}/{self.task}")
+        # The seed decides the initial weights of the classifier.
+        torch.manual_seed(self.seed)
+        model = load_bert(self.options.bert, task.num_labels, task.labels)
+        half = model.config.num_hidden_layers // 2
+        truncated = extract(model, Arch(*(sizes[:half] for sizes in model.config.arch)))
+        # An extracted model lists the sizes of its layers. This one is an ordinary,
+        # smaller BERT.
+        truncated.config = dataclasses.replace(truncated.config, layer_heads=None,
+                                               layer_ffn_sizes=None)
+        directory = self.model_dir + "-cut"
+        save_bert(truncated, directory, tokenizer_files(self.options.bert))
+        return directory
+
+    def fine_tune(self):
+        """Fine-tune without elasticity: the whole BERT, or the first half of its layers."""
+        pretrained, share = self.options.bert, 1.0
+        if self.base == "truncated":
+            pretrained, share = self.truncate(), SHARES[-1]
+        ctx = self.train(pretrained, "--stages", "largest")
+        scores = [arch_facts(share, ctx.config, ctx.config.arch, ctx.run["holdout"]["largest"],
+                             make_evaluators(ctx))]
+        return self.facts(ctx, scores=scores)
+
+    def train_and_search(self):
+        """Train a super-BERT, and search it under both budgets."""
+        ctx = self.train(self.options.bert, *ELASTIC[self.base].split())
+        evaluators = make_evaluators(ctx)
+        limits = [encoder_budget(ctx.config, share) for share in SHARES]
+
+        # The mean score of 20 architectures on the hold-out set, drawn uniformly.
+        pi, rng = yoco.Categorical(ctx.space.categories), np.random.default_rng(0)
+        uniform = [evaluators["holdout"](ctx.space.arch(pi.sample(rng)))["score"]
+                   for _ in range(20)]
+
+        scores = [arch_facts(1.0, ctx.config, ctx.config.arch, ctx.run["holdout"]["largest"],
+                             evaluators)]
+        winners = []
+        if self.base in ("HAT", "OFA"):
+            cache = {}
+            for limit in limits:
+                found = search_by(propose_evolution, ctx, limit, evaluators["holdout"], cache,
+                                  self.options.evaluations, self.seed)
+                arch = yoco.best_fit(found, ctx.cost, limit)
+                winners.append((arch, found[arch]))
+        else:
+            for result in self.search(self.model_dir, limits)[0]:
+                winners.append((Arch(**result["arch"]), result["selection_score"]))
+        for share, (arch, score) in zip(SHARES, winners):
+            scores.append(arch_facts(share, ctx.config, arch, {"score": score}, evaluators))
+        return self.facts(ctx, uniform=float(np.mean(uniform)), scores=scores)
+
+    def tune_further(self):
+        """Fine-tune the smallest sub-BERT that a variant found for ten more epochs.
+
+        The settings among the facts are those of the super-BERT.
+        """
+        variant, rate = self.base.split(" tuned ")
+        cell = self.require(variant)
+        ctx = load_run(cell.model_dir, self.options)
+        winner = Arch(**read_json(cell.path)["scores"][-1]["arch"])
+        ctx.model = model = extract(ctx.model, winner).train()
+        arch = model.config.arch
+        examples = ctx.encode(ctx.train_set)
+        num_steps = 10 * math.ceil(len(examples) / BATCH_SIZE)
+        adam = yoco.new_adam(model)
+        gradient = yoco.weight_gradient
+        if ctx.device.type == "cuda":
+            gradient = yoco.graphed_gradient()
+
+        # The seed decides dropout.
+        torch.manual_seed(self.seed)
+        batches = data.batches(examples, BATCH_SIZE, self.seed)
+        for t, indices in zip(range(num_steps), batches):
+            gradient(model, data.collate(examples, indices, ctx.device, 128), [arch], ctx.autocast)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.param_groups[0]["lr"] = float(rate) * (1 - t / num_steps)
+            adam.step()
+
+        evaluators = make_evaluators(ctx)
+        scores = [arch_facts(SHARES[-1], model.config, arch, evaluators["holdout"](arch),
+                             evaluators)]
+        return self.facts(ctx, steps=num_steps, hardware=device_name(ctx.device), scores=scores)
+
+    def search_bands(self):
+        """Find the best sub-BERT in every band of sizes of one super-BERT (Tab. 1).
+
+        There is one search for the upper end of each band, and a band may take its best
+        sub-BERT from the scores of any of them.
+        """
+        superbert = self.require(self.base.split()[-1]).model_dir
+        ctx = load_run(superbert, self.options)
+        evaluators = make_evaluators(ctx)
+        limits = [encoder_budget(ctx.config, high) for _, high in BANDS.values()]
+        _, found = self.search(superbert, limits)
+        scores = []
+        for band, (low, high) in BANDS.items():
+            min_params = encoder_budget(ctx.config, low)
+            in_band = {arch: score for arch, score in found.items()
+                       if ctx.cost(arch) >= min_params}
+            arch = yoco.best_fit(in_band, ctx.cost, encoder_budget(ctx.config, high))
+            if arch:
+                scores.append(arch_facts(band, ctx.config, arch, {"score": found[arch]},
+                                         evaluators))
+        return self.facts(ctx, evaluated=len(found), scores=scores)
+
+    def compare_searches(self):
+        """Compare three search methods with randomly drawn architectures (Fig. 3).
+
+        All of them are below the smaller budget. The facts hold the sub-BERT that each
+        method found, and the depth, hold-out score and dev score of each drawn
+        architecture.
+        """
+        superbert = self.require(self.base.split()[-1]).model_dir
+        ctx = load_run(superbert, self.options)
+        evaluators = make_evaluators(ctx)
+        limit = encoder_budget(ctx.config, SHARES[-1])
+
+        rng = np.random.default_rng(self.seed)
+        drawn = []
+        for _ in range(NUM_DRAWN):
+            arch = propose_random(ctx, limit, rng)
+            holdout_score = evaluators["holdout"](arch)["score"]
+            drawn.append([arch.depth, holdout_score, evaluators["dev"](arch)["score"]])
+
+        methods = {}
+        for method in METHODS:
+            if method == "sng":
+                found = self.search(superbert, [limit])[1]
+            else:
+                propose = propose_random if method == "random" else propose_evolution
+                # Not the seed of the architectures drawn above, or the search would
+                # repeat them.
+                found = search_by(propose, ctx, limit, evaluators["holdout"], {},
+                                  self.options.evaluations, self.seed + 1000)
+            arch = yoco.best_fit(found, ctx.cost, limit)
+            methods[method] = arch_facts(method, ctx.config, arch, {"score": found[arch]},
+                                         evaluators)
+        num_examples = {split: sum(map(len, parts)) for split, parts in ctx.splits.items()}
+        return self.facts(ctx, drawn=drawn, methods=methods, examples=num_examples)
+
+
+# ---- Tables, from the JSON files -----------------------------------------------------------------
+
+def load_cells(options):
+    """Load the cells of the chosen tasks and seeds, {(task, variant): {seed: facts}}.
+
+    Raises UserError if the seeds of a variant were run with different settings.
+    """
+    cells = {}
+    for path in sorted(Path(options.results).glob("paper-*.json")):
+        facts = read_json(path)
+        task, variant, seed = facts["task"], facts["variant"], facts["seed"]
+        if options.seeds and seed not in options.seeds:
+            continue
+        if options.tasks and task not in options.tasks:
+            continue
+        by_seed = cells.setdefault((task, variant), {})
+        for earlier in by_seed.values():
+            if comparable_settings(earlier) != comparable_settings(facts):
+                raise UserError(f"{path} has other settings than seed {earlier['seed']}: "
+                                "remove one of the two files")
+        by_seed[seed] = index_scores(facts)
+    return cells
+
+
+def comparable_settings(facts):
+    """Return the settings of a cell that must be the same for all seeds."""
+    settings = {name: value for name, value in facts["settings"].items()
+                if name not in ("seed", "device")}
+    return settings | {name: facts[name] for name in ("evaluations", "precision")}
+
+
+def index_scores(facts):
+    """Return the facts of a cell with more keys, by which the tables find a score.
+
+    An architecture's facts are added under its budget, and the last one's also under
+    "smallest". That is the sub-BERT at half of the encoder, and for plain fine-tuning
+    the whole model.
+    """
+    indexed = dict(facts)
+    for scores in facts.get("scores", []):
+        indexed[scores["budget"]] = indexed["smallest"] = scores
+    if "drawn" in facts:
+        indexed["sampling_stats"] = sampling_stats(facts)
+    return indexed
+
+
+def sampling_stats(facts):
+    """Return {title: value}, statistics of the architectures that a cell drew.
+
+    Most are given twice: for all architectures, and for the deep ones, which have more
+    than two thirds of the layers.
+    """
+    depths, holdout, dev = np.array(facts["drawn"]).T                # [NUM_DRAWN] each
+    stats = {}
+    for depth in np.unique(depths):
+        stats[f"those of {depth:.0f} layers: mean on dev"] = dev[depths == depth].mean()
+
+    groups = {"all": depths > 0, "deep": 3 * depths > 2 * depths.max()}
+    for group, members in groups.items():
+        correlation = data.spearman(holdout[members], dev[members])
+        stats[f"{group}: Spearman of both x 100"] = 100 * correlation
+        for split, scores in (("holdout", holdout[members]), ("dev", dev[members])):
+            p, n = scores.mean() / 100, facts["examples"][split]
+            error = 100 * math.sqrt(max(0, p * (1 - p)) / n)
+            stats[f"{group}: standard deviation, {split}"] = scores.std()
+            stats[f"{group}: sqrt(p (1 - p) / n), {split}"] = error
+            for method, winner in facts["methods"].items():
+                lead = winner[split]["score"] - scores
+                stats[f"{group}: {method} above their mean, {split}"] = lead.mean()
+                # A tie counts one half.
+                percent_below = 50 * (np.sign(lead) + 1).mean()
+                stats[f"{group}: % of them below {method}, {split}"] = percent_below
+    return stats
+
+
+# The fields of the tables: {title: the keys that lead to the score in a cell's facts}.
+# A table shows the fields that its cells have.
+FIELDS = {
+    "dev, largest": (1.0, "dev", "score"),
+    "dev, 0.75x": (0.75, "dev", "score"),
+    "dev, 0.5x": (0.5, "dev", "score"),
+    "hold-out, 0.5x": (0.5, "holdout", "score"),
+    "hold-out, uniform": ("uniform",),
+    **{f"dev, {low} to {high} of the encoder": (band, "dev", "score")
+       for band, (low, high) in BANDS.items()},
+}
+# The choice of rate and length may only look at the hold-out set.
+HOLDOUT_FIELDS = {
+    "hold-out, largest": (1.0, "holdout", "score"),
+    "hold-out, found at 0.5x": (0.5, "holdout", "score"),
+    "hold-out, uniform": ("uniform",),
+}
+SMALLEST = ("smallest", "dev", "score")
+SMALLEST_FIELD = {"dev: plain whole, others half": SMALLEST}
+
+
 def variants_of(name):
-    """All that stand in a table; else the variant itself."""
-    return list(dict.fromkeys(sum(TABLES.get(name, [[name]]), [])))
+    """Return all variants of a table, or the name itself if it is not a table's."""
+    if name not in TABLES:
+        return [name]
+    return list(dict.fromkeys(sum(TABLES[name], [])))
 
 
 def tasks_of(cells):
-    """The tasks of some cells, in the order of TASKS, others after them by name."""
-    return sorted({task for task, _ in cells}, key=lambda task: ((*TASKS, task).index(task), task))
+    """Return the tasks of some cells in the order of TASKS, then other tasks by name."""
+    tasks = {task for task, _ in cells}
+    known_tasks = [task for task in TASKS if task in tasks]
+    return known_tasks + sorted(tasks - set(TASKS))
 
 
-def values(cells, task, variant, place):
-    """{seed: value} of one field of the table; of MEAN the mean over all tasks that the cells have,
-    for seeds that all of them have."""
+def field_values(cells, task, variant, keys):
+    """Return {seed: value} of one field.
+
+    If the task is MEAN, the value is the mean over all tasks of the cells, and only
+    seeds that all tasks have are included.
+    """
     if task == MEAN:
-        of_tasks = [values(cells, each, variant, place) for each in tasks_of(cells)]
-        shared = set.intersection(*map(set, of_tasks))
-        return {seed: float(np.mean([of[seed] for of in of_tasks])) for seed in shared}
-    found = {}
+        by_task = [field_values(cells, each, variant, keys) for each in tasks_of(cells)]
+        common_seeds = set.intersection(*map(set, by_task))
+        return {seed: float(np.mean([values[seed] for values in by_task]))
+                for seed in common_seeds}
+    values = {}
     for seed, value in cells.get((task, variant), {}).items():
-        for key in place:
+        for key in keys:
             value = value.get(key, {})
         if value != {}:
-            found[seed] = value
-    return found
+            values[seed] = value
+    return values
 
 
-def compare(corner, rows, columns, found, paired=True):
-    """Print a table of found(row, column), {seed: value} each, `paired` with the difference from
-    the first row; but no row and no column of which nothing is known."""
-    known = {column: [found(row, column) for row in rows] for column in columns}
-    known, lines = {column: of for column, of in known.items() if any(of)}, []
+def print_table(corner, rows, columns, values_of, paired=True):
+    """Print a Markdown table without empty rows and columns.
+
+    `values_of(row, column)` returns the {seed: value} of a cell of the table. With
+    `paired`, a cell also shows the difference from the first row.
+    """
+    values_by_column = {}
+    for column in columns:
+        values = [values_of(row, column) for row in rows]
+        if any(values):
+            values_by_column[column] = values
+    lines = []
     for n, row in enumerate(rows):
-        texts = [in_words(of[n], of[0] if n and paired else None) for of in known.values()]
+        texts = []
+        for values in values_by_column.values():
+            reference = values[0] if n > 0 and paired else None
+            texts.append(format_mean(values[n], reference))
         if any(texts):
             lines.append(f"| {row} | {' | '.join(texts)} |")
     if lines:
-        print(f"| {corner} | {' | '.join(known)} |", "|---" * (len(known) + 1) + "|", *lines, "",
-              sep="\n")
+        print(f"| {corner} | {' | '.join(values_by_column)} |")
+        print("|---" * (len(values_by_column) + 1) + "|")
+        print(*lines, "", sep="\n")
 
 
-def table(name, cells):
-    """Print one table: the core table a field at a time, with a column per task; every other one a
-    task at a time, with a column per field; but that of `matters` with a row per field."""
+def print_core(variants, cells, tasks):
+    """Print a part of the core table: one table per field, with a column per task."""
+    # The part that compares with plain fine-tuning shows all fields. The others show
+    # half of the encoder only.
+    fields = SMALLEST_FIELD
+    if variants[0] == "plain":
+        fields = SMALLEST_FIELD | FIELDS
+    for title, keys in fields.items():
+        print_table(title, variants, [*tasks, MEAN],
+                    lambda variant, task: field_values(cells, task, variant, keys))
+
+
+def print_matters(variants, cells, tasks):
+    """Print the table of `matters`, with a row per statistic and a column per cell."""
+    columns = {f"{variant}, {task}": (task, variant)
+               for task in tasks for variant in variants}
+    first_cell = list(cells.values())[0]
+    titles = list(first_cell.values())[0]["sampling_stats"]
+    print_table("", titles, columns, lambda title, column: field_values(
+        cells, *columns[column], ("sampling_stats", title)), paired=False)
+
+
+def print_by_task(variants, cells, tasks, fields):
+    """Print a part of any other table: one table per task, with a column per field."""
+    for task in tasks:
+        print_table(task, variants, fields,
+                    lambda variant, title: field_values(cells, task, variant, fields[title]))
+
+
+def print_shares_kept(cells, tasks):
+    """Print how much of plain fine-tuning's mean score half of the encoder keeps."""
+    majority = np.mean([MAJORITY.get(task, 0) for task in tasks])
+    baselines = {"": 0, " above the most frequent answer's": majority}
+    for reference in ("plain", "plain lr=2e-5"):
+        full = field_values(cells, MEAN, reference, SMALLEST)
+        for variant in ("truncated", "paper", "best"):
+            half = field_values(cells, MEAN, variant, SMALLEST)
+            for text, baseline in baselines.items():
+                kept = {}
+                for seed in half:
+                    if full.get(seed, baseline) > baseline:
+                        kept[seed] = 100 * (half[seed] - baseline) / (full[seed] - baseline)
+                print(f"{variant} at half keeps, in % of {reference}'s mean{text}: "
+                      f"{format_mean(kept)}")
+
+
+def print_named_table(name, cells):
+    """Print the table of a name, followed by the time and the machines of its cells.
+
+    Raises UserError if the table has no cells yet.
+    """
     print("MiniLM (6 x 384; not comparable with BERT-base), scores in %: mean ± sample standard "
           "deviation (seeds);\nthen the paired difference from the first row [95% interval].\n")
-    cells = {key: of for key, of in cells.items() if key[1] in variants_of(name)}
+    variants = variants_of(name)
+    cells = {(task, variant): by_seed for (task, variant), by_seed in cells.items()
+             if variant in variants}
     if not cells:
-        raise UserError(f"no cells of table {name} yet: python -m glue.paper run --variants {name}")
+        raise UserError(f"table {name} has no cells yet: run python -m glue.paper run "
+                        f"--variants {name}")
     tasks = tasks_of(cells)
-    for variants in TABLES[name]:
+    for part in TABLES[name]:
         if name == "core":
-            # Beside plain fine-tuning stands all; beside another the half of the encoder is enough.
-            fields = DEPLOYED | FIELDS if variants[0] == "plain" else DEPLOYED
-            for title, place in fields.items():
-                compare(title, variants, [*tasks, MEAN],
-                        lambda variant, task: values(cells, task, variant, place))
+            print_core(part, cells, tasks)
         elif name == "matters":
-            columns = {f"{one}, {task}": (task, one) for task in tasks for one in variants}
-            titles = next(facts["told"] for of in cells.values() for facts in of.values())
-            compare("", titles, columns, lambda title, column: values(
-                cells, *columns[column], ("told", title)), paired=False)
+            print_matters(part, cells, tasks)
         else:
-            fields = HOLDOUTS if name == "choose" else FIELDS
-            for task in tasks:
-                compare(task, variants, fields,
-                        lambda variant, title: values(cells, task, variant, fields[title]))
-    majority = np.mean([MAJORITY.get(task, 0) for task in tasks])
-    for mark in ("plain", "plain lr=2e-5") if name == "core" else ():
-        for variant in ("truncated", "paper", "best"):
-            half, full = (values(cells, MEAN, v, *DEPLOYED.values()) for v in (variant, mark))
-            for what, least in (("", 0), (" above the most frequent answer's", majority)):
-                kept = {seed: 100 * (half[seed] - least) / (full[seed] - least)
-                        for seed in half if full.get(seed, least) > least}
-                print(f"{variant} at half keeps, in % of {mark}'s mean{what}: {in_words(kept)}")
-    spent = [facts for cell in cells.values() for facts in cell.values()]
-    where = sorted({f"{facts['hardware']} ({facts['precision']})" for facts in spent})
-    print(f"{len(spent)} cells: {sum(facts['seconds'] for facts in spent) / 3600:.1f} hours of one "
-          f"process each, on {', '.join(where)}")
+            fields = HOLDOUT_FIELDS if name == "choose" else FIELDS
+            print_by_task(part, cells, tasks, fields)
+    if name == "core":
+        print_shares_kept(cells, tasks)
+    all_facts = [facts for by_seed in cells.values() for facts in by_seed.values()]
+    hours = sum(facts["seconds"] for facts in all_facts) / 3600
+    machines = sorted({f"{facts['hardware']} ({facts['precision']})" for facts in all_facts})
+    print(f"{len(all_facts)} cells: {hours:.1f} hours of one process each, on "
+          f"{', '.join(machines)}")
 
 
-def work(options):
-    """Run cells or print a table; the exit status, of cells that of the last that failed."""
-    if options.command == "table":
-        if options.name not in TABLES:
-            raise UserError(f"table knows {', '.join(TABLES)}")
-        table(options.name, load(options))
-        return 0
-    status, variants = 0, dict.fromkeys(sum(map(variants_of, options.variants), []))
-    for cell in [Cell(task, variant, seed, options) for variant in variants
-                 for seed in options.seeds or range(3) for task in options.tasks or TASKS[:2]]:
+# ---- Commands ------------------------------------------------------------------------------------
+
+def run_cells(options):
+    """Fill the chosen cells. Return the exit status of the last failure, or 0."""
+    variants = dict.fromkeys(sum(map(variants_of, options.variants), []))
+    # Make all cells first, so that a mistyped variant is refused before the first
+    # training.
+    cells = [Cell(task, variant, seed, options)
+             for variant in variants
+             for seed in options.seeds or range(3)
+             for task in options.tasks or TASKS[:2]]
+    status = 0
+    for cell in cells:
         try:
             cell.ensure()
-        except SystemExit as failed:                                 # has told why
-            status = failed.code
-            if status > 2:                                           # a signal
+        except SystemExit as failure:
+            # The command has printed why. The other cells may succeed, so go on, unless
+            # the status says that a signal stopped the command.
+            status = failure.code
+            if status > 2:
                 break
     return status
 
 
+def run_or_print(options):
+    """Run cells or print a table, as the command says, and return the exit status."""
+    if options.command == "run":
+        return run_cells(options)
+    if options.name not in TABLES:
+        raise UserError(f"give table one of these names: {', '.join(TABLES)}")
+    print_named_table(options.name, load_cells(options))
+    return 0
+
+
 def main(argv=None):
-    """Run the program; the exit status, as `glue.run_program` has it."""
+    """Run the program, and return the exit status that `glue.run_program` describes."""
     parser = yoco.Parser("glue.paper", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("command", choices=("run", "table"))
-    add("name", nargs="?", help=f"of the table: {', '.join(TABLES)}")
-    add("--tasks", nargs="+", help="to run: without it MRPC RTE; of a table: all")
-    add("--variants", nargs="+", default=["core"], help="or tables: all that stand in them")
-    add("--seeds", type=int, nargs="+", help="to run: without it 0 1 2")
-    add("--evaluations", type=int, default=200, help="of each search and budget")
-    add("--device", default="auto")
-    add("--precision", default="auto")
-    add("--data", default="glue", help="where the tasks' directories are")
-    add("--bert", default="all-MiniLM-L6-v2")
-    add("--work", default="superbert/paper", help="where models go")
-    add("--results", default=str(ROOT / "glue/results"), help="where cells go")
-    return run_program(parser, work, argv)
+    add("name", nargs="?", help=f"the table to print: {', '.join(TABLES)}")
+    add("--tasks", nargs="+",
+        help="the tasks to run (default: MRPC RTE) or to print (default: all)")
+    add("--variants", nargs="+", default=["core"],
+        help="the variants, or tables with all their variants, to run (default: core)")
+    add("--seeds", type=int, nargs="+",
+        help="the seeds to run (default: 0 1 2) or to print (default: all)")
+    add("--evaluations", type=int, default=200,
+        help="the evaluations of each search and budget (default: 200)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    add("--precision", default="auto", help="auto, fp32 or bf16 (default: auto)")
+    add("--data", default="glue", help="the parent of the tasks' directories (default: glue)")
+    add("--bert", default="all-MiniLM-L6-v2",
+        help="the directory of the pretrained BERT (default: all-MiniLM-L6-v2)")
+    add("--work", default="superbert/paper",
+        help="the directory for the models (default: superbert/paper)")
+    add("--results", default=str(ROOT / "glue/results"),
+        help="the directory of the cells (default: glue/results)")
+    return run_program(parser, run_or_print, argv)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import os
 
+# This must precede the import of torch, which looks for a GPU.
 if os.environ.get("YOCO_TEST_GPU") != "1":
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")   # before torch looks for one
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import doctest
 import functools
 import json
 import math
@@ -25,156 +27,248 @@ from model import (Arch, BertConfig, count_params, ElasticBert, load_bert, save_
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_statistics():
-    """By hand: the differences 2, 1, 3 have the mean 2, the deviation 1, and Student's t of two
-    degrees of freedom, 4.303, makes 4.303 / sqrt(3) = 2.484 of it."""
-    found, reference = {0: 3.0, 1: 5.0, 2: 10.0, 7: 1.0}, {0: 1.0, 1: 4.0, 2: 7.0, 8: 2.0}
-    assert paper.mean_and_deviation({3: 1.0, 4: 3.0}) == (2.0, math.sqrt(2))
-    assert paper.mean_and_deviation({3: 4.0}) == (4.0, None)
-    mean, half = paper.paired_difference(found, reference)
-    assert mean == 2.0 and half == pytest.approx(2.484, abs=1e-3)
-    assert paper.paired_difference({1: 1.0}, reference) == (-3.0, None)
-    assert paper.paired_difference({7: 1.0}, reference) == (None, None)
-    assert paper.in_words({1: 1.0}, reference) == "1.0 (1); -3.0"
-    assert paper.in_words({}) == "" and paper.in_words({3: 4.0}) == "4.0 (1)"
-    assert paper.in_words({0: 1.0, 1: 3.0}) == "2.0 ± 1.4 (2)"
-    assert paper.in_words({0: 3.0, 1: 5.0, 2: 10.0}, reference) == (
-        "6.0 ± 3.6 (3); +2.0 [-0.5, +4.5]")
+# ---- Statistics ----------------------------------------------------------------------------------
+
+REFERENCE = {0: 1.0, 1: 4.0, 2: 7.0, 8: 2.0}
+
+
+@pytest.mark.parametrize("scores, expected", [
+    pytest.param({3: 1.0, 4: 3.0}, (2.0, math.sqrt(2)), id="two-seeds"),
+    pytest.param({3: 4.0}, (4.0, None), id="one-seed"),
+])
+def test_mean_and_deviation(scores, expected):
+    """The deviation is the sample's, and a single score has none."""
+    assert paper.mean_and_deviation(scores) == expected
+
+
+def test_interval_of_a_paired_difference():
+    """Half of the interval is Student's t times the standard error of the differences.
+
+    By hand: the differences 2, 1 and 3 have the mean 2 and the deviation 1. Student's t
+    for two degrees of freedom is 4.303, and 4.303 / sqrt(3) is 2.484.
+    """
+    mean, half_width = paper.paired_difference({0: 3.0, 1: 5.0, 2: 10.0, 7: 1.0}, REFERENCE)
+    assert mean == 2.0
+    assert half_width == pytest.approx(2.484, abs=1e-3)
+
+
+@pytest.mark.parametrize("scores, expected", [
+    pytest.param({1: 1.0}, (-3.0, None), id="one-common-seed"),
+    pytest.param({7: 1.0}, (None, None), id="no-common-seed"),
+])
+def test_paired_difference_without_interval(scores, expected):
+    """One common seed gives a difference without an interval, and no common seed gives neither."""
+    assert paper.paired_difference(scores, REFERENCE) == expected
+
+
+@pytest.mark.parametrize("scores, reference, text", [
+    pytest.param({}, None, "", id="no-seed"),
+    pytest.param({3: 4.0}, None, "4.0 (1)", id="one-seed"),
+    pytest.param({0: 1.0, 1: 3.0}, None, "2.0 ± 1.4 (2)", id="two-seeds"),
+    pytest.param({1: 1.0}, REFERENCE, "1.0 (1); -3.0", id="difference"),
+    pytest.param({0: 3.0, 1: 5.0, 2: 10.0}, REFERENCE, "6.0 ± 3.6 (3); +2.0 [-0.5, +4.5]",
+                 id="difference-with-interval"),
+])
+def test_format_mean(scores, reference, text):
+    """The text has only the parts that the number of seeds allows."""
+    assert paper.format_mean(scores, reference) == text
+
+
+def test_docstring_examples():
+    """The examples in the docstrings give the answers printed there."""
+    result = doctest.testmod(paper)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def make_facts(largest, half):
+    """Return the facts of a cell with these dev scores, as the tables see them."""
+    scores = [{"budget": 1.0, "dev": {"score": largest}}, {"budget": 0.5, "dev": {"score": half}}]
+    return paper.index_scores({"scores": scores})
 
 
 def test_means_over_tasks():
-    """A seed that one task lacks is left out; a score of 0 at half is a score."""
-    def cell(full, half):
-        return paper.named({"scores": [{"budget": 1.0, "dev": {"score": full}},
-                                       {"budget": 0.5, "dev": {"score": half}}]})
-    cells = {("MRPC", "best"): {0: cell(90, 80), 1: cell(70, 0)},
-             ("CoLA", "best"): {0: cell(50, 40)}}
-    assert paper.values(cells, paper.MEAN, "best", (1.0, "dev", "score")) == {0: 70.0}
-    assert paper.values(cells, "MRPC", "best", ("deployed", "dev", "score")) == {0: 80, 1: 0}
-    assert paper.values(cells, "MRPC", "best", (0.75, "dev", "score")) == {}
+    """A mean leaves out a seed that one task lacks, and a score of 0 counts as a score."""
+    cells = {("MRPC", "best"): {0: make_facts(90, 80), 1: make_facts(70, 0)},
+             ("CoLA", "best"): {0: make_facts(50, 40)}}
+    assert paper.field_values(cells, paper.MEAN, "best", (1.0, "dev", "score")) == {0: 70.0}
+    assert paper.field_values(cells, "MRPC", "best", paper.SMALLEST) == {0: 80, 1: 0}
+    assert paper.field_values(cells, "MRPC", "best", (0.75, "dev", "score")) == {}
 
 
-def test_what_a_search_is_worth(tmp_path):
-    """By hand: the drawn ones' means are 72.5 and 62; those of the deep ones 80 and 65."""
+def test_sampling_stats(tmp_path):
+    """All statistics of four drawn architectures and one search agree with those found by hand.
+
+    The means over all four are 72.5 and 62. The two deep ones have the means 80 and 65.
+    """
     facts = dict(task="MRPC", variant="matters of best", seed=0, settings={}, evaluations=1,
                  precision="fp32", examples={"holdout": 300, "dev": 75},
                  drawn=[[2, 55, 56], [4, 75, 62], [5, 75, 62], [6, 85, 68]],
                  methods={"sng": {"holdout": {"score": 85}, "dev": {"score": 62}}})
     (tmp_path / "paper-MRPC-matters_of_best-0.json").write_text(json.dumps(facts))
-    cells = paper.load(SimpleNamespace(results=tmp_path, seeds=None, tasks=None))
-    told = cells["MRPC", "matters of best"][0]["told"]
-    assert [round(value, 1) for value in told.values()] == [
-        56, 62, 62, 68, 100, 10.9, 2.6, 12.5, 87.5, 4.2, 5.6, 0, 50, 100, 5, 2.3, 5, 75, 3, 5.5,
-        -3, 25]
+    cells = paper.load_cells(SimpleNamespace(results=tmp_path, seeds=None, tasks=None))
+    stats = cells["MRPC", "matters of best"][0]["sampling_stats"]
+    by_depth = [56, 62, 62, 68]
+    of_all = [100, 10.9, 2.6, 12.5, 87.5, 4.2, 5.6, 0, 50]
+    of_deep = [100, 5, 2.3, 5, 75, 3, 5.5, -3, 25]
+    assert [round(value, 1) for value in stats.values()] == by_depth + of_all + of_deep
 
 
-def test_budgets_are_of_the_encoder():
-    """A MiniLM layer: 4 (384^2 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384 parameters."""
+# ---- Budgets and searches ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("share, num_layers_removed", [
+    pytest.param(0, 6, id="no-layer"),
+    pytest.param(0.5, 3, id="half"),
+])
+def test_budgets_are_of_the_encoder(share, num_layers_removed):
+    """A budget is a share of the layers' parameters, and the rest of the model comes on top."""
     minilm = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
-    layer = 4 * (384**2 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384
-    assert paper.budget(minilm, 0) == 22_713_216 - 6 * layer
-    assert paper.budget(minilm, 0.5) == 22_713_216 - 3 * layer
+    attention = 4 * (384**2 + 384)
+    ffn = 2 * 384 * 1536 + 1536 + 384
+    layer_norms = 4 * 384
+    layer = attention + ffn + layer_norms
+    assert paper.encoder_budget(minilm, share) == 22_713_216 - num_layers_removed * layer
 
 
 def test_evolution_and_random_search():
-    """Both keep the budget; evolution's first generation is random, then it climbs higher."""
+    """Both searches keep the budget, begin alike, and evolution ends with a better score."""
     config = BertConfig(hidden_size=24, num_attention_heads=6, intermediate_size=48, vocab_size=9)
-    space, limit = SearchSpace.for_config(config), paper.budget(config, 0.5)
-    it = SimpleNamespace(space=space, cost=functools.partial(count_params, config))
+    space, limit = SearchSpace.for_config(config), paper.encoder_budget(config, 0.5)
+    ctx = SimpleNamespace(space=space, cost=functools.partial(count_params, config))
 
-    def score(arch):
-        """The more heads the better, and the fewer layers."""
+    def evaluate(arch):
+        """Score an architecture higher for more heads and for fewer layers."""
         return {"score": sum(arch.heads) / arch.depth ** 2}
-    best = []
-    for propose in (paper.propose_random, paper.propose_evolution):
-        past = paper.search_by(propose, it, limit, score, {}, 400, seed=1)
-        assert all(count_params(config, arch) < limit for arch in past)
-        best.append((list(past)[:50], max(past.values())))
-    assert best[0][0] == best[1][0] and best[1][1] > best[0][1]
-    memo = {arch: -1.0 for arch in best[0][0]}
-    assert paper.search_by(paper.propose_random, it, limit, None, memo, 50, 1) == memo
 
+    by_random = paper.search_by(paper.propose_random, ctx, limit, evaluate, {}, 400, seed=1)
+    by_evolution = paper.search_by(paper.propose_evolution, ctx, limit, evaluate, {}, 400, seed=1)
+    for scores in (by_random, by_evolution):
+        assert all(count_params(config, arch) < limit for arch in scores)
+    # Evolution's first generation is random.
+    first_archs = list(by_random)[:50]
+    assert list(by_evolution)[:50] == first_archs
+    assert max(by_evolution.values()) > max(by_random.values())
+
+    # A search evaluates nothing that the cache holds. Here, it could not: it has no
+    # evaluator.
+    cache = {arch: -1.0 for arch in first_archs}
+    assert paper.search_by(paper.propose_random, ctx, limit, None, cache, 50, 1) == cache
+
+
+# ---- Cells, from the command line ----------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A directory with a tiny BERT and a part of TOY, and the words that name them."""
+    """Return a directory with a tiny BERT and a part of TOY, and the flags that name them."""
     root = tmp_path_factory.mktemp("paper")
     toy = root / "data/TOY"
     toy.mkdir(parents=True)
-    for name, rows in (("train.tsv", 81), ("dev.tsv", 41)):
+    for name, num_lines in (("train.tsv", 81), ("dev.tsv", 41)):
         lines = (ROOT / "glue/TOY" / name).read_text().splitlines(keepends=True)
-        (toy / name).write_text("".join(lines[:rows]))
+        (toy / name).write_text("".join(lines[:num_lines]))
     torch.manual_seed(0)
     config = BertConfig.load(ROOT / "glue/TOY")
     save_bert(ElasticBert(config, 2), root / "bert", tokenizer_files(ROOT / "glue/TOY"))
-    words = ["--tasks", "TOY", "--data", root / "data", "--bert", root / "bert", "--work",
-             root / "work", "--results", root / "results", "--evaluations", "8", "--device", "cpu",
-             "--precision", "fp32"]
-    return SimpleNamespace(root=root, words=[str(word) for word in words])
+    flags = ["--tasks", "TOY", "--data", root / "data", "--bert", root / "bert",
+             "--work", root / "work", "--results", root / "results", "--evaluations", "8",
+             "--device", "cpu", "--precision", "fp32"]
+    return SimpleNamespace(root=root, flags=[str(flag) for flag in flags])
 
 
-def cells(work):
-    """{file name: facts} of what is there."""
+def read_cells(work):
+    """Return {file name: facts} of all cells."""
     return {path.name: json.loads(path.read_text())
             for path in sorted((work.root / "results").glob("*.json"))}
 
 
 def test_two_processes_share_the_cells(work):
-    command = [sys.executable, "-m", "glue.paper", "run", *work.words, "--variants", "core",
+    """Two processes with the same command fill all cells, and each cell is filled once."""
+    command = [sys.executable, "-m", "glue.paper", "run", *work.flags, "--variants", "core",
                "--seeds", "0", "1"]
-    running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-               for _ in range(2)]
-    said = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0]
-    names = [f"TOY-{variant}-{seed}" for variant in (
-        "best", "paper", "plain", "plain_lr=2e-5", "truncated", "truncated_epochs=3")
-        for seed in (0, 1)]
-    assert [f"paper-{name}.json" for name in names] == list(cells(work))
-    begun = [line[4:] for text in said for line in text.splitlines() if line.startswith("--- ")]
-    assert sorted(begun) == names                       # each once, by one of the two
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                 for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    variants = ("best", "paper", "plain", "plain_lr=2e-5", "truncated", "truncated_epochs=3")
+    names = [f"TOY-{variant}-{seed}" for variant in variants for seed in (0, 1)]
+    assert list(read_cells(work)) == [f"paper-{name}.json" for name in names]
+    started = []
+    for output in outputs:
+        started += [line[4:] for line in output.splitlines() if line.startswith("--- ")]
+    assert sorted(started) == names
+
+
+MORE_VARIANTS = ["best lr=2e-3 length=0.02", "HAT", "HAT tuned 2e-5", "bands of best",
+                 "matters of best", "plain lr=2e-5 epochs=3"]
+
+
+def assert_scores_keep_the_budgets(facts, config):
+    """Check that a cell has the largest architecture and one sub-BERT below each budget."""
+    assert [scores["budget"] for scores in facts["scores"]] == [1.0, 0.75, 0.5]
+    for scores in facts["scores"][1:]:
+        assert scores["params"] == count_params(config, Arch(**scores["arch"]))
+        assert scores["params"] < paper.encoder_budget(config, scores["budget"])
 
 
 def test_cells_and_tables(work, capsys, monkeypatch):
-    """What other cells need is filled before; tables of all that is there."""
-    monkeypatch.setattr(paper, "DRAWN", 12)
-    more = ["best lr=2e-3 length=0.02", "HAT", "HAT tuned 2e-5", "bands of best", "matters of best",
-            "plain lr=2e-5 epochs=3"]
-    assert paper.main(["run", *work.words, "--seeds", "0", "--variants", "core", *more]) == 0
-    found = cells(work)
-    assert {f"paper-TOY-{v}-0.json".replace(" ", "_") for v in more} <= set(found)
-    tuned, best = found["paper-TOY-HAT_tuned_2e-5-0.json"], found["paper-TOY-best-0.json"]
-    assert tuned["steps"] == 30                         # ten epochs of 72 examples, 32 a step
-    assert best["settings"]["epochs"] == 26 and best["settings"]["reorder"] is True
-    given = found["paper-TOY-best_lr=2e-3_length=0.02-0.json"]["settings"]
-    assert given["lr"] == 2e-3 and given["epochs"] == pytest.approx(0.02 * 26)
+    """Every type of variant fills its cell once, and every table can be printed from them."""
+    monkeypatch.setattr(paper, "NUM_DRAWN", 12)
+    command = ["run", *work.flags, "--seeds", "0", "--variants", "core", *MORE_VARIANTS]
+    assert paper.main(command) == 0
+    cells = read_cells(work)
+    assert {f"paper-TOY-{v}-0.json".replace(" ", "_") for v in MORE_VARIANTS} <= set(cells)
+
+    # Ten epochs of 72 examples, 32 per step.
+    assert cells["paper-TOY-HAT_tuned_2e-5-0.json"]["steps"] == 30
+    best = cells["paper-TOY-best-0.json"]
+    assert best["settings"]["epochs"] == 26
+    assert best["settings"]["reorder"] is True
+    changed = cells["paper-TOY-best_lr=2e-3_length=0.02-0.json"]["settings"]
+    assert changed["lr"] == 2e-3
+    assert changed["epochs"] == pytest.approx(0.02 * 26)
+
     config = load_bert(work.root / "bert", 2).config
-    for facts in (best, found["paper-TOY-HAT-0.json"]):
-        assert [s["budget"] for s in facts["scores"]] == [1.0, 0.75, 0.5]
-        for scores in facts["scores"][1:]:
-            assert scores["params"] == count_params(config, Arch(**scores["arch"])) < (
-                paper.budget(config, scores["budget"]))
-    truncated = found["paper-TOY-truncated-0.json"]
+    assert_scores_keep_the_budgets(best, config)
+    assert_scores_keep_the_budgets(cells["paper-TOY-HAT-0.json"], config)
+    truncated = cells["paper-TOY-truncated-0.json"]
     assert truncated["scores"][0]["arch"]["heads"] == [3, 3]
-    matters = found["paper-TOY-matters_of_best-0.json"]
-    assert len(matters["drawn"]) == 12 and list(matters["methods"]) == list(paper.METHODS)
+    matters = cells["paper-TOY-matters_of_best-0.json"]
+    assert len(matters["drawn"]) == 12
+    assert list(matters["methods"]) == list(paper.METHODS)
     assert {depth for depth, *_ in matters["drawn"]} <= {2, 3, 4, 5}
+
+    # The same command finds nothing left to do.
     capsys.readouterr()
-    assert paper.main(["run", *work.words, "--seeds", "0", "--variants", "core", *more]) == 0
-    assert capsys.readouterr().out == ""                # nothing is done twice
+    assert paper.main(command) == 0
+    assert capsys.readouterr().out == ""
     for name in paper.TABLES:
         assert paper.main(["table", name, "--results", str(work.root / "results")]) == 0
         out = capsys.readouterr().out
-        assert "TOY |" in out and "(fp32)" in out
-        assert ("dev" not in out.split("interval")[1]) == (name == "choose")
+        assert "TOY |" in out
+        assert "(fp32)" in out
+        # The choice of rate and length must not look at dev.
+        shows_dev = "dev" in out.split("interval")[1]
+        assert shows_dev == (name != "choose")
 
 
-def test_mistakes_are_one_line(work, capsys, tmp_path):
-    for words, message in ((["run", *work.words, "--variants", "bast"], "no variant 'bast'"),
-                           (["table", "9"], "table knows choose"),
-                           (["table", "core", "--results", str(tmp_path)], "no cells of table"),
-                           (["run", *work.words, "--data", "nowhere"], "nowhere/TOY")):
-        assert paper.main([*words, "--seeds", "7"]) == 2
-        assert message in capsys.readouterr().err
+@pytest.mark.parametrize("words, message", [
+    pytest.param(["run", "--variants", "bast"], "no variant 'bast'", id="unknown-variant"),
+    pytest.param(["table", "9"], "one of these names: choose", id="unknown-table"),
+    pytest.param(["table"], "one of these names: choose", id="no-table"),
+    pytest.param(["table", "core", "--results", "."], "table core has no cells", id="no-cells"),
+    pytest.param(["run", "--data", "nowhere"], "nowhere/TOY", id="no-data"),
+])
+def test_mistakes_are_one_line(work, capsys, tmp_path, monkeypatch, words, message):
+    """A mistake on the command line ends in status 2 and a message that names it."""
+    monkeypatch.chdir(tmp_path)
+    flags = work.flags if words[0] == "run" else []
+    # The last one of two equal flags counts.
+    assert paper.main([words[0], *flags, *words[1:], "--seeds", "7"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_seeds_with_other_settings_are_refused(tmp_path, capsys):
+    """A table refuses a variant whose seeds were run with different settings."""
     for seed, epochs in ((0, 1.0), (1, 2.0)):
         facts = dict(task="TOY", variant="plain", seed=seed, settings={"epochs": epochs},
                      evaluations=1, precision="fp32")
@@ -183,11 +277,20 @@ def test_mistakes_are_one_line(work, capsys, tmp_path):
     assert "other settings than seed 0" in capsys.readouterr().err
 
 
-def test_a_cell_whose_training_fails_leaves_the_others(work, tmp_path, capsys):
-    """A rate that diverges ends in status 2, after the other cells."""
-    words = [*work.words, "--work", str(tmp_path), "--results", str(tmp_path), "--seeds", "0"]
-    assert paper.main(["run", *words, "--variants", "plain lr=1e30 epochs=1", "plain"]) == 2
+def test_failed_training_does_not_stop_other_cells(work, tmp_path):
+    """A training that diverges sets status 2, and the other cells are still filled."""
+    flags = [*work.flags, "--work", str(tmp_path), "--results", str(tmp_path), "--seeds", "0"]
+    assert paper.main(["run", *flags, "--variants", "plain lr=1e30 epochs=1", "plain"]) == 2
     assert [path.name for path in tmp_path.glob("*.json")] == ["paper-TOY-plain-0.json"]
-    with pytest.raises(UserError):
-        paper.split_variant("plain rate=1")
     assert yoco.SIGNALS == []
+
+
+@pytest.mark.parametrize("variant", [
+    pytest.param("plain rate=1", id="unknown-setting"),
+    pytest.param("best epochs=3", id="setting-of-plain-fine-tuning"),
+    pytest.param("plain length=0.5", id="setting-of-elastic-training"),
+])
+def test_settings_that_a_variant_does_not_take(variant):
+    """A variant refuses settings that do not apply to it."""
+    with pytest.raises(UserError):
+        paper.split_variant(variant)
