@@ -423,7 +423,7 @@ class Cell:
         space = SearchSpace.for_config(BertConfig.load(pretrained))
         last_stage = yoco.make_stages(space, self.task, 1)[-1]
         length = float(self.settings.get("length", LENGTHS.get(self.task, 1)))
-        return length * (last_stage.first + last_stage.steps)
+        return length * (last_stage.first_step + last_stage.num_steps)
 
     def train(self, pretrained, *flags):
         """Run `train`, which resumes an earlier training, and load the result."""
