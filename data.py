@@ -1,9 +1,18 @@
-"""GLUE TSV files -> examples -> token ids -> padded batches -> scores and predictions.
+"""The task: read a data set, hold out a part of train, make batches, evaluate.
 
-Every official GLUE format is recognised by its header's column names (CoLA, which has no header, by
-its shape), and so is a user's own file with the columns `sentence`, `label` or `sentence1`,
-`sentence2`, `label` (`score` instead of `label`: regression). The files are read as what they are:
-UTF-8 lines split at tabs, no quoting. A row that does not fit is an error with its file and line.
+    load_task          train.tsv and dev.tsv -> a Task with lists of Example
+    split_holdout      the examples of train -> examples to train on, hold-out set
+    encode             [Example] -> [Encoded], which have token ids
+    batches, collate   [Encoded] -> padded batches [B, T]
+    make_evaluator     a model and [Encoded] -> a function that evaluates one architecture
+
+The official files of every GLUE task load as they are. So does a file of your own with
+the columns `sentence`, `label` or `sentence1`, `sentence2`, `label`. For regression the
+last column is `score`, not `label`. A file is UTF-8 text with one example per line and
+tabs between the columns. Quotes are ordinary characters. A row that does not fit is an
+error that names the file and the line.
+
+Letters in shapes: B batch, T tokens, C hidden size.
 """
 
 import itertools
@@ -17,544 +26,933 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# First model, which sets how torch's threads wait before torch is loaded.
-from model import (archs_to_tensor, BertConfig, capture_graph, forward_many, is_label, load_bert,
-                   print_line, read_json, regular_file, user_errors_for, UserError)
+# Keep this import first. model.py sets OMP_WAIT_POLICY, which torch reads on import.
+from model import (archs_to_tensor, BertConfig, capture_graph, forward_many, is_label,
+                   load_bert, print_line, read_json, regular_file, user_errors_for,
+                   UserError)
 
 import numpy as np
 import tokenizers
 import torch
 from torch import nn
 
-# sentence2: None without a pair; label: an index into Task.labels, or a float for regression
+# ==================================================================================================
+# Part I: the task
+# ==================================================================================================
+
+# One row of a file. sentence2 is None if the data has no pairs of texts. label is an
+# index into Task.labels, or a float for regression.
 Example = namedtuple("Example", "sentence1 sentence2 label")
-Encoded = namedtuple("Encoded", "input_ids token_type_ids label")   # two lists of equal length
+
+# An Example after tokenizing. input_ids and token_type_ids are lists of equal length.
+Encoded = namedtuple("Encoded", "input_ids token_type_ids label")
+
+# The format of a file: the task's name, the columns of the two sentences and of the
+# label, the metric, and the names of the labels.
 Format = namedtuple("Format", "name sentence1 sentence2 label metric labels")
 
-FORMATS = [  # first match wins; name None: the directory's name; labels None: those found in train
+# The first format whose columns a file has is the format of that file. If the name is
+# None, the task is named after its directory. If the labels are None, they are read from
+# train.tsv. They are () for regression. The last four formats are for your own files.
+# STS-B, RTE and SST-2 have the first three of these four.
+FORMATS = [
     Format("MRPC", "#1 String", "#2 String", "Quality", "accuracy+f1", ("0", "1")),
     Format("QQP", "question1", "question2", "is_duplicate", "accuracy", ("0", "1")),
     Format("MNLI", "sentence1", "sentence2", "gold_label", "accuracy",
            ("contradiction", "entailment", "neutral")),
-    Format("QNLI", "question", "sentence", "label", "accuracy", ("entailment", "not_entailment")),
-    Format(None, "sentence1", "sentence2", "score", "pearson+spearman", ()),     # STS-B, own
-    Format(None, "sentence1", "sentence2", "label", "accuracy", None),           # RTE, own pairs
-    Format(None, "sentence", None, "label", "accuracy", None),                   # SST-2, own
-    Format(None, "sentence", None, "score", "pearson+spearman", ()),             # own
+    Format("QNLI", "question", "sentence", "label", "accuracy",
+           ("entailment", "not_entailment")),
+    Format(None, "sentence1", "sentence2", "score", "pearson+spearman", ()),
+    Format(None, "sentence1", "sentence2", "label", "accuracy", None),
+    Format(None, "sentence", None, "label", "accuracy", None),
+    Format(None, "sentence", None, "score", "pearson+spearman", ()),
 ]
+
+# CoLA has no header, so we name its four columns.
 COLA = Format("CoLA", "sentence", None, "label", "matthews", ("0", "1"))
+COLA_COLUMNS = ["source", "label", "mark", "sentence"]
+
+# A line with more bytes than this is an error. The file is probably not a TSV file.
 LONGEST_LINE = 10**6
-NUMBER = re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?%?", re.IGNORECASE)
 
 
 @dataclass
 class Task:
-    """One data set. An example's label is an index into `labels`; regression has `labels` ()."""
+    """A data set, as `load_task` returns it."""
     name: str
     train: list
-    dev: list                            # MNLI: matched
+    # MNLI has two dev sets. This is the matched one.
+    dev: list
+    # The names of the labels, or () for regression. Example.label is an index into them.
     labels: tuple
-    metric: str                          # what ACC(m) is: the mean of the metrics joined by "+"
-    dev_mismatched: list | None = None   # MNLI only
+    # The names of the metrics that ACC(m) is the mean of, joined by "+".
+    metric: str
+    # Only MNLI has a second dev set.
+    dev_mismatched: list | None = None
 
     @property
     def num_labels(self):
-        """The number of logits: one per label, or a single one for regression."""
+        """Return the number of logits: one per label, or just one for regression."""
         return len(self.labels) or 1
 
     @property
     def pairs(self):
-        """Whether its examples are pairs of texts."""
+        """Return whether the examples are pairs of texts."""
         return self.train[0].sentence2 is not None
 
     @property
     def devs(self):
-        """The dev sets: one, or MNLI's two."""
+        """Return the list of dev sets, which has two entries for MNLI."""
         return [self.dev] + ([self.dev_mismatched] if self.dev_mismatched else [])
 
 
 # ---- Files ---------------------------------------------------------------------------------------
 
 def load_task(directory):
-    """Read train.tsv and dev.tsv (MNLI: dev_matched.tsv and dev_mismatched.tsv) of `directory`.
-    UserError for whatever is missing, malformed, or leaves nothing to learn."""
+    """Read the data set in `directory` and return a Task.
+
+    The files are train.tsv and dev.tsv. MNLI has dev_matched.tsv and dev_mismatched.tsv
+    instead of dev.tsv. Raises UserError if a file is missing or malformed, or if there
+    is nothing to learn.
+    """
     directory = Path(directory)
-    kind, train, labels = read_examples(directory / "train.tsv")
+    train_path = directory / "train.tsv"
+    train_format, train, labels = read_examples(train_path)
     if len({example.label for example in train}) < 2:
-        raise UserError(f"{directory / 'train.tsv'}: only one label; nothing to learn")
-    names = ["dev_matched.tsv", "dev_mismatched.tsv"] if kind.name == "MNLI" else ["dev.tsv"]
-    devs = []
-    for name in names:
-        dev_kind, dev, _ = read_examples(directory / name, labels)
-        if dev_kind != kind:
-            raise UserError(f"{directory / name} has other columns than train.tsv")
-        devs.append(dev)
-    name = kind.name or os.path.basename(os.path.realpath(directory))
-    return Task(name, train, devs[0], labels, kind.metric, *devs[1:])
+        raise UserError(f"{train_path} has only one label, so there is nothing to "
+                        "learn: add rows with another label")
+
+    def read_dev(name):
+        dev_format, examples, _ = read_examples(directory / name, labels)
+        if dev_format != train_format:
+            raise UserError(f"{directory / name} has other columns than train.tsv: "
+                            "give both files the same header")
+        return examples
+
+    if train_format.name == "MNLI":
+        dev = read_dev("dev_matched.tsv")
+        dev_mismatched = read_dev("dev_mismatched.tsv")
+    else:
+        dev = read_dev("dev.tsv")
+        dev_mismatched = None
+    return Task(name=train_format.name or os.path.basename(os.path.realpath(directory)),
+                train=train, dev=dev, dev_mismatched=dev_mismatched,
+                labels=labels, metric=train_format.metric)
 
 
 def read_examples(path, labels=None):
-    """Read one TSV file: (its Format, [Example], label names). `labels`: the only ones allowed."""
-    kind, table = read_table(path)
-    labels, examples = labels or kind.labels, []
+    """Read one TSV file and return its Format, its examples, and the label names.
+
+    labels: the allowed names. The default is those of the format, or if the format has
+    none, all names in the file, sorted. Raises UserError if a label is not allowed.
+    """
+    file_format, rows = read_table(path)
+    is_regression = file_format.labels == ()
+    labels = labels or file_format.labels
     if labels is None:
-        labels = tuple(sorted({label for *_, label in table if is_label(label)}))
-    is_regression = kind.labels == ()
-    legal = f"one of {', '.join(labels)}" if labels else "a name"
+        labels = tuple(sorted({text for *_, text in rows if is_label(text)}))
+
     if is_regression:
         legal = "a number"
-    for line, one, two, label in table:
+    else:
+        legal = f"one of {', '.join(labels)}" if labels else "a printable name"
+
+    examples = []
+    for line, sentence1, sentence2, text in rows:
         try:
-            value = float(label) if is_regression else labels.index(label)
+            label = float(text) if is_regression else labels.index(text)
         except ValueError:
-            value = np.nan                                           # refused below
-        if not np.isfinite(value):
-            raise UserError(f"{path}, line {line}: label {label[:40]!r} is not {legal}")
-        examples.append(Example(one, two, value))
-    return kind, examples, labels
+            label = math.nan
+        if not math.isfinite(label):
+            raise UserError(f"{path}, line {line}: label {text[:40]!r} is not {legal}: "
+                            "correct or remove this row")
+        examples.append(Example(sentence1, sentence2, label))
+    return file_format, examples, labels
 
 
 def read_table(path, test=False):
-    """The Format of a TSV file and its rows: (line, sentence1, sentence2 or None, label); of a test
-    file the column `index` (None without one) stands in the label's place."""
-    rows, table = read_rows(Path(path)), []
-    columns, first = rows[0], 1
-    # CoLA has no header: its rows are known by their shape.
-    if len(columns) == 4 and columns[1] in COLA.labels and columns[2] in ("", "*"):
-        kind, columns, first = COLA, ["source", "label", "mark", "sentence"], 0
+    """Return the Format of a TSV file, and a list (line, sentence1, sentence2, label).
+
+    line is the line's number in the file. sentence2 is None if the format has no pairs.
+    A test file has no labels. Its column `index` takes the label's place, or None if that
+    column is missing. Raises UserError if a row has too few or too many columns.
+    """
+    rows = read_rows(Path(path))
+    # CoLA has no header, so we recognise it by the shape of its first row.
+    if len(rows[0]) == 4 and rows[0][1] in COLA.labels and rows[0][2] in ("", "*"):
+        file_format, columns, first = COLA, COLA_COLUMNS, 0
     else:
-        kind = find_format(path, columns, test)
-    wanted = [kind.sentence1, kind.sentence2, "index" if test else kind.label]
-    for line, row in enumerate(rows[first:], 1 + first):
+        columns, first = rows[0], 1
+        file_format = find_format(path, columns, test)
+
+    last_column = "index" if test else file_format.label
+    table = []
+    n_incomplete = 0
+    for line, row in enumerate(rows[first:], first + 1):
         if len(row) == len(columns):
             cells = dict(zip(columns, row))
-            table.append((line, *(cells.get(name) for name in wanted)))
-        # The official train of QQP has a few incomplete rows.
-        elif kind.name != "QQP" or len(row) > len(columns) or test:
-            raise UserError(f"{path}, line {line}: {len(row)} columns, expected {len(columns)}")
+            table.append((line, cells[file_format.sentence1],
+                          cells.get(file_format.sentence2), cells.get(last_column)))
+        elif file_format.name == "QQP" and len(row) < len(columns) and not test:
+            # The official train.tsv of QQP has a few incomplete rows.
+            n_incomplete += 1
+        else:
+            raise UserError(f"{path}, line {line}: {len(row)} columns, expected "
+                            f"{len(columns)}: separate the columns by tabs")
     if not table:
-        raise UserError(f"{path} has no rows")
-    if len(table) < len(rows) - first:
-        print_line(f"{path}: {len(rows) - first - len(table)} incomplete row(s) left out")
-    return kind, table
+        raise UserError(f"{path} has no rows: add examples below the header")
+    if n_incomplete:
+        print_line(f"{path}: ignored {n_incomplete} incomplete row(s)")
+    return file_format, table
 
 
 def find_format(path, columns, test):
-    """The first Format whose columns are all there; of a test file the label's need not be."""
-    for one, other in (("label", "score"), ("sentence", "sentence1")):
-        if {one, other} <= set(columns) and not test:
-            raise UserError(f"{path} has a column {one} and a column {other}: leave one out")
+    """Return the first Format whose columns are all in a file's header.
+
+    A test file needs no column for the label. Raises UserError if the header fits no
+    format, or if it is ambiguous.
+    """
+    for name1, name2 in (("label", "score"), ("sentence", "sentence1")):
+        if name1 in columns and name2 in columns and not test:
+            raise UserError(f"{path} has a column {name1} and a column {name2}: "
+                            "leave one out")
     if len(set(columns)) < len(columns):
-        raise UserError(f"{path}: the header {columns[:8]} has two columns of one name")
-    for kind in FORMATS:
-        needed = {kind.sentence1, kind.sentence2, None if test else kind.label}
-        if needed - {None} <= set(columns):
-            return kind
-    raise UserError(f"{path}: the header {columns[:8]} fits no GLUE format; a file of your own "
-                    "needs sentence, label or sentence1, sentence2, label (or score)")
+        raise UserError(f"{path}: the header {columns[:8]} has two columns of one "
+                        "name: rename one of them")
+    for file_format in FORMATS:
+        needed = {file_format.sentence1, file_format.sentence2} - {None}
+        if not test:
+            needed.add(file_format.label)
+        if needed <= set(columns):
+            return file_format
+    raise UserError(f"{path}: the header {columns[:8]} fits no GLUE format: name the "
+                    "columns of your own file sentence, label or sentence1, sentence2, "
+                    "label (score instead of label for regression)")
 
 
 def read_rows(path):
-    """A TSV file's rows as lists of strings: no quoting, LF or CRLF, byte-order mark or not."""
+    """Return the rows of a TSV file as lists of strings.
+
+    Lines end in LF or CRLF. A byte-order mark is ignored. Raises UserError if the file
+    is missing, empty, or not a text file.
+    """
     if not path.exists():
-        name = os.path.basename(os.path.realpath(path.parent))
-        hint = f"if it is one of GLUE's, run: python -m glue.download {name}"
-        if path.parent.is_file():
-            hint = f"{path.parent} is a file: name its directory"
-        elif path.with_suffix(".csv").exists():
-            hint = "a .csv does: write it anew with tabs and without quotes"
-        raise UserError(f"{path} does not exist; {hint}")
-    content = regular_file(path).read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+        raise UserError(f"{path} does not exist: {hint_for_missing_file(path)}")
+    byte_order_mark = b"\xef\xbb\xbf"
+    content = regular_file(path).read_bytes().removeprefix(byte_order_mark).rstrip(b"\r\n")
     if not content:
-        raise UserError(f"{path} is empty")
+        raise UserError(f"{path} is empty: write a header and examples into it")
     rows = []
     for number, line in enumerate(content.split(b"\n"), 1):
-        if b"\0" in line or len(line) > LONGEST_LINE:
-            raise UserError(f"{path}, line {number}: a NUL (is it UTF-16?), or more than "
-                            f"{LONGEST_LINE:,} bytes")
+        where = f"{path}, line {number}"
+        if b"\0" in line:
+            raise UserError(f"{where}: a NUL byte: save the file as UTF-8 text")
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{where}: more than {LONGEST_LINE:,} bytes: "
+                            "write one example per line")
         try:
             rows.append(line.decode().removesuffix("\r").split("\t"))
         except UnicodeDecodeError:
-            raise UserError(f"{path}, line {number}: not UTF-8") from None
+            raise UserError(f"{where}: not UTF-8: save the file as UTF-8 text") from None
     return rows
 
 
+# ---- The hold-out set ----------------------------------------------------------------------------
+
 def split_holdout(examples, fraction, seed):
-    """Split train into (kept, held out): `fraction` of it, at least one example unless that is 0,
-    and of every label, or of every stretch of the scores, its share."""
+    """Split the examples of train into (kept, held out), both in their old order.
+
+    `fraction` of the examples are held out, at least one unless `fraction` is 0. Labels
+    and scores have the same distribution in both parts. A seed always gives the same
+    split.
+    """
+    size = 0
+    if fraction:
+        size = min(len(examples) - 1, max(1, round(fraction * len(examples))))
     rng = np.random.default_rng(seed)
-    labels = np.array([e.label for e in examples])
-    held = np.zeros(len(examples), bool)
-    total = min(len(examples) - 1, max(1, round(fraction * len(examples)))) if fraction else 0
-    if total and labels.dtype == np.float64:
-        # Neighbours in score: one of each `total` stretches of equal length.
-        for stretch in np.array_split(labels.argsort(kind="stable"), total):
-            held[rng.choice(stretch)] = True
-    elif total:
-        # Largest remainders: every label its whole share, the rest to the largest fractions.
-        exact = total * np.bincount(labels) / len(labels)
-        sizes = exact.astype(int)
-        by_remainder = (sizes - exact).argsort(kind="stable")
-        sizes[by_remainder[:total - sizes.sum()]] += 1
-        for label, size in enumerate(sizes):
-            members = np.flatnonzero(labels == label)
-            held[rng.permutation(members)[:size]] = True
-    return list(itertools.compress(examples, ~held)), list(itertools.compress(examples, held))
-
-
-def summarize_task(task, kept, held, encoded, bert, max_length):
-    """Lines that say what was understood of a task, and what looks like a mistake. kept, held: the
-    parts of train; encoded: the first, by the tokenizer in `bert`, cut to `max_length` tokens."""
-    labels = [e.label for e in task.train]
-    dev = [e for part in task.devs for e in part]
-    texts = [text for e in task.train + dev for text in e[:2] if text is not None]
-    if task.labels:
-        counts = [f"{task.labels[label]} {n}" for label, n in Counter(labels).most_common(8)]
-        kind = f"{len(task.labels)} labels ({', '.join(counts)})"
+    labels = np.array([example.label for example in examples])
+    if size == 0:
+        chosen = set()
+    elif labels.dtype == np.float64:
+        chosen = set(sample_by_score(labels, size, rng))
     else:
-        kind = f"scores from {min(labels):g} to {max(labels):g}, mean {np.mean(labels):.3g}"
-    lengths = np.array([len(e.input_ids) for e in encoded])
-    unk = load_tokenizer(bert).token_to_id("[UNK]")
-    unknown = np.mean([i == unk for e in encoded for i in e.input_ids])
-    quoted = [row for row, e in enumerate(task.train, 2)             # line 1 is the header
-              if any(text and text[0] == text[-1] == '"' for text in e[:2])]
-    trained = {e[:2] for e in kept}
-    seen = sum(e[:2] in trained for e in held + dev)
-    warnings = {
-        "the labels are numbers: if they are scores, name their column score, not label":
-            len(task.labels) > 10 and all(map(NUMBER.fullmatch, task.labels)),
-        "some labels differ by blanks or case alone":
-            len({" ".join(unicodedata.normalize("NFKC", name).casefold().split())
-                 for name in task.labels}) < len(task.labels),
-        "some texts are empty": not all(text.strip() for text in texts),
-        f"many texts stand in a CSV file's quotes, which are not removed: lines {quoted[:3]} ...":
-            len(quoted) > len(task.train) / 5,
-        "many tokens are unknown: is this the BERT of this language and casing?": unknown > 0.1,
-        f"{seen} rows of the hold-out or of dev are in train word for word": seen > 0,
-        "scores far from 0: a regression learns them badly; scale them to about 0 to 5":
-            not task.labels and not (abs(np.mean(labels)) < 10 and 0.05 < np.std(labels) < 10)}
-    return [f"{task.name}: {kind}; {len(kept)} {'pairs' if task.pairs else 'texts'} to train on, "
-            f"{len(held)} held out, {len(dev)} in dev",
-            f"tokens: median {np.median(lengths):.0f}, {np.mean(lengths >= max_length):.1%} cut to "
-            f"{max_length}; {unknown:.1%} unknown",
-            f"always giving {'the most frequent answer' if task.labels else 'the mean'} scores "
-            f"{majority(task):.2f} on dev",
-            *(f"WARNING: {text}" for text, applies in warnings.items() if applies)]
+        chosen = set(sample_by_label(labels, size, rng))
+    kept = [example for i, example in enumerate(examples) if i not in chosen]
+    held = [example for i, example in enumerate(examples) if i in chosen]
+    return kept, held
 
 
-def majority_baseline(task):
-    """ACC(m) on dev, in %, of a model that always gives train's most frequent label."""
-    if not task.labels:
+def sample_by_label(labels, size, rng):
+    """Sample `size` indices in which every label has its share.
+
+    The shares are rounded to whole numbers by the method of largest remainders.
+    """
+    exact = size * np.bincount(labels) / len(labels)
+    # First round down. Then add one to the labels that lost most, until the sum is `size`.
+    counts = exact.astype(int)
+    by_remainder = (counts - exact).argsort(kind="stable")
+    counts[by_remainder[:size - counts.sum()]] += 1
+    chosen = []
+    for label, count in enumerate(counts):
+        members = np.flatnonzero(labels == label)
+        chosen.extend(rng.permutation(members)[:count].tolist())
+    return chosen
+
+
+def sample_by_score(scores, size, rng):
+    """Sample `size` indices, one from each of `size` groups of neighbours in score."""
+    groups = np.array_split(scores.argsort(kind="stable"), size)
+    return [int(rng.choice(group)) for group in groups]
+
+
+# ---- Tokenizing ----------------------------------------------------------------------------------
+
+def make_encoder(directory, max_length=None):
+    """Return a function [Example] -> [Encoded] with the tokenizer of a BERT directory.
+
+    An example becomes [CLS] sentence1 [SEP], or [CLS] sentence1 [SEP] sentence2 [SEP]
+    with token type 1 for sentence2 and its [SEP]. Long examples are cut to `max_length`
+    tokens, the longer sentence first. The default is the length in the model's training.
+    """
+    # Part II reads the files of the tokenizer, and the length of the model's training.
+    tokenizer = load_tokenizer(directory)
+    config = BertConfig.load(directory)
+    max_length = max_length or max_train_length(directory)
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+
+    def encode_examples(examples):
+        """Encode a list of examples."""
+        texts = []
+        for example in examples:
+            if example.sentence2 is None:
+                texts.append(example.sentence1)
+            elif config.type_vocab_size < 2:
+                raise UserError(f"{directory}: the data has pairs of texts, but this "
+                                "BERT has only one token type: use a BERT with two")
+            else:
+                texts.append((example.sentence1, example.sentence2))
+        return [Encoded(encoding.ids, encoding.type_ids, example.label)
+                for encoding, example in zip(tokenizer.encode_batch(texts), examples)]
+
+    return encode_examples
+
+
+def encode(examples, directory, max_length=None):
+    """Encode a list of examples with the encoder that `make_encoder` returns."""
+    return make_encoder(directory, max_length)(examples)
+
+
+# ---- Batches -------------------------------------------------------------------------------------
+
+def batches(encoded, batch_size, seed, first=0):
+    """Yield the batches of training endlessly, as lists of indices, from step `first`.
+
+    Every epoch visits each example once. Its order depends only on the seed and on the
+    epoch's number. So a run that resumes at step `first` gets the batches that it would
+    have got without the interruption.
+    """
+    bucket_size = 50 * batch_size
+    first_epoch, n_skipped = divmod(first, math.ceil(len(encoded) / batch_size))
+    for epoch in itertools.count(first_epoch):
+        rng = np.random.default_rng([seed, epoch])
+
+        # Shuffle the examples. Then sort them by length within buckets of 50 batches,
+        # so that the examples of a batch have similar lengths and need little padding.
+        order = rng.permutation(len(encoded)).tolist()
+        epoch_batches = []
+        for start in range(0, len(order), bucket_size):
+            bucket = order[start:start + bucket_size]
+            bucket.sort(key=lambda i: -len(encoded[i].input_ids))
+            for i in range(0, len(bucket), batch_size):
+                epoch_batches.append(bucket[i:i + batch_size])
+
+        # Shuffle the batches, or an epoch would begin with the longest examples.
+        for n in rng.permutation(len(epoch_batches))[n_skipped:]:
+            yield epoch_batches[n]
+        # Only the first epoch can begin in the middle.
+        n_skipped = 0
+
+
+def token_batches(encoded, tokens):
+    """Return the batches of an evaluation as lists of indices, longest examples first.
+
+    A batch has at most `tokens` tokens after it is padded to its longest example. An
+    example with more tokens than that is a batch by itself.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
+    index_lists = []
+    start = 0
+    while start < len(order):
+        longest = len(encoded[order[start]].input_ids)
+        size = max(1, tokens // longest)
+        index_lists.append(order[start:start + size])
+        start += size
+    return index_lists
+
+
+def collate(encoded, indices, device="cpu", most=10**6):
+    """Return one padded batch: input_ids, token_type_ids, attention_mask and labels.
+
+    The first two are int64 [B, T], the mask is bool [B, T], and the labels are int64 [B],
+    or float32 for regression.
+
+    T is the longest length, rounded up to a multiple of 8 (on a GPU of 32), but not above
+    `most`, the model's number of positions. Rounding gives few different shapes. That
+    saves time, because a CPU keeps its kernels per shape, and a GPU its graphs.
+    """
+    rows = [encoded[i] for i in indices]
+    longest = max(len(row.input_ids) for row in rows)
+    multiple = 8 if torch.device(device).type == "cpu" else 32
+    padded = math.ceil(longest / multiple) * multiple
+    n_tokens = max(longest, min(most, padded))
+
+    # The mask is False on padding, so the ids there do not matter.
+    shape = (len(rows), n_tokens)                                        # [B, T]
+    input_ids = np.zeros(shape, np.int64)
+    token_type_ids = np.zeros(shape, np.int64)
+    attention_mask = np.zeros(shape, bool)
+    for b, row in enumerate(rows):
+        length = len(row.input_ids)
+        input_ids[b, :length] = row.input_ids
+        token_type_ids[b, :length] = row.token_type_ids
+        attention_mask[b, :length] = True
+    labels = [row.label for row in rows]                                 # [B]
+    return tuple(torch.as_tensor(values, device=device)
+                 for values in (input_ids, token_type_ids, attention_mask, labels))
+
+
+# ---- Evaluating an architecture ------------------------------------------------------------------
+
+def make_evaluator(model, parts, metric, device, autocast):
+    """Return a function evaluate_arch(arch) -> {metric: %}.
+
+    parts: the data sets to evaluate on, each a list of Encoded. MNLI's dev has two, and
+    the metrics of the second one end in "_mismatched". "score" is ACC(m), the mean over
+    the data sets. Raises UserError if a logit is NaN or infinite.
+    """
+    # Small batches stay in a CPU's caches. A GPU needs large ones to be busy.
+    max_tokens = 2**11 if device.type == "cpu" else 2**15
+    max_positions = model.config.max_position_embeddings
+
+    # The batches are made once and stay on the device.
+    dev_sets = []
+    all_batches = []
+    for suffix, encoded in zip(("", "_mismatched"), parts):
+        set_batches = [collate(encoded, indices, device, max_positions)
+                       for indices in token_batches(encoded, max_tokens)]
+        labels = torch.cat([batch_labels for *_, batch_labels in set_batches]).cpu()
+        dev_sets.append((suffix, set_batches, labels.numpy()))
+        all_batches += set_batches
+
+    # The plain form of this line is `forward = model.eval()`. Part II gives us a function
+    # that returns the same logits faster.
+    forward = faster_forward(model, all_batches, device, autocast)
+
+    def evaluate_arch(arch):
+        """Return {metric: %} of one architecture."""
+        results = {}
+        scores = []
+        for suffix, set_batches, labels in dev_sets:
+            with torch.inference_mode(), autocast():
+                logits = [forward(*inputs, arch).float() for *inputs, _ in set_batches]
+            logits = check_finite(torch.cat(logits).cpu())               # [n, num_labels]
+            values = compute_metrics(metric, labels, logits.numpy())
+            scores.append(values["score"])
+            for name, value in values.items():
+                results[name + suffix] = value
+        results["score"] = sum(scores) / len(scores)
+        return results
+
+    return evaluate_arch
+
+
+# ---- Metrics -------------------------------------------------------------------------------------
+# The first five compare n labels with n predictions, and return a fraction, not %.
+
+def accuracy(labels, predictions):
+    """Return the share of predictions that equal their label."""
+    return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
+
+
+def f1(labels, predictions):
+    """Return the harmonic mean of precision and recall of label 1.
+
+    It is 0 if neither a label nor a prediction is 1.
+
+    >>> f1([1, 1, 0, 0], [1, 0, 1, 0])      # precision 1/2, recall 1/2
+    0.5
+    """
+    labels = np.asarray(labels) == 1
+    predictions = np.asarray(predictions) == 1
+    n_positive = labels.sum() + predictions.sum()
+    return float(2 * (labels & predictions).sum() / n_positive) if n_positive else 0.0
+
+
+def matthews_corrcoef(labels, predictions):
+    """Return the correlation of binary sequences, in [-1, 1], or 0 if one is constant."""
+    return pearson(np.asarray(labels) == 1, np.asarray(predictions) == 1)
+
+
+def pearson(labels, predictions):
+    """Return the linear correlation, in [-1, 1], or 0 if one side is constant."""
+    x = np.asarray(labels, np.float64)
+    y = np.asarray(predictions, np.float64)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
-    answer = Counter(e.label for e in task.train).most_common(1)[0][0]
-    logits = np.eye(len(task.labels))[[answer]]                      # [1, num_labels]
-    return float(np.mean([compute_metrics(task.metric, np.array([e.label for e in dev]),
-                                 logits.repeat(len(dev), 0))["score"] for dev in task.devs]))
+    x, y = x - x.mean(), y - y.mean()
+    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
 
 
-# ---- The tokenizer, and batches ------------------------------------------------------------------
+def spearman(labels, predictions):
+    """Return the linear correlation of the ranks. Equal values share their mean rank.
 
-# Classes that give both texts of a pair the token type 0, unless model_input_names asks for types.
+    >>> spearman([1, 2, 3, 4], [1, 10, 1000, 1001])
+    1.0
+    """
+    def ranks(values):
+        _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+        # The mean rank of equal values is their last rank minus half of their extent.
+        last_ranks = np.cumsum(counts)
+        return (last_ranks - (counts - 1) / 2)[group]
+
+    return pearson(ranks(labels), ranks(predictions))
+
+
+def compute_metrics(metric, labels, logits):
+    """Return every metric of a task in %, and ACC(m) of Eq. 7 as "score".
+
+    metric: the metrics that ACC(m) is the mean of, joined by "+". labels [n] and logits
+    [n, num_labels] are numpy arrays. F1 and Matthews are computed only for two labels.
+    """
+    if "pearson" in metric:
+        predictions = logits[:, 0]                                       # [n]
+        functions = {"pearson": pearson, "spearman": spearman}
+    else:
+        predictions = logits.argmax(1)                                   # [n]
+        functions = {"accuracy": accuracy}
+        if logits.shape[1] == 2:
+            functions |= {"f1": f1, "matthews": matthews_corrcoef}
+    values = {}
+    for name, function in functions.items():
+        values[name] = 100 * function(labels, predictions)
+    score = np.mean([values[name] for name in metric.split("+")])
+    return {"score": float(score), **values}
+
+
+# ==================================================================================================
+# Part II: the machinery. You can stop here on a first reading.
+# ==================================================================================================
+
+# ---- Variants of the tokenizer -------------------------------------------------------------------
+
+# These classes give token type 0 to both texts, unless model_input_names asks for types.
 ONE_TYPE = ["DistilBertTokenizer", "DistilBertTokenizerFast", "TokenizersBackend"]
-# What is supported of the fields of tokenizer_config.json that have few values; and those of the
-# normalizer, under the names that the library has for them.
+
+# The supported values of those fields of tokenizer_config.json that have few values.
 SUPPORTED = {
-    "tokenizer_class": ["BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", *ONE_TYPE],
-    "word_tokenizer_type": ["basic"], "subword_tokenizer_type": ["wordpiece"],
-    "do_lower_case": [True, False], "strip_accents": [True, False],
-    "tokenize_chinese_chars": [True, False], "do_basic_tokenize": [True],
-    "split_special_tokens": [False], "truncation_side": ["right"], "unk_token": ["[UNK]"],
-    "cls_token": ["[CLS]"], "sep_token": ["[SEP]"]}
-NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
-              "tokenize_chinese_chars": "handle_chinese_chars"}
+    "tokenizer_class": ["BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast",
+                        *ONE_TYPE],
+    "word_tokenizer_type": ["basic"],
+    "subword_tokenizer_type": ["wordpiece"],
+    "do_lower_case": [True, False],
+    "strip_accents": [True, False],
+    "tokenize_chinese_chars": [True, False],
+    "do_basic_tokenize": [True],
+    "split_special_tokens": [False],
+    "truncation_side": ["right"],
+    "unk_token": ["[UNK]"],
+    "cls_token": ["[CLS]"],
+    "sep_token": ["[SEP]"],
+}
+
+# Fields of tokenizer_config.json, and their names in the normalizer of tokenizers.
+NORMALIZER = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
 
 
 def load_tokenizer(directory):
-    """The tokenizer of a BERT directory: its tokenizer.json, or its vocab.txt with the casing and
-    the added tokens that the files beside it name. UserError where its ids are not the model's."""
-    here = Path(directory)
-    path = here / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {}
-    for name, values in SUPPORTED.items():
-        value = config.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if value not in [*values, None]:
-            raise UserError(f"{path}: {name} is {value!r}, not one of {values}")
-    casing = {theirs: config[name] for name, theirs in NORMALIZER.items()
+    """Load the tokenizer of a BERT directory.
+
+    It is read from tokenizer.json. Without that file it is made from vocab.txt, with the
+    casing and the added tokens that the files beside it name. Raises UserError if a file
+    is damaged, if a variant is not supported, or if the ids do not fit the model.
+    """
+    directory = Path(directory)
+    config = read_tokenizer_config(directory)
+    casing = {library_name: config[name] for name, library_name in NORMALIZER.items()
               if config.get(name) is not None}
-    has_json = (here / "tokenizer.json").exists()
-    path = here / ("tokenizer.json" if has_json else "vocab.txt")
+    has_json = (directory / "tokenizer.json").exists()
+    path = directory / ("tokenizer.json" if has_json else "vocab.txt")
     with user_errors_for(path):
         if has_json:
-            tokenizer = tokenizers.Tokenizer.from_file(str(regular_file(path)))
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            for name, value in casing.items():
-                if getattr(tokenizer.normalizer, name, value) != value:
-                    raise UserError(f"{path} contradicts tokenizer_config.json: {name} {value}")
+            tokenizer = read_tokenizer_json(regular_file(path), casing)
         else:
             tokenizer = word_pieces(regular_file(path), casing)
-        add_tokens(tokenizer, here, known=has_json)
-        words = tokenizer.get_vocab()
+        add_tokens(tokenizer, directory, only_check=has_json)
+        vocabulary = tokenizer.get_vocab()
         for token in ("[UNK]", "[CLS]", "[SEP]"):
-            if token not in words:
-                raise UserError(f"{path} has no {token}: it is not the vocabulary of a BERT")
+            if token not in vocabulary:
+                raise UserError(f"{path} has no {token}, so it is not the vocabulary of a "
+                                "BERT: use another model")
         inputs = config.get("model_input_names") or []
-        if "token_type_ids" not in inputs and (inputs or config.get("tokenizer_class") in ONE_TYPE):
+        has_one_type = inputs or config.get("tokenizer_class") in ONE_TYPE
+        if "token_type_ids" not in inputs and has_one_type:
             tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
                 single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:0 [SEP]:0",
-                special_tokens=[(token, words[token]) for token in ("[CLS]", "[SEP]")])
-        # A character that none knows: this raises where the tokenizer's own [UNK] does not work.
+                special_tokens=[("[CLS]", vocabulary["[CLS]"]),
+                                ("[SEP]", vocabulary["[SEP]"])])
+        # Try a character that no vocabulary has. This fails if [UNK] does not work.
         pair = tokenizer.encode("\U00012345", "a")
-        if pair.tokens[0] != "[CLS]" or pair.tokens[-1] != "[SEP]" or max(pair.type_ids) > 1:
-            raise UserError(f"{path} does not give [CLS] text [SEP] text [SEP], as a BERT reads it")
-    # SentencePiece marks where a word begins with this; WordPiece marks how one goes on, with ##.
-    if sum(word.startswith("\u2581") for word in words) > len(words) / 10:
-        raise UserError(f"{path} is not the vocabulary of a BERT's WordPiece")
-    most, size = max(words.values()), BertConfig.load(directory).vocab_size
-    if most >= size:
-        raise UserError(f"{path} has the id {most}, but config.json's vocab_size is {size}")
+        has_both_ends = pair.tokens[0] == "[CLS]" and pair.tokens[-1] == "[SEP]"
+        if not has_both_ends or max(pair.type_ids) > 1:
+            raise UserError(f"{path} does not give [CLS] text [SEP] text [SEP], as a BERT "
+                            "needs it: use another model")
+    # SentencePiece puts this character at the beginning of a word. WordPiece does not.
+    n_marked = sum(word.startswith("\u2581") for word in vocabulary)
+    if n_marked > len(vocabulary) / 10:
+        raise UserError(f"{path} is not the vocabulary of a BERT's WordPiece: use another "
+                        "model")
+    max_id = max(vocabulary.values())
+    vocab_size = BertConfig.load(directory).vocab_size
+    if max_id >= vocab_size:
+        raise UserError(f"{path} has the id {max_id}, but config.json's vocab_size is "
+                        f"{vocab_size}: take both files from the same model")
+    return tokenizer
+
+
+def read_tokenizer_config(directory):
+    """Return the fields of tokenizer_config.json, or {} without that file.
+
+    Raises UserError if a field has a value that is not supported.
+    """
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    for name, supported in SUPPORTED.items():
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if value not in [*supported, None]:
+            raise UserError(f"{path}: {name} is {value!r}, but must be one of {supported}")
+    return config
+
+
+def read_tokenizer_json(path, casing):
+    """Read a tokenizer.json.
+
+    casing: the options of the normalizer that tokenizer_config.json sets.
+    Raises UserError if they contradict tokenizer.json.
+    """
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    for name, value in casing.items():
+        actual = getattr(tokenizer.normalizer, name, value)
+        if actual != value:
+            raise UserError(f"{path} has {name} {actual}, but tokenizer_config.json has "
+                            f"{value}: take both files from the same model")
     return tokenizer
 
 
 def word_pieces(path, casing):
-    """The WordPiece tokenizer of a vocab.txt; casing: what tokenizer_config.json says about it."""
+    """Return the WordPiece tokenizer of a vocab.txt.
+
+    casing: the options of the normalizer that tokenizer_config.json sets.
+    """
     if not path.exists():
-        raise UserError(f"{path} does not exist, nor a tokenizer.json beside it")
+        raise UserError(f"{path} does not exist, and there is no tokenizer.json: "
+                        "copy one of them from the model")
     words = path.read_text("utf-8-sig").rstrip("\n").split("\n")
-    # Where nobody says so, a vocabulary with words in capitals is a cased one.
-    capitals = sum(word != word.lower() for word in words if word[:1] not in ("[", "<"))
-    casing = {"lowercase": capitals < len(words) / 100, **casing}
-    return tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, **casing)
+    # By default a vocabulary with capitals is a cased one. [CLS] and <s> do not count.
+    ordinary_words = [word for word in words if word[:1] not in ("[", "<")]
+    n_capitals = sum(word != word.lower() for word in ordinary_words)
+    casing = {"lowercase": n_capitals < len(words) / 100, **casing}
+    ids = {word: i for i, word in enumerate(words)}
+    return tokenizers.BertWordPieceTokenizer(ids, **casing)
 
 
-def add_tokens(tokenizer, directory, known):
-    """Add the tokens that the files beside a vocabulary name, in the order of their ids; `known`:
-    they are there already. UserError where one has another id."""
+def add_tokens(tokenizer, directory, only_check):
+    """Add the tokens that the files beside a vocabulary name, in the order of ids.
+
+    only_check: the tokenizer already has the tokens, so only check their ids.
+    Raises UserError if a token does not have the id that its file names.
+    """
+    tokens, ids = read_added_tokens(directory)
+    # The tokens without an id come last.
+    for content in sorted(tokens, key=lambda content: ids.get(content, 10**9)):
+        if not only_check:
+            tokenizer.add_tokens([tokens[content]])
+        actual = tokenizer.token_to_id(content)
+        expected = ids.get(content, actual)
+        if actual is None or actual != expected:
+            raise UserError(f"{directory}: the added token {content!r} has the id {actual}, "
+                            f"but the files name {expected}: take all files from one model")
+
+
+def read_added_tokens(directory):
+    """Return {content: AddedToken} and {content: id} of the tokens that files add.
+
+    Not every file names ids, so the second dict can have fewer entries.
+    """
+    names = ["tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"]
     tokens, ids = {}, {}
-    for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
+    for name in names:
         path = directory / name
         with user_errors_for(path):
             fields = read_json(path) if path.exists() else {}
             for i, token in fields.get("added_tokens_decoder", {}).items():
                 tokens[token["content"]] = tokenizers.AddedToken(**token)
                 ids[token["content"]] = int(i)
-            for token in (fields.get("additional_special_tokens") or []) + (
-                    fields.get("extra_special_tokens") or []):
-                token = token if isinstance(token, str) else token["content"]
-                tokens.setdefault(token, tokenizers.AddedToken(token, special=True))
+            special_tokens = (fields.get("additional_special_tokens") or []) + (
+                fields.get("extra_special_tokens") or [])
+            for token in special_tokens:
+                content = token if isinstance(token, str) else token["content"]
+                tokens.setdefault(content, tokenizers.AddedToken(content, special=True))
+            # This file has no other fields than tokens and their ids.
             if name == "added_tokens.json":
-                for token, i in fields.items():
-                    tokens.setdefault(token, tokenizers.AddedToken(token))
-                    ids[token] = int(i)
-    for token in sorted(tokens, key=lambda token: ids.get(token, 10**9)):
-        if not known:
-            tokenizer.add_tokens([tokens[token]])
-        found = tokenizer.token_to_id(token)
-        if found is None or found != ids.get(token, found):
-            raise UserError(f"{directory}: the added token {token!r} has the id {found}, not the "
-                            f"one that its files name, {ids.get(token)}")
-
-
-def make_encoder(directory, max_length=None):
-    """A function [Example] -> [Encoded] with the tokenizer of the BERT directory `directory`:
-    [CLS] sentence1 [SEP] or [CLS] sentence1 [SEP] sentence2 [SEP] (token types 0 and 1), cut to
-    `max_length` tokens (None: as many as in the model's training), the longer sentence first."""
-    tokenizer, config = load_tokenizer(directory), BertConfig.load(directory)
-    tokenizer.enable_truncation(max_length or max_train_length(directory), strategy="longest_first")
-
-    def encode_examples(examples):
-        """[Example] -> [Encoded]; UserError for pairs where the BERT has one token type."""
-        texts = [e.sentence1 if e.sentence2 is None else e[:2] for e in examples]
-        if config.type_vocab_size < 2 and any(e.sentence2 is not None for e in examples):
-            raise UserError(f"{directory}: the data has pairs, the BERT only one token type")
-        return [Encoded(t.ids, t.type_ids, e.label)
-                for t, e in zip(tokenizer.encode_batch(texts), examples)]
-    return encode_examples
-
-
-def encode(examples, directory, max_length=None):
-    """What `encoder` does, once: [Example] -> [Encoded]."""
-    return make_encoder(directory, max_length)(examples)
+                for content, i in fields.items():
+                    tokens.setdefault(content, tokenizers.AddedToken(content))
+                    ids[content] = int(i)
+    return tokens, ids
 
 
 def max_train_length(directory):
-    """Tokens per example that a model was trained with: run.json says so, or in an exported model
-    the tokenizer; else its positions."""
-    most = BertConfig.load(directory).max_position_embeddings
-    for name, field in (("run.json", "max_length"), ("tokenizer_config.json", "model_max_length")):
+    """Return the number of tokens per example that a model was trained with.
+
+    It is in run.json, or for an exported model in tokenizer_config.json. For any other
+    model it is the number of positions.
+    """
+    max_positions = BertConfig.load(directory).max_position_embeddings
+    fields = {"run.json": "max_length", "tokenizer_config.json": "model_max_length"}
+    for name, field in fields.items():
         path = Path(directory) / name
         length = read_json(path).get(field) if path.exists() else None
-        if type(length) in (int, float) and length >= 3:             # transformers may write 1e30
-            return int(min(length, most))
-    return most
+        if type(length) in (int, float) and length >= 3:
+            # transformers may write 1e30 for "no limit".
+            return int(min(length, max_positions))
+    return max_positions
 
 
-def batches(encoded, batch_size, seed, first=0):
-    """Yield the batches of training for ever, from that of step `first` on: index lists. An epoch
-    names each example once; its order follows from seed and epoch alone. Examples are shuffled and
-    sorted by length within buckets of 50 batches, so that a batch has little padding; then the
-    batches are shuffled."""
-    bucket = 50 * batch_size
-    start, skip = divmod(first, math.ceil(len(encoded) / batch_size))
-    for epoch in itertools.count(start):
-        rng = np.random.default_rng([seed, epoch])
-        order = rng.permutation(len(encoded)).tolist()
-        cut = []
-        for a in range(0, len(order), bucket):
-            chunk = sorted(order[a:a + bucket], key=lambda i: -len(encoded[i].input_ids))
-            cut += [chunk[b:b + batch_size] for b in range(0, len(chunk), batch_size)]
-        for n in rng.permutation(len(cut))[skip:]:
-            yield cut[n]
-        skip = 0                                                     # of the first epoch alone
+# ---- The summary of a data set, and likely mistakes in it ----------------------------------------
+
+# A label that is probably a score.
+NUMBER = re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?%?", re.IGNORECASE)
 
 
-def token_batches(encoded, tokens):
-    """Cut `encoded` into batches for evaluation: index lists, longest first, each of as many
-    examples as make at most `tokens` tokens when padded to the longest (but at least one)."""
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
-    cut = []
-    while order:
-        size = max(1, tokens // len(encoded[order[0]].input_ids))
-        cut.append(order[:size])
-        order = order[size:]
-    return cut
+def summarize_task(task, kept, held, encoded, bert, max_length):
+    """Return lines that summarize a data set and warn of likely mistakes.
+
+    kept, held: the two parts of train. encoded: `kept` after tokenizing with the
+    tokenizer of the directory `bert`, cut to `max_length` tokens.
+    """
+    labels = [example.label for example in task.train]
+    if task.labels:
+        counts = []
+        for label, count in Counter(labels).most_common(8):
+            counts.append(f"{task.labels[label]} {count}")
+        label_summary = f"{len(task.labels)} labels ({', '.join(counts)})"
+        constant_answer = "the most frequent answer"
+    else:
+        label_summary = (f"scores from {min(labels):g} to {max(labels):g}, "
+                         f"mean {np.mean(labels):.3g}")
+        constant_answer = "the mean"
+    n_dev = sum(len(dev) for dev in task.devs)
+    unit = "pairs" if task.pairs else "texts"
+
+    lengths = np.array([len(example.input_ids) for example in encoded])
+    unk_id = load_tokenizer(bert).token_to_id("[UNK]")
+    is_unknown = [i == unk_id for example in encoded for i in example.input_ids]
+    share_unknown = np.mean(is_unknown)
+    share_cut = np.mean(lengths >= max_length)
+    baseline = majority_baseline(task)
+    lines = [f"{task.name}: {label_summary}. {len(kept)} {unit} to train on, "
+             f"{len(held)} held out, {n_dev} in dev",
+             f"tokens: median {np.median(lengths):.0f}, {share_cut:.1%} cut to "
+             f"{max_length}, {share_unknown:.1%} unknown",
+             f"always giving {constant_answer} scores {baseline:.2f} on dev"]
+    for warning in find_likely_mistakes(task, kept, held, share_unknown):
+        lines.append(f"WARNING: {warning}")
+    return lines
 
 
-def collate(encoded, indices, device="cpu", most=10**6):
-    """One batch, padded to its longest member and on to a multiple of 8 tokens, on a GPU of 32 (few
-    shapes: a CPU keeps kernels for each, a GPU a graph), but not beyond the model's `most`
-    positions: input_ids, token_type_ids (int64) and attention_mask (bool), each [B, T], and labels
-    [B] (int64, or float32 for regression)."""
-    rows = [encoded[i] for i in indices]
-    step = 8 if torch.device(device).type == "cpu" else 32
-    longest = max(len(row.input_ids) for row in rows)
-    T = max(longest, min(most, -(-longest // step) * step))
-    ids, types = np.zeros((2, len(rows), T), np.int64)               # padding is masked
-    mask = np.zeros((len(rows), T), bool)
-    for b, row in enumerate(rows):
-        n = len(row.input_ids)
-        ids[b, :n], types[b, :n], mask[b, :n] = row.input_ids, row.token_type_ids, True
-    labels = [row.label for row in rows]                             # become int64 or float32
-    return tuple(torch.as_tensor(x, device=device) for x in (ids, types, mask, labels))
+def find_likely_mistakes(task, kept, held, share_unknown):
+    """Return a warning for each property of a data set that looks like a mistake.
+
+    share_unknown: the share of [UNK] among the tokens.
+    """
+    dev = [example for examples in task.devs for example in examples]
+    warnings = []
+
+    if len(task.labels) > 10 and all(NUMBER.fullmatch(name) for name in task.labels):
+        warnings.append("the labels are numbers: if they are scores, name their column "
+                        "score instead of label")
+
+    plain_names = set()
+    for name in task.labels:
+        plain = unicodedata.normalize("NFKC", name).casefold()
+        plain_names.add(" ".join(plain.split()))
+    if len(plain_names) < len(task.labels):
+        warnings.append("some labels differ only by blanks or case: write them in one way")
+
+    texts = [text for example in task.train + dev for text in example[:2]]
+    if any(text is not None and not text.strip() for text in texts):
+        warnings.append("some texts are empty: check their rows")
+
+    quoted_lines = []
+    # Line 1 of the file is the header.
+    for line, example in enumerate(task.train, 2):
+        if any(text and text[0] == text[-1] == '"' for text in example[:2]):
+            quoted_lines.append(line)
+    if len(quoted_lines) > len(task.train) / 5:
+        warnings.append("many texts are in quotes, as in a CSV file: remove the quotes, "
+                        f"for example in the lines {quoted_lines[:3]}")
+
+    if share_unknown > 0.1:
+        warnings.append("many tokens are unknown: check that the BERT has the language "
+                        "and the casing of the data")
+
+    train_texts = {example[:2] for example in kept}
+    n_seen = sum(example[:2] in train_texts for example in held + dev)
+    if n_seen:
+        warnings.append(f"{n_seen} rows of the hold-out set or of dev are in train word "
+                        "for word: remove duplicates from train.tsv")
+
+    if not task.labels:
+        scores = [example.label for example in task.train]
+        if not (abs(np.mean(scores)) < 10 and 0.05 < np.std(scores) < 10):
+            warnings.append("the scores are far from 0 or vary too much or too little to "
+                            "be learned well: scale them to about 0 to 5")
+    return warnings
 
 
-# ---- Using a model -------------------------------------------------------------------------------
-
-def load(directory):
-    """A model that `train` or `search` wrote, and its encoder: encode(text), encode(text, pair), or
-    both with lists of B texts, gives the three [B, T] tensors that the model takes."""
-    model, encode_examples = load_bert(directory), make_encoder(directory)
-    most = model.config.max_position_embeddings
-
-    def encode_texts(texts, pairs=None):
-        """One text or a list, and as many second texts -> three [B, T] tensors."""
-        if isinstance(texts, str):
-            texts, pairs = [texts], [pairs]
-        pairs = [None] * len(texts) if pairs is None else pairs
-        if not texts or isinstance(pairs, str) or len(pairs) != len(texts):
-            raise UserError("encode takes at least one text, and as many second texts or none")
-        examples = [Example(one, two, 0) for one, two in zip(texts, pairs)]
-        return collate(encode_examples(examples), range(len(examples)), most=most)[:3]
-    return model, encode_texts
+def hint_for_missing_file(path):
+    """Return what to do if a file of a data set does not exist."""
+    if path.parent.is_file():
+        return f"{path.parent} is a file, name its directory instead"
+    if path.with_suffix(".csv").exists():
+        return "convert the .csv beside it to tabs without quotes"
+    name = os.path.basename(os.path.realpath(path.parent))
+    return f"if it is a GLUE task, type: python -m glue.download {name}"
 
 
-def predict(model, directory, examples, autocast, batch_size=32):
-    """For every Example of an iterable, as soon as its batch is computed, yield the label's name
-    and {name: probability}; of a regression, the score and {}."""
-    device, most = model.classifier.weight.device, model.config.max_position_embeddings
-    names = model.config.labels or [str(i) for i in range(model.num_labels)]
-    encode_examples, examples = make_encoder(directory), iter(examples)
-    while batch := list(itertools.islice(examples, batch_size)):
-        encoded = encode_examples([example._replace(label=0) for example in batch])
-        *inputs, _ = collate(encoded, range(len(batch)), device, most)
-        with torch.inference_mode(), autocast():
-            logits = check_finite(model(*inputs).float().cpu())            # [B, num_labels]
-        for row in logits:
-            if model.config.problem_type == "regression":
-                yield row.item(), {}
-            else:
-                yield names[row.argmax()], dict(zip(names, row.softmax(0).tolist()))
+def majority_baseline(task):
+    """Return ACC(m) on dev, in %, of always giving the most frequent label of train.
+
+    With two dev sets this is the mean of both. For regression it is 0, because a constant
+    answer has no correlation with the scores.
+    """
+    if not task.labels:
+        return 0.0
+    label = Counter(example.label for example in task.train).most_common(1)[0][0]
+    scores = []
+    for dev in task.devs:
+        dev_labels = np.array([example.label for example in dev])        # [n]
+        logits = np.zeros((len(dev), len(task.labels)))                  # [n, num_labels]
+        logits[:, label] = 1
+        scores.append(compute_metrics(task.metric, dev_labels, logits)["score"])
+    return float(np.mean(scores))
 
 
-PREFIX_MEMORY = 2**30    # bytes of hidden states that a scorer keeps for architectures to come
+# ---- Faster, same results ------------------------------------------------------------------------
+
+# An evaluator caches at most this many bytes of hidden states.
+PREFIX_MEMORY = 2**30
 
 
-def make_evaluator(model, parts, metric, device, autocast):
-    """A function arch -> {metric: %} over lists of encoded examples, in batches that are made once
-    and stay on the device. Of two parts (MNLI's dev) "score" is the mean."""
-    tokens = 2**11 if device.type == "cpu" else 2**15                # a CPU's caches like few
-    most, lengths = model.config.max_position_embeddings, [len(part) for part in parts]
-    batches = [collate(part, indices, device, most)
-               for part in parts for indices in token_batches(part, tokens)]
-    labels = torch.cat([labels for *_, labels in batches]).cpu().split(lengths)
+def faster_forward(model, batches, device, autocast):
+    """Return a function that gives the same logits as `model.eval()`, in less time.
+
+    Its arguments are those of the model, (input_ids, token_type_ids, attention_mask, arch),
+    and the logits are [B, num_labels]. On a GPU they are the same up to rounding. The three
+    inputs must be the tensors of one of the `batches`, not copies of them, because the
+    function keeps a cache or a graph for each batch.
+    """
     model = cast_linears_to_bf16(model, device, autocast).eval()
     if device.type == "cuda":
-        forward = with_cuda_graphs(model, batches, autocast)
-    else:
-        forward = with_prefix_cache(model, batches)
-
-    def score(arch):
-        """{metric: %} of one architecture."""
-        model.check(arch)
-        with torch.inference_mode(), autocast():
-            logits = torch.cat([forward(b, arch).float() for b in range(len(batches))])
-        found, *others = [compute_metrics(metric, right.numpy(), given.numpy())
-                          for right, given in zip(labels, check_finite(logits.cpu()).split(lengths))]
-        for other in others:
-            found |= {f"{name}_mismatched": value for name, value in other.items()}
-            found["score"] = (found["score"] + other["score"]) / 2
-        return found
-    return score
+        return with_cuda_graphs(model, batches, autocast)
+    return PrefixCache(model, batches).forward
 
 
-def with_prefix_cache(model, batches):
-    """A function (index of a batch, arch) -> its logits [B, num_labels], those of `model.forward`
-    to the bit. Architectures whose first layers are the same compute them once: each batch keeps
-    the hidden states [B, T, C] before its layers, the youngest that PREFIX_MEMORY has room for."""
-    kept = [{} for _ in batches]                                     # {the layers before: states}
-    tokens = sum(ids.numel() for ids, *_ in batches)
-    # How many such states each batch may keep.
-    room = PREFIX_MEMORY // (4 * tokens * model.config.hidden_size)
+class PrefixCache:
+    """Keep hidden states, so that architectures with equal first layers compute them once.
 
-    def forward(b, arch):
-        """Logits [B, num_labels] of batch b, from the longest prefix of layers that is kept."""
-        ids, types, mask, _ = batches[b]
-        layers, states = model.config.layers(arch), kept[b]
+    For each batch the cache maps a prefix of layers to the hidden states [B, T, C] after
+    these layers. It holds at most PREFIX_MEMORY bytes. When it is full, it drops the states
+    that were least recently used.
+    """
+
+    def __init__(self, model, batches):
+        self.model = model
+        # A tensor is a key by its identity, so input_ids can be the key of a batch.
+        self.states = {input_ids: {} for input_ids, *_ in batches}
+        n_tokens = sum(input_ids.numel() for input_ids in self.states)
+        # There is room for this many prefixes in every batch. A number takes 4 bytes.
+        self.max_prefixes = PREFIX_MEMORY // (4 * n_tokens * model.config.hidden_size)
+
+    def forward(self, input_ids, token_type_ids, attention_mask, arch):
+        """Return the logits [B, num_labels] of one batch, bit for bit those of the model."""
+        self.model.check(arch)
+        layers = self.model.config.layers(arch)
+        states = self.states[input_ids]
+
+        # Start after the longest prefix in the cache. The empty prefix is the embeddings.
         start = max((n for n in range(arch.depth) if layers[:n] in states), default=0)
-        # What is taken out here and put back below becomes the youngest of the dict.
+        # We remove the states from the dict and insert them again below. That moves them to
+        # its end, so the least recently used states are always in front.
         x = states.pop(layers[:start], None)
         if x is None:
-            x = model.embed(ids, types)
-        for n, (i, H, F_) in enumerate(layers[start:], start):
+            x = self.model.embed(input_ids, token_type_ids)              # [B, T, C]
+
+        mask = attention_mask[:, None, None, :]                          # [B, 1, 1, T]
+        for n in range(start, arch.depth):
             states[layers[:n]] = x
-            x = model.layers[i](x, mask[:, None, None, :], H, F_, cls_only=n + 1 == arch.depth)
-        while len(states) > room:
-            del states[next(iter(states))]
-        return model.head(x)
-    return forward
+            i, n_heads, n_neurons = layers[n]
+            is_last = n + 1 == arch.depth
+            x = self.model.layers[i](x, mask, n_heads, n_neurons, cls_only=is_last)
+
+        while len(states) > self.max_prefixes:
+            least_recent = next(iter(states))
+            del states[least_recent]
+        return self.model.head(x)                                        # [B, num_labels]
 
 
 def with_cuda_graphs(model, batches, autocast):
-    """The same for a GPU: the masked pass over each batch, recorded once as a CUDA graph and
-    replayed. The logits are those of `model.forward` but for rounding."""
-    sizes = archs_to_tensor(model.config, [model.config.arch], batches[0][0].device)    # [1, L, 2]
-    pool = torch.cuda.graph_pool_handle()
-    with torch.inference_mode(), autocast():
-        graphs = [capture_graph(partial(forward_many, model, *inputs, sizes), pool) for *inputs, _ in batches]
+    """Return a forward function that replays a CUDA graph, recorded once for each batch.
 
-    def forward(b, arch):
-        """Logits [B, num_labels] of batch b."""
+    A replay saves the time to launch every single kernel. The graph holds the masked pass,
+    `forward_many`, because there the tensors have the same shapes for all architectures.
+    """
+    device = model.classifier.weight.device
+    # Every graph reads the architecture from this tensor. We write it before each replay.
+    sizes = archs_to_tensor(model.config, [model.config.arch], device)   # [1, L, 2]
+    pool = torch.cuda.graph_pool_handle()
+    # As in PrefixCache, input_ids is the key of a batch.
+    graphs = {}
+    with torch.inference_mode(), autocast():
+        for *inputs, _ in batches:
+            compute = partial(forward_many, model, *inputs, sizes)
+            graphs[inputs[0]] = capture_graph(compute, pool)
+
+    def forward(input_ids, token_type_ids, attention_mask, arch):
+        """Return the logits [B, num_labels] of one batch."""
+        model.check(arch)
         sizes.copy_(archs_to_tensor(model.config, [arch]))
-        graph, logits = graphs[b]
+        graph, logits = graphs[input_ids]
         graph.replay()
+        # The next replay overwrites the logits [1, B, num_labels], so we copy them.
         return logits[0].clone()
+
     return forward
 
 
 def cast_linears_to_bf16(model, device, autocast):
-    """The model itself, or where autocast would cast its weights to bf16 in every call, a copy that
-    has them in bf16: the same logits. The classifier stays in fp32."""
+    """Return a copy of the model with bf16 weights if autocast is on, else the model.
+
+    The logits are the same. Autocast casts these weights to bf16 in every call, and the
+    copy saves that. The classifier stays in fp32.
+    """
     with autocast():
         if torch.is_autocast_enabled(device.type):
             model = deepcopy(model)
@@ -564,65 +962,72 @@ def cast_linears_to_bf16(model, device, autocast):
     return model
 
 
-def check_finite(logits):
-    """The logits, unless they are not numbers: UserError."""
-    if not torch.isfinite(logits).all():
-        raise UserError("the model's logits are not finite: its weights overflow in this precision")
-    return logits
+# ---- Using a trained model -----------------------------------------------------------------------
+
+def load(directory):
+    """Return a model that `train` or `search` wrote, and its encoder.
+
+    encode(text) or encode(text, second_text) returns the three [1, T] tensors that the
+    model takes. With lists of B texts they are [B, T].
+    """
+    model = load_bert(directory)
+    encode_examples = make_encoder(directory)
+    max_positions = model.config.max_position_embeddings
+
+    def encode_texts(texts, pairs=None):
+        """Encode one text or a list of texts, with as many second texts or none."""
+        if isinstance(texts, str):
+            texts, pairs = [texts], [pairs]
+        pairs = [None] * len(texts) if pairs is None else pairs
+        if not texts or isinstance(pairs, str) or len(pairs) != len(texts):
+            raise UserError("encode takes at least one text, and as many second texts or "
+                            "none: give it two lists of the same length")
+        examples = [Example(text, second, 0) for text, second in zip(texts, pairs)]
+        encoded = encode_examples(examples)
+        *inputs, _ = collate(encoded, range(len(encoded)), most=max_positions)
+        return tuple(inputs)
+
+    return model, encode_texts
+
+
+def predict(model, directory, examples, autocast, batch_size=32):
+    """Yield (label name, {name: probability}) for every Example of an iterable.
+
+    For regression yield (score, {}). The iterable can be a stream, because a batch is
+    computed as soon as its examples are there.
+    """
+    device = model.classifier.weight.device
+    max_positions = model.config.max_position_embeddings
+    names = model.config.labels or [str(i) for i in range(model.num_labels)]
+    encode_examples = make_encoder(directory)
+    examples = iter(examples)
+    while batch := list(itertools.islice(examples, batch_size)):
+        encoded = encode_examples([example._replace(label=0) for example in batch])
+        *inputs, _ = collate(encoded, range(len(batch)), device, max_positions)
+        with torch.inference_mode(), autocast():
+            logits = check_finite(model(*inputs).float().cpu())          # [B, num_labels]
+        for row in logits:
+            if model.config.problem_type == "regression":
+                yield row.item(), {}
+            else:
+                yield names[row.argmax()], dict(zip(names, row.softmax(0).tolist()))
 
 
 def load_trained(directory, task):
-    """A model that train or search wrote; refused where its labels are not those of the data."""
+    """Load a model that `train` or `search` wrote, to evaluate it on `task`.
+
+    Raises UserError if the model has other labels than the data, or has no classifier.
+    """
     labels = BertConfig.load(directory).labels
     if labels != task.labels:
-        raise UserError(f"{directory} knows the labels {labels}, but the data has {task.labels}")
-    return load_bert(directory)                  # refuses where the classifier is missing
+        raise UserError(f"{directory} was trained on the labels {labels}, but the data "
+                        f"has {task.labels}: use data with the same labels")
+    return load_bert(directory)
 
 
-# ---- Metrics, on two sequences of n labels and n predictions; as fractions -----------------------
-
-def accuracy(labels, predictions):
-    """The share of predictions that equal their label."""
-    return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
-
-
-def f1(labels, predictions):
-    """The harmonic mean of precision and recall of label 1; 0 where nothing is or is called 1."""
-    labels, predictions = np.asarray(labels) == 1, np.asarray(predictions) == 1
-    positives = labels.sum() + predictions.sum()
-    return float(2 * (labels & predictions).sum() / positives) if positives else 0.0
-
-
-def matthews_corrcoef(labels, predictions):
-    """The correlation of two binary sequences, in [-1, 1]; 0 where one of them is constant."""
-    return pearson(np.asarray(labels) == 1, np.asarray(predictions) == 1)
-
-
-def pearson(labels, predictions):
-    """The linear correlation, in [-1, 1]; 0 where one side is constant."""
-    x, y = (np.asarray(v, np.float64) for v in (labels, predictions))
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return 0.0
-    x, y = x - x.mean(), y - y.mean()
-    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
-
-
-def spearman(labels, predictions):
-    """The linear correlation of the ranks; ties share their mean rank."""
-    def ranks(values):
-        _, group, count = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(count) - (count - 1) / 2)[group]
-    return pearson(ranks(labels), ranks(predictions))
-
-
-def compute_metrics(metric, labels, logits):
-    """Every metric of a task in %, and ACC(m) of Eq. 7 as "score": the mean of those in `metric`.
-    labels [n], logits [n, num_labels] (numpy). F1 and Matthews are given for two labels."""
-    if "pearson" in metric:
-        functions, predictions = {"pearson": pearson, "spearman": spearman}, logits[:, 0]
-    else:
-        functions, predictions = {"accuracy": accuracy}, logits.argmax(1)
-        if logits.shape[1] == 2:
-            functions |= {"f1": f1, "matthews": matthews_corrcoef}
-    values = {name: 100 * function(labels, predictions) for name, function in functions.items()}
-    return {"score": float(np.mean([values[name] for name in metric.split("+")])), **values}
+def check_finite(logits):
+    """Return the logits. Raises UserError if any of them is NaN or infinite."""
+    if not torch.isfinite(logits).all():
+        raise UserError("the model's logits are not finite, because its weights overflow "
+                        "in this precision: try --precision fp32")
+    return logits

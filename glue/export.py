@@ -116,8 +116,8 @@ def read_examples(run):
 def export_tokenizer(model_dir):
     """Return the tokenizer files of an export, {name: bytes}.
 
-    The model directory keeps the maximal length and the casing outside of its
-    tokenizer files. An export's files hold both.
+    They also hold the length to which texts are cut, and the casing. transformers needs
+    both to compute the same tokens.
     """
     max_length = data.max_train_length(model_dir)
     tokenizer = data.load_tokenizer(model_dir)

@@ -1,4 +1,4 @@
-"""Draw what a search evaluated, or how a super-BERT was trained. Needs matplotlib.
+"""Draw what a search evaluated, or how a super-BERT was trained.
 
     python -m glue.plot subbert/MRPC-60000000 ... [--out FILE.svg]
     python -m glue.plot superbert/MRPC            [--out FILE.svg]
@@ -11,7 +11,7 @@ The picture of a training shows the controller K, the loss, the parameters of th
 likely architecture, and theta over time. It needs log.jsonl and no other file, so it
 can also be drawn while the training is still running.
 
-The same directories always give the same bytes.
+The same directories always give the same bytes. The program needs matplotlib.
 """
 
 import io

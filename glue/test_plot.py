@@ -67,7 +67,7 @@ def search_records(runs_dir):
 
 
 def test_same_directories_same_bytes(runs_dir, drawn):
-    """A picture depends on the directories alone, and is named after the first of them."""
+    """A picture depends only on the directories, and is named after the first of them."""
     subberts = [runs_dir / "sub/0.4x", runs_dir / "sub/0.7x"]
     for directories in ([runs_dir / "super"], subberts):
         assert plot.main([*map(str, directories)]) == 0

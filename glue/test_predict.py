@@ -163,7 +163,7 @@ def test_closed_output(trained_dir):
         assert (process.wait(), process.stderr.read()) == (0, b"")
 
 
-# In a command line, TEXTS and PAIRS stand for the two super-BERTs and DATA for their data.
+# In a command line, TEXTS and PAIRS stand for the two super-BERTs, and DATA for the data sets.
 @pytest.mark.parametrize("words, fragment", [
     pytest.param("two --model TEXTS",
                  "two, line 1: two texts, but the model was trained on single", id="pair"),

@@ -25,8 +25,8 @@ GOOD = "good great brilliant funny moving clever charming fresh".split()
 BAD = "bad awful dull boring weak stale clumsy tedious".split()
 LIKE = "love enjoy admire like".split()
 HATE = "hate dislike loathe regret".split()
-PAST = {verb: verb + ("ted" if verb == "regret" else "d" if verb[-1] == "e" else "ed")
-        for verb in LIKE + HATE}
+PAST = {"love": "loved", "enjoy": "enjoyed", "admire": "admired", "like": "liked",
+        "hate": "hated", "dislike": "disliked", "loathe": "loathed", "regret": "regretted"}
 # The intensifiers. Only the middle two go with a verb.
 STRONG = "very truly really extremely".split()
 NOT = "not never hardly".split()
@@ -41,7 +41,8 @@ SIZES = {"train": 3000, "dev": 800, "test": 400}
 CONFIG = {
     "architectures": ["BertForSequenceClassification"], "model_type": "bert",
     "hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 3,
-    "intermediate_size": 192, "max_position_embeddings": 32, "type_vocab_size": 2, "hidden_act": "gelu",
+    "intermediate_size": 192, "max_position_embeddings": 32, "type_vocab_size": 2,
+    "hidden_act": "gelu",
     # No dropout, because the rule has no noise to overfit. BERT usually starts from
     # weights with a standard deviation of 0.02. These layers learn faster from 0.03,
     # and from 0.1 not at all.
