@@ -21,7 +21,6 @@ import os
 import re
 import unicodedata
 from collections import Counter, namedtuple
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,6 @@ from model import (archs_to_tensor, BertConfig, capture_graph, forward_many, is_
 import numpy as np
 import tokenizers
 import torch
-from torch import nn
 
 # ==================================================================================================
 # Part I: the task
@@ -869,7 +867,7 @@ def faster_forward(model, batches, device, autocast):
     inputs must be the tensors of one of the `batches`, not copies of them, because the
     function keeps a cache or a graph for each batch.
     """
-    model = cast_linears_to_bf16(model, device, autocast).eval()
+    model.eval()
     if device.type == "cuda":
         return with_cuda_graphs(model, batches, autocast)
     return PrefixCache(model, batches).forward
@@ -930,10 +928,17 @@ def with_cuda_graphs(model, batches, autocast):
     pool = torch.cuda.graph_pool_handle()
     # As in PrefixCache, input_ids is the key of a batch.
     graphs = {}
-    with torch.inference_mode(), autocast():
+
+    def compute(inputs):
+        """Run the masked pass under autocast."""
+        # Autocast is entered here, and not around all graphs, so that every graph casts the
+        # weights itself. Otherwise it would read casts that autocast has freed since.
+        with autocast():
+            return forward_many(model, *inputs, sizes)
+
+    with torch.inference_mode():
         for *inputs, _ in batches:
-            compute = partial(forward_many, model, *inputs, sizes)
-            graphs[inputs[0]] = capture_graph(compute, pool)
+            graphs[inputs[0]] = capture_graph(partial(compute, inputs), pool)
 
     def forward(input_ids, token_type_ids, attention_mask, arch):
         """Return the logits [B, num_labels] of one batch."""
@@ -945,21 +950,6 @@ def with_cuda_graphs(model, batches, autocast):
         return logits[0].clone()
 
     return forward
-
-
-def cast_linears_to_bf16(model, device, autocast):
-    """Return a copy of the model with bf16 weights if autocast is on, else the model.
-
-    The logits are the same. Autocast casts these weights to bf16 in every call, and the
-    copy saves that. The classifier stays in fp32.
-    """
-    with autocast():
-        if torch.is_autocast_enabled(device.type):
-            model = deepcopy(model)
-            for module in [*model.layers.modules(), model.pooler]:
-                if isinstance(module, nn.Linear):
-                    module.bfloat16()
-    return model
 
 
 # ---- Using a trained model -----------------------------------------------------------------------
