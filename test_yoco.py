@@ -5,8 +5,8 @@
     MINILM_DIR=... pytest -q           also logits and token ids on all-MiniLM-L6-v2
     YOCO_TEST_GPU=1 pytest -q          also what a GPU computes
 
-Part I tests the method in the order of model.py, data.py and yoco.py, and then the three commands.
-Part II tests the machinery: files, refusals, resuming, several processes, and the GPU.
+Part I tests the method in the order of model.py, data.py and yoco.py, and then the three
+commands. Part II tests the machinery: files, refusals, resuming, several processes, the GPU.
 """
 
 import os
@@ -65,8 +65,7 @@ needs_gpu = pytest.mark.skipif(
     not GPU, reason="YOCO_TEST_GPU=1 lets the tests use a GPU")
 
 torch.set_num_threads(1)
-# A background job of a shell ignores Ctrl-C. The tests of signals need Python's own
-# handler.
+# A shell's background job ignores Ctrl-C. The tests of signals need Python's handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -81,21 +80,20 @@ NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
 def small_config(**changes):
-    """Return the configuration of a BERT with 4 layers, 6 heads of size 4 and FFN size 48.
+    """Return a BERT's configuration: 4 layers, 6 heads of size 4, FFN size 48.
 
-    Its search space has the depths {2, 3, 4}, heads {2, 4, 6} and FFN sizes {8, 12, 16,
-    48}.
+    Its space has the depths {2, 3, 4}, heads {2, 4, 6} and FFN sizes {8, 12, 16, 48}.
     """
-    fields = dict(vocab_size=50, hidden_size=24, num_hidden_layers=4, num_attention_heads=6,
-                  intermediate_size=48, max_position_embeddings=20, initializer_range=0.2)
+    fields = dict(vocab_size=50, hidden_size=24, num_hidden_layers=4,
+                  num_attention_heads=6, intermediate_size=48,
+                  max_position_embeddings=20, initializer_range=0.2)
     return BertConfig(**fields | changes)
 
 
 def small_model(num_labels=3, seed=0, **changes):
     """Return an ElasticBert of `small_config` with random weights.
 
-    Biases and LayerNorms are random too, so that a test notices if one of them is left
-    out.
+    Biases and LayerNorms are random too, so that a test notices if one is left out.
     """
     torch.manual_seed(seed)
     model = ElasticBert(small_config(**changes), num_labels).eval()
@@ -118,7 +116,7 @@ def small_batch(B=5, T=11, seed=1):
 
 
 def some_archs(config, count=4):
-    """Return the smallest architecture, the largest, and `count` random ones of the space."""
+    """Return the smallest, the largest, and `count` random architectures."""
     space = SearchSpace.for_config(config)
     uniform = Categorical(space.categories)
     rng = np.random.default_rng(0)
@@ -146,15 +144,15 @@ def count_weights(model):
 
 
 def assert_close(actual, expected):
-    """Assert that two tensors differ only by rounding, by 1e-5 of the largest element."""
+    """Assert that two tensors agree to 1e-5 of the largest element."""
     assert (actual - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
 
 
 def state_for_torch(layer):
-    """Return the weights of one of our layers under torch.nn.TransformerEncoderLayer's names."""
-    projections = (layer.query, layer.key, layer.value)
-    state = {"self_attn.in_proj_weight": torch.cat([part.weight for part in projections]),
-             "self_attn.in_proj_bias": torch.cat([part.bias for part in projections])}
+    """Return a layer's weights under the names of torch's TransformerEncoderLayer."""
+    qkv = (layer.query, layer.key, layer.value)
+    state = {"self_attn.in_proj_weight": torch.cat([linear.weight for linear in qkv]),
+             "self_attn.in_proj_bias": torch.cat([linear.bias for linear in qkv])}
     modules = {"self_attn.out_proj": layer.attention_out,
                "linear1": layer.ffn_in,
                "linear2": layer.ffn_out,
@@ -167,9 +165,10 @@ def state_for_torch(layer):
 
 
 def test_equals_torch_transformer():
-    """Compare the full model with torch.nn.TransformerEncoder (post-norm, gelu, same weights).
+    """Compare the full model with torch.nn.TransformerEncoder, given the same weights.
 
-    The embeddings, the pooler and the classifier are written out here.
+    Both are post-norm and use gelu. The embeddings, the pooler and the classifier are
+    written out here.
     """
     model = small_model()
     ids, token_types, mask = small_batch()
@@ -194,7 +193,7 @@ def test_equals_torch_transformer():
     assert torch.allclose(model(ids, token_types, mask.long()), expected, atol=1e-5)
 
 
-# Three texts, and what transformers 5.23.0 makes of them with MiniLM's vocabulary.
+# Three texts, and the token ids that transformers 5.23.0 gives with MiniLM's vocabulary.
 MINILM_TEXTS = [
     ("The cat sat on the mat .", "A feline rested upon a rug ."),
     ("Prices rose by 3 % in May .", "It rained ."),
@@ -205,7 +204,8 @@ MINILM_IDS = [
      1037, 10768, 4179, 8614, 2588, 1037, 20452, 1012, 102],
     [101, 7597, 3123, 2011, 1017, 1003, 1999, 2089, 1012, 102,
      2009, 28270, 1012, 102],
-    [101, 2053, 2117, 2112, 2182, 1010, 2074, 2028, 2146, 6251, 2008, 3632, 2006, 1012, 102],
+    [101, 2053, 2117, 2112, 2182, 1010, 2074, 2028, 2146, 6251, 2008, 3632, 2006, 1012,
+     102],
 ]
 # The second text of each pair starts here. The third row has no second text.
 MINILM_SECOND_TEXT_AT = [9, 10, 15]
@@ -219,9 +219,10 @@ def minilm_examples():
 
 @needs_minilm
 def test_equals_hugging_face():
-    """Compare logits with stored ones of transformers 5.23.0's BertForSequenceClassification.
+    """Compare logits with stored ones of transformers' BertForSequenceClassification.
 
-    Both use the real MiniLM weights, and a classifier whose weights are sines.
+    They come from transformers 5.23.0. Both use the real MiniLM weights, and a
+    classifier whose weights are sines.
     """
     model = load_bert(MINILM, 3)
     with torch.no_grad():
@@ -235,10 +236,10 @@ def test_equals_hugging_face():
 
 
 def test_slice_equals_extracted(tmp_path):
-    """Compare the sliced super-BERT with its extracted sub-BERT, also after saving and loading.
+    """Compare slices of the super-BERT with extracted sub-BERTs.
 
-    All three give the same logits. The sub-BERTs have as many parameters as
-    count_params says.
+    A sub-BERT is also saved and loaded. All three give the same logits. The sub-BERTs
+    have as many parameters as count_params says.
     """
     model = small_model()
     batch = small_batch()
@@ -251,9 +252,9 @@ def test_slice_equals_extracted(tmp_path):
             assert torch.allclose(sub_bert(*batch), expected, atol=1e-6)
             assert sub_bert.config.arch == arch
             assert count_weights(sub_bert) == count_params(model.config, arch)
-        saved_and_loaded = zip(extracted.state_dict().values(), loaded.state_dict().values(),
-                               strict=True)
-        assert all(torch.equal(before, after) for before, after in saved_and_loaded)
+        before, after = extracted.state_dict(), loaded.state_dict()
+        assert list(before) == list(after)
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_extracted_model_owns_its_memory():
@@ -274,14 +275,17 @@ def test_extracted_model_owns_its_memory():
     pytest.param(2, 2, [0, 1], id="2-of-2"),
 ])
 def test_kept_layer_indices(num_layers, depth, evenly_spaced):
-    """Compare the layers that a smaller depth keeps with lists by hand. The last is always kept."""
+    """Compare the layers that a smaller depth keeps with lists by hand.
+
+    The last layer is always kept if they are evenly spaced.
+    """
     kept = model_module.kept_layer_indices
     assert list(kept("even", num_layers, depth)) == evenly_spaced
     assert list(kept("first", num_layers, depth)) == list(range(depth))
 
 
 def test_evenly_spaced_depth(tmp_path):
-    """Compare a model that keeps evenly spaced layers with one whose layers were moved by hand.
+    """Compare evenly spaced layers with a model whose layers were moved by hand.
 
     A saved copy and an extracted sub-BERT give the same logits.
     """
@@ -309,10 +313,11 @@ def test_evenly_spaced_depth(tmp_path):
     pytest.param(dict(hidden_size=40, num_attention_heads=5), id="5-heads-of-size-8"),
 ])
 def test_flops_counter(changes):
-    """Compare count_flops with torch's FlopCounterMode, which counts the math attention backend.
+    """Compare count_flops with torch's FlopCounterMode.
 
-    torch also counts the classifier. It does not count what the last layer leaves out:
-    everything but the keys and values of the T - 1 tokens after [CLS].
+    It can count the math attention backend. It also counts the classifier. It does not
+    count what the last layer leaves out: everything but the keys and values of the T -
+    1 tokens after [CLS].
     """
     config = small_config(**changes)
     B, T = 3, 7
@@ -331,7 +336,7 @@ def test_flops_counter(changes):
 
 
 def test_counts_of_bert_base():
-    """Compare BERT-base's search space and counts with the constants of the authors' code."""
+    """Compare BERT-base's space and counts with the constants of the authors' code."""
     base = BertConfig()
     space = SearchSpace.for_config(base)
     assert space.depths == (6, 8, 10, 12)
@@ -358,7 +363,7 @@ def test_counts_of_minilm():
 
 
 def test_search_space_choices():
-    """Choices and architectures map to each other one to one, over a whole slice of the space."""
+    """Choices and architectures map to each other, over a whole slice of the space."""
     space = SearchSpace.for_config(small_config())
     assert space.depths == (2, 3, 4)
     assert space.heads == (2, 4, 6)
@@ -383,7 +388,7 @@ def test_search_space_choices():
     pytest.param(Arch((4, 4), (8, 9)), id="nine-neurons"),
 ])
 def test_architectures_outside_the_space_are_refused(arch):
-    """SearchSpace.check refuses an architecture whose sizes are not among the choices."""
+    """SearchSpace.check refuses sizes that are not among the choices."""
     space = SearchSpace.for_config(small_config())
     with pytest.raises(UserError, match="one of"):
         space.check(arch)
@@ -428,14 +433,15 @@ def write_tiny_bert(directory, **changes):
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad not very Film the ##s".split()
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "vocab.txt").write_text("\n".join(words) + "\n")
-    fields = dict(vocab_size=12, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
-                  intermediate_size=24, max_position_embeddings=16, model_type="bert")
+    fields = dict(vocab_size=12, hidden_size=12, num_hidden_layers=2,
+                  num_attention_heads=3, intermediate_size=24,
+                  max_position_embeddings=16, model_type="bert")
     (directory / "config.json").write_text(json.dumps(fields | changes))
     return directory
 
 
 def test_mrpc_quotes_and_byte_order_mark(tmp_path):
-    """Read MRPC's format: quotes are part of the text, and a byte-order mark is dropped."""
+    """Read MRPC's format: quotes are text, and a byte-order mark is dropped."""
     directory = tmp_path / "MRPC"
     header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
     for name in ("train", "dev"):
@@ -453,7 +459,7 @@ def test_mrpc_quotes_and_byte_order_mark(tmp_path):
 
 
 def test_cola_without_header(tmp_path):
-    """Read CoLA's format: no header, odd characters in a line, and no newline at the end."""
+    """Read CoLA's format: no header, odd characters, and no newline at the end."""
     directory = tmp_path / "x"
     write_tsv(directory / "train.tsv",
               ["gj", "1", "", "One sentence ."],
@@ -467,7 +473,7 @@ def test_cola_without_header(tmp_path):
 
 
 def test_blanks_at_line_ends(tmp_path):
-    """Read SST-2's format: a blank before the tab belongs to the text, a \\r at the end does not."""
+    """Read SST-2's format: a blank before the tab is text, and \\r at the end is not."""
     directory = tmp_path / "x"
     write_tsv(directory / "train.tsv", HEADER, ["ends in a space ", "0"], ["good ", "1"])
     write_tsv(directory / "dev.tsv", HEADER, ["fine ", "1"], end="\r\n")
@@ -510,9 +516,14 @@ def test_mnli_other_columns_in_dev(tmp_path):
 
 
 def test_qqp_incomplete_rows(tmp_path):
-    """Read QQP's format: rows with too few columns, which the official file has, are left out."""
+    """Read QQP's format: rows with too few columns are left out.
+
+    The official file has a few of them.
+    """
     header = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
-    rows = [["1", "2", "3", "a", "b", "0"], ["4", "5", "6"], ["7", "8", "9", "c", "c", "1"]]
+    rows = [["1", "2", "3", "a", "b", "0"],
+            ["4", "5", "6"],
+            ["7", "8", "9", "c", "c", "1"]]
     write_tsv(tmp_path / "train.tsv", header, *rows)
     write_tsv(tmp_path / "dev.tsv", header, *rows)
     assert [example.label for example in data.load_task(tmp_path).train] == [0, 1]
@@ -527,7 +538,7 @@ def test_qqp_incomplete_rows(tmp_path):
     pytest.param("STS-B", 5749, 1500, None, id="STS-B"),
 ])
 def test_real_files(name, train_rows, dev_rows, dev_positives):
-    """Compare the rows and labels that are read with the published counts of the release."""
+    """Compare the number of rows and labels with the published counts."""
     task = data.load_task(GLUE / name)
     assert task.name == name
     assert len(task.train) == train_rows
@@ -572,8 +583,8 @@ def test_token_ids_equal_hugging_face():
         id="accents"),
     pytest.param(
         "東京 is 東京 and 한국어",
-        [1879, 1755, 2003, 1879, 1755, 1998, 1469, 30006, 30021, 29991, 30014, 30020, 29999,
-         30008],
+        [1879, 1755, 2003, 1879, 1755, 1998, 1469, 30006, 30021, 29991, 30014, 30020,
+         29999, 30008],
         id="chinese-and-korean"),
     pytest.param(
         "tab\there\0nul\u200bzero\u00a0nbsp\ufffd end\x07",
@@ -589,8 +600,8 @@ def test_token_ids_equal_hugging_face():
         id="special-tokens"),
     pytest.param(
         "don't U.S.A. $1,000.50 e-mail@x.org",
-        [2123, 1005, 1056, 1057, 1012, 1055, 1012, 1037, 1012, 1002, 1015, 1010, 2199, 1012,
-         2753, 1041, 1011, 5653, 1030, 1060, 1012, 8917],
+        [2123, 1005, 1056, 1057, 1012, 1055, 1012, 1037, 1012, 1002, 1015, 1010, 2199,
+         1012, 2753, 1041, 1011, 5653, 1030, 1060, 1012, 8917],
         id="punctuation"),
     pytest.param(
         "  spaces   and \r\n newlines  ",
@@ -602,18 +613,18 @@ def test_token_ids_equal_hugging_face():
         id="ligatures-and-emoji"),
 ])
 def test_wordpiece_ids(text, ids):
-    """Compare token ids with those of transformers 5.23.0's BertTokenizer, same vocabulary."""
+    """Compare token ids with those of BertTokenizer in transformers 5.23.0."""
     encoded, = data.encode([data.Example(text, None, 0)], MINILM, 128)
     assert encoded.input_ids == [101, *ids, 102]
 
 
 @pytest.mark.parametrize("tokenizer_config, ids", [
-    pytest.param(None, [2, 1, 1, 3, 10, 9, 11, 3], id="cased-vocabulary"),
-    pytest.param('{"do_lower_case": true}', [2, 5, 1, 3, 10, 1, 3], id="asked-to-lower-case"),
-    pytest.param('{"do_lower_case": false}', [2, 1, 1, 3, 10, 9, 11, 3], id="asked-to-keep-case"),
+    pytest.param(None, [2, 1, 1, 3, 10, 9, 11, 3], id="no-file"),
+    pytest.param('{"do_lower_case": true}', [2, 5, 1, 3, 10, 1, 3], id="lower-case"),
+    pytest.param('{"do_lower_case": false}', [2, 1, 1, 3, 10, 9, 11, 3], id="keep-case"),
 ])
 def test_casing(tmp_path, tokenizer_config, ids):
-    """A vocabulary with capitals is cased, unless tokenizer_config.json says otherwise."""
+    """A vocabulary with capitals is cased, unless its settings ask for lower case."""
     bert = write_tiny_bert(tmp_path)
     if tokenizer_config:
         (bert / "tokenizer_config.json").write_text(tokenizer_config)
@@ -622,7 +633,7 @@ def test_casing(tmp_path, tokenizer_config, ids):
 
 
 def test_token_types_of_a_pair(tmp_path):
-    """The first text with its [SEP] has token type 0, the second text has token type 1."""
+    """The first text and its [SEP] have token type 0, the second text has type 1."""
     bert = write_tiny_bert(tmp_path)
     (bert / "tokenizer_config.json").write_text('{"do_lower_case": true}')
     encoded, = data.encode([data.Example("Good films", "the Films", 1)], bert, 16)
@@ -644,7 +655,8 @@ def test_truncation_shortens_the_longer_text(tmp_path):
     """A pair that is too long loses tokens of its longer text first."""
     bert = write_tiny_bert(tmp_path)
     (bert / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    encoded, = data.encode([data.Example("bad bad bad bad bad bad", "not not", 1)], bert, 8)
+    pair = data.Example("bad bad bad bad bad bad", "not not", 1)
+    encoded, = data.encode([pair], bert, 8)
     assert encoded.input_ids == [2, 6, 6, 6, 3, 7, 7, 3]
 
 
@@ -660,7 +672,10 @@ def take_batches(examples, seed, first, count):
 
 
 def test_batches_visit_each_example_once():
-    """Every epoch visits each example once. Another epoch or another seed has another order."""
+    """Every epoch visits each example once.
+
+    Another epoch or another seed has another order.
+    """
     examples = thousand_examples()
     batches = take_batches(examples, 1, 0, 189)
     epochs = [batches[:63], batches[63:126], batches[126:]]
@@ -685,7 +700,7 @@ def test_batches_from_any_step(first):
 
 
 def test_batches_need_little_padding():
-    """The examples of a training batch have similar lengths: padding adds less than a tenth."""
+    """Padding adds less than a tenth, because a batch has similar lengths."""
     examples = thousand_examples()
     lengths = [len(example.input_ids) for example in examples]
     epoch = take_batches(examples, 1, 0, 63)
@@ -694,7 +709,7 @@ def test_batches_need_little_padding():
 
 
 def test_token_batches():
-    """Batches for scoring are sorted by length and filled up to the given number of tokens."""
+    """Batches for scoring are sorted by length and filled up to a number of tokens."""
     examples = thousand_examples()
     batches = data.token_batches(examples, 600)
     lengths = [len(examples[i].input_ids) for batch in batches for i in batch]
@@ -707,7 +722,7 @@ def test_token_batches():
 
 
 def test_collate():
-    """A batch is padded to one length, and its mask counts the tokens of each example."""
+    """A batch is padded to one length, and its mask marks the tokens."""
     examples = thousand_examples()
     ids, token_types, mask, labels = data.collate(examples, [3, 1])
     assert mask.sum(1).tolist() == [len(examples[i].input_ids) for i in labels.tolist()]
@@ -739,7 +754,10 @@ def test_holdout_has_a_tenth_of_each_label():
 
 
 def test_holdout_of_nothing_and_of_little():
-    """The hold-out set is empty only if the fraction is 0. Otherwise it has an example at least."""
+    """The hold-out set is empty only if the fraction is 0.
+
+    Otherwise it has at least one example.
+    """
     assert split_and_check([0, 1] * 50, 0) == []
     assert len(split_and_check([0, 1])) == 1
 
@@ -755,14 +773,14 @@ def test_holdout_of_scores():
     pytest.param(600, 150, 60, id="less-than-half-of-each-label"),
 ])
 def test_holdout_of_many_labels(num_examples, num_labels, held_out):
-    """If a tenth of each label is less than an example, as many labels as fit get one each."""
+    """If a tenth of each label is less than an example, some labels get one."""
     holdout = split_and_check([i % num_labels for i in range(num_examples)])
     assert len(holdout) == held_out
     assert len(set(holdout)) == held_out
 
 
 def test_holdout_by_largest_remainders():
-    """Compare an uneven split with largest remainders by hand: 2.6, 3.7, 3.7 become 2, 4, 4."""
+    """Compare an uneven split with one by hand: 2.6, 3.7, 3.7 become 2, 4, 4."""
     holdout = split_and_check([0] * 26 + [1] * 37 + [2] * 37)
     assert [holdout.count(label) for label in range(3)] == [2, 4, 4]
 
@@ -781,7 +799,7 @@ def test_classification_metrics():
 
 
 def test_correlations():
-    """Compare Pearson and Spearman with values by hand, also with ties and without spread."""
+    """Compare Pearson and Spearman correlations with values by hand."""
     assert np.isclose(data.pearson([1, 2, 3], [2, 4, 7]), 5 / (2 * 38 / 3) ** 0.5)
     assert np.isclose(data.pearson([1, 2, 3], [3, 2, 1]), -1)
     assert data.pearson([1, 2], [0.1, 0.1]) == 0
@@ -810,12 +828,12 @@ SIZES = (4,) + (12,) * 12
 
 
 def fisher_matrix(theta):
-    """Return the Fisher matrix of one categorical variable in its K - 1 free probabilities."""
+    """Return a categorical variable's Fisher matrix in its K - 1 free probabilities."""
     return np.diag(1 / theta[:-1]) + 1 / theta[-1]
 
 
 def test_inverse_fisher():
-    """Compare one_hot - theta with F^-1 grad ln P, where the matrix F is written out and solved.
+    """Compare one_hot - theta with F^-1 grad ln P, for a Fisher matrix F written out.
 
     The Fisher norm is compared with the quadratic form of the same matrix.
     """
@@ -836,7 +854,7 @@ def test_inverse_fisher():
 
 
 def test_expected_gradient():
-    """Compare the expected natural gradient with autograd's gradient of the expected loss.
+    """Compare the expected natural gradient with the one that autograd gives.
 
     The expectation is taken twice: over all 24 samples, and as a Monte Carlo mean.
     """
@@ -849,7 +867,8 @@ def test_expected_gradient():
     free = [torch.tensor(t[:-1], requires_grad=True) for t in theta]
     full = [torch.cat([f, 1 - f.sum(0, keepdim=True)]) for f in free]
     torch.einsum("abc,a,b,c->", torch.tensor(loss), *full).backward()
-    expected = [np.linalg.solve(fisher_matrix(t), f.grad.numpy()) for t, f in zip(theta, free)]
+    expected = [np.linalg.solve(fisher_matrix(t), f.grad.numpy())
+                for t, f in zip(theta, free)]
 
     # All samples, each weighted with its probability. natural_gradient takes the mean,
     # so we multiply by their number.
@@ -863,7 +882,8 @@ def test_expected_gradient():
     P = Categorical(sizes)
     P.theta = theta
     drawn = [P.sample(rng) for _ in range(20000)]
-    sampled = yoco.natural_gradient(theta, drawn, [loss[tuple(sample)] for sample in drawn])
+    drawn_losses = [loss[tuple(sample)] for sample in drawn]
+    sampled = yoco.natural_gradient(theta, drawn, drawn_losses)
 
     # At least five standard deviations of a mean over 20000 samples.
     tolerance = 5 * np.abs(loss).max() / 20000 ** 0.5
@@ -882,7 +902,7 @@ def test_expected_gradient():
     pytest.param([1, 1, 3, 2], [.5, .5, -1, 0], id="4-best-tied"),
     pytest.param([-1, -1, -1, -5], [-1/3] * 3 + [1], id="4-worst-tied-negative"),
     pytest.param([1, 2, 3, 4, 5, 6], [.5, .5, 0, 0, -.5, -.5], id="6-samples"),
-    pytest.param([1, 2, 2, 4, 5, 6], [.5, .25, .25, 0, -.5, -.5], id="6-tied-across-ranks"),
+    pytest.param([1, 2, 2, 4, 5, 6], [.5, .25, .25, 0, -.5, -.5], id="6-tied"),
     pytest.param([0.0, -0.0], [0, 0], id="2-zeros-of-both-signs"),
     pytest.param([7] * 12, [0] * 12, id="12-tied"),
     pytest.param(range(12), [1/3] * 3 + [0] * 6 + [-1/3] * 3, id="12-samples"),
@@ -906,8 +926,9 @@ def test_step_length():
     P.step([[0, 1], [2, 3]], [5.0, -1.0], delta=0.01)
 
     moves = [new - old for new, old in zip(P.theta, before)]
-    squares = [move[:-1] @ fisher_matrix(old) @ move[:-1] for move, old in zip(moves, before)]
-    assert np.isclose(sum(squares) ** 0.5, 0.01)
+    squared_length = sum(move[:-1] @ fisher_matrix(old) @ move[:-1]
+                         for move, old in zip(moves, before))
+    assert np.isclose(squared_length ** 0.5, 0.01)
     assert np.allclose(moves[0] / moves[0][2], [-1, 0, 1])
     assert np.allclose(moves[1] / moves[1][3], [0, -1, 0, 1])
 
@@ -970,9 +991,10 @@ def test_open_categories():
 
 
 def test_controller():
-    """Compare K with values by hand: 1 if P is uniform, 0.19 if all of BERT-base has collapsed.
+    """Compare K with values by hand: 1 if P is uniform, and 0.19 if it has collapsed.
 
-    The layers collapse to different categories here, which must not raise K.
+    P is that of BERT-base. The layers collapse to different categories here, which must
+    not raise K.
     """
     P = Categorical(SIZES)
     assert yoco.exploit_probability(P) == 1
@@ -981,7 +1003,7 @@ def test_controller():
         theta[i % size] = 12 / 13
     rho = -(13 * 12 / 13 * np.log(12 / 13)      # the favourite of each of 13 variables
             + 1 / 13 * np.log(1 / 39)           # the other 3 depths
-            + 12 / 13 * np.log(1 / 143))        # the other 11 categories of each of 12 layers
+            + 12 / 13 * np.log(1 / 143))        # the other 11 choices of 12 layers
     K = rho / (np.log(4) + 12 * np.log(12))
     assert round(K, 2) == 0.19
     assert np.isclose(yoco.exploit_probability(P), K)
@@ -1001,9 +1023,9 @@ def test_controller_with_one_architecture_open():
 
 
 def test_worked_example():
-    """Compare one step with the fractions of README's "One step by hand", which README prints.
+    """Compare one step with README's "One step by hand", in fractions.
 
-    The example has two layers and lambda = 2.
+    README prints the same numbers. The example has two layers and lambda = 2.
     """
     P = Categorical([2, 4, 4])
     samples = [[1, 3, 0], [0, 1, None]]
@@ -1036,9 +1058,10 @@ def test_worked_example():
     assert all(np.allclose(theta, a) for theta, a in zip(P.theta, after, strict=True))
     assert np.isclose(yoco.exploit_probability(P), K)
 
-    section = re.split(r"^#+ .*One step by hand.*$", (ROOT / "README.md").read_text(), flags=re.M)
-    assert len(section) == 2, "README has no section One step by hand"
-    section = re.split(r"^#+ ", section[1], flags=re.M)[0].replace("\u2212", "-")
+    readme = (ROOT / "README.md").read_text()
+    sections = re.split(r"^#+ .*One step by hand.*$", readme, flags=re.M)
+    assert len(sections) == 2, "README has no section One step by hand"
+    section = re.split(r"^#+ ", sections[1], flags=re.M)[0].replace("\u2212", "-")
     printed = set(re.findall(r"-?\d+\.\d{3}(?!\d)", section))
     values = [1/2, 1/4, *losses, 1, *sum(gradient, []), norm, *sum(after, []), K]
     assert {f"{value:.3f}" for value in values} <= printed
@@ -1083,10 +1106,10 @@ def test_optimizer_finds_thirteen_targets(num_samples, delta, sigma, published):
 
 
 def test_noise_teaches_nothing():
-    """Compare the modes that random losses lead to with chance: 1/4 + 12 * 1/12 of 13 are hit.
+    """Compare the modes that random losses lead to with chance.
 
-    The target may be the first category of every variable, the last, or one in the
-    middle.
+    By chance, 1/4 + 12 * 1/12 of the 13 variables hit a fixed target. The target may be
+    the first category of every variable, the last, or one in the middle.
     """
     modes = []
     for seed in range(40):
@@ -1108,7 +1131,7 @@ def test_noise_teaches_nothing():
 # ---- yoco.py: stages, and the gradient of the weights --------------------------------------------
 
 def test_stages():
-    """Compare BERT-base's nine stages with the paper's list and the authors' table of epochs."""
+    """Compare BERT-base's nine stages with the paper's, and epochs with the authors'."""
     space = SearchSpace.for_config(BertConfig())
     stages = yoco.make_stages(space, "MRPC", 100)
     rows = [(s.depths, s.heads, s.ffn_sizes, s.steps // 100) for s in stages]
@@ -1153,13 +1176,15 @@ def test_samples_lie_in_the_open_space():
     for stage in yoco.make_stages(space, "MRPC", 100):
         P.open(yoco.open_masks(space, stage))
         archs = [space.arch(P.sample(rng)) for _ in range(300)]
+        heads = {h for arch in archs for h in arch.heads}
+        ffn_sizes = {k for arch in archs for k in arch.ffn_sizes}
         assert {arch.depth for arch in archs} == set(stage.depths)
-        assert {heads for arch in archs for heads in arch.heads} == set(stage.heads)
-        assert {size for arch in archs for size in arch.ffn_sizes} == set(stage.ffn_sizes)
+        assert heads == set(stage.heads)
+        assert ffn_sizes == set(stage.ffn_sizes)
 
 
 @pytest.mark.parametrize("kind, epochs, steps", [
-    pytest.param("progressive", 58, [600, 1000] + [600] * 7, id="progressive-twice-the-table"),
+    pytest.param("progressive", 58, [600, 1000] + [600] * 7, id="twice-the-table"),
     pytest.param("all", 0.0, [1450, 1450], id="all"),
     pytest.param("all", 14.5, [725, 725], id="all-14.5-epochs"),
     pytest.param("largest", 0.0, [300], id="largest"),
@@ -1176,14 +1201,14 @@ def test_steps_of_each_schedule(kind, epochs, steps):
 
 
 def test_few_epochs_are_shared_out():
-    """Nine stages that share four epochs take 400 steps, up to one step of rounding each."""
+    """Nine stages share four epochs: 400 steps, up to a step of rounding each."""
     space = SearchSpace.for_config(BertConfig())
     stages = yoco.make_stages(space, "MRPC", 100, "progressive", 4)
     assert abs(sum(s.steps for s in stages) - 400) <= 9
 
 
 def test_stages_of_schedule_all():
-    """The schedule `all` trains the largest architecture first, and then opens everything."""
+    """The schedule `all` trains the largest architecture, and then opens everything."""
     space = SearchSpace.for_config(BertConfig())
     first, second = yoco.make_stages(space, "MRPC", 100, "all")
     assert first.depths == (12,)
@@ -1198,13 +1223,13 @@ LABELS = torch.tensor([0, 1, 2, 1, 0])
 
 
 def losses_and_gradient_by_hand(model, inputs, labels, archs, loss_function):
-    """Return the loss of each architecture, and the mean gradient over extracted sub-BERTs.
+    """Return each architecture's loss, and the mean gradient over extracted sub-BERTs.
 
     The gradient of each extracted weight is added to the corner of the full weight that
     it was cut from. loss_function(logits, labels, arch) returns the loss on the labels
     and the total loss.
     """
-    gradient = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
+    gradient = {name: torch.zeros_like(w) for name, w in model.named_parameters()}
     losses = []
     for arch in archs:
         sub_bert = extract(model, arch)
@@ -1237,7 +1262,7 @@ def cross_entropy_by_hand(logits, labels):
 
 @pytest.mark.parametrize("keep_layers", ["first", "even"])
 def test_weight_gradient(keep_layers):
-    """Compare the gradient of W with the mean over extracted sub-BERTs, each in its corner.
+    """Compare the gradient of W with the mean over extracted sub-BERTs.
 
     An architecture that was sampled twice counts twice. A layer that no architecture
     has gets no gradient. Slicing and masking are both compared.
@@ -1253,7 +1278,8 @@ def test_weight_gradient(keep_layers):
         return loss, loss
 
     for archs in ([a, b, a], [a], [model.config.arch, b]):
-        expected = losses_and_gradient_by_hand(model, inputs, LABELS, archs, loss_function)
+        expected = losses_and_gradient_by_hand(
+            model, inputs, LABELS, archs, loss_function)
         losses = yoco.weight_gradient(model, batch, archs, NO_AUTOCAST)
         assert_losses_and_gradient(model, losses, expected)
         used = {i for arch in archs for i, *_ in model.config.layers(arch)}
@@ -1271,10 +1297,10 @@ def test_weight_gradient(keep_layers):
     pytest.param(1, id="regression"),
 ])
 def test_distillation(num_labels):
-    """Compare the gradient with that of the mean of two losses, on the labels and on the teacher.
+    """Compare the gradient with that of two losses by hand, on labels and on a teacher.
 
-    The largest architecture has no teacher when it is sampled. Slicing and masking are
-    both compared.
+    Their mean counts. The largest architecture has no teacher when it is sampled.
+    Slicing and masking are both compared.
     """
     model = small_model(num_labels, **NO_DROPOUT).train()
     teacher = small_model(num_labels, seed=5, **NO_DROPOUT)
@@ -1297,7 +1323,8 @@ def test_distillation(num_labels):
         return label_loss, (label_loss + teacher_loss) / 2
 
     for archs in ([small], [largest], [small, largest, medium, small]):
-        expected = losses_and_gradient_by_hand(model, inputs, labels, archs, loss_function)
+        expected = losses_and_gradient_by_hand(
+            model, inputs, labels, archs, loss_function)
         losses = yoco.weight_gradient(model, batch, archs, NO_AUTOCAST, teacher)
         assert_losses_and_gradient(model, losses, expected)
 
@@ -1309,12 +1336,17 @@ def test_distillation(num_labels):
     assert all(weight.grad is None for weight in teacher.parameters())
 
 
+def random_example(rng, num_tokens):
+    """Return an encoded example of random tokens with one of three labels."""
+    ids = rng.integers(5, 50, num_tokens).tolist()
+    return data.Encoded(ids, [0] * num_tokens, int(rng.integers(3)))
+
+
 def model_and_examples_for_importance():
     """Return a model, six encoded examples, and settings that make one batch of them."""
     model = small_model(**NO_DROPOUT, max_position_embeddings=24)
     rng = np.random.default_rng(0)
-    examples = [data.Encoded(rng.integers(5, 50, n).tolist(), [0] * n, int(rng.integers(3)))
-                for n in (3, 5, 8, 8, 11, 17)]
+    examples = [random_example(rng, n) for n in (3, 5, 8, 8, 11, 17)]
     return model, examples, yoco.TrainSettings(batch_size=6)
 
 
@@ -1329,7 +1361,7 @@ HEADS, NEURONS = 0, 1       # the order in which `importance` returns them
     pytest.param(3, NEURONS, 47, id="layer-3-neuron-47"),
 ])
 def test_importance(layer, kind, unit):
-    """Compare the importance with finite differences: how the loss changes with a unit's output.
+    """Compare the importance with how the loss changes, by finite differences.
 
     The output of a head or neuron is scaled through its columns of the output weights.
     """
@@ -1354,7 +1386,7 @@ def test_importance(layer, kind, unit):
 
 
 def test_sort_by_importance():
-    """Sorted heads and neurons compute the same function, and the most important come first."""
+    """Sorted heads and neurons compute the same, and the most important come first."""
     model, examples, settings = model_and_examples_for_importance()
     *batch, _ = data.collate(examples, range(6))
     importance = yoco.importance(model, examples, settings, NO_AUTOCAST)
@@ -1374,7 +1406,7 @@ def test_sort_by_importance():
 # ---- yoco.py: reward, choice of the best, and budgets --------------------------------------------
 
 def test_reward():
-    """Compare the reward with Eq. 7 by hand, for a budget of 60 and a full model of 100."""
+    """Compare the reward with Eq. 7 by hand: the budget is 60, the full model 100."""
     def reward(score, cost):
         return yoco.reward(score, cost, 60, 100)
 
@@ -1426,7 +1458,8 @@ def test_budgets(text, values, capsys):
         settings = yoco.SearchSettings(max_params=words)
         kind, budgets = yoco.budgets_from_settings(settings, "superbert")
         assert kind == "params"
-        parsed = [yoco.parse_budget(budget, 10, 10**8, "parameters") for budget in budgets]
+        parsed = [yoco.parse_budget(budget, 10, 10**8, "parameters")
+                  for budget in budgets]
         assert parsed == values
     warned = "bounds nothing" in capsys.readouterr().out
     assert warned == any(value > 10**8 for value in values)
@@ -1449,7 +1482,8 @@ def test_latency_budgets(text, milliseconds):
 # ---- The commands: train, search, eval -----------------------------------------------------------
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
-TRAIN = ["train", "--data", "tiny", "--epochs", "4", "--lr", "1e-3", "--batch-size", "8", *CPU]
+TRAIN = ["train", "--data", "tiny", "--epochs", "4", "--lr", "1e-3", "--batch-size", "8",
+         *CPU]
 SEARCH = ["search", "--max-params", "0.9x", "--evaluations", "12", *CPU]
 
 
@@ -1459,8 +1493,9 @@ def film_reviews(rng, count):
     for _ in range(count):
         word = rng.choice(["good", "bad"])
         negated = rng.random() < 0.5
+        text = f"the film is not very {word}" if negated else f"the film is very {word}"
         label = int((word == "good") != negated)
-        rows.append([f"the film is {'not ' if negated else ''}very {word}", str(label)])
+        rows.append([text, str(label)])
     return rows
 
 
@@ -1491,7 +1526,7 @@ def in_data_dir(trained_project, tmp_path, monkeypatch):
 
 @pytest.fixture
 def in_trained_dir(trained_project, in_data_dir):
-    """Change into a new directory that holds the data and the super-BERT in superbert/tiny."""
+    """Change into a new directory with the data and the super-BERT."""
     shutil.copytree(trained_project / "superbert", "superbert")
     return in_data_dir
 
@@ -1501,34 +1536,36 @@ SUB_BERT = "subbert/tiny-0.9x"
 
 @pytest.fixture
 def in_sub_bert_dir(trained_project, in_data_dir):
-    """Change into a new directory that holds the data and the sub-BERT, but no super-BERT."""
+    """Change into a new directory with the data and the sub-BERT, but no super-BERT."""
     shutil.copytree(trained_project / "subbert", "subbert")
     return in_data_dir
 
 
-def read_results(*directories):
-    """Return the bytes of the weights and of the config.json in each directory."""
-    return [(Path(directory) / name).read_bytes() for directory in directories
+def read_results(directory):
+    """Return the bytes of the weights and of the config.json in a directory."""
+    return [(Path(directory) / name).read_bytes()
             for name in ("model.safetensors", "config.json")]
 
 
 def read_log_lines(directory):
-    """Return the lines of a run's log without times, and without the header of settings."""
+    """Return the lines of a run's log, without times and without the header."""
     text = (Path(directory) / "log.jsonl").read_text()
     header, *lines = [json.loads(line) for line in text.splitlines()]
     assert "settings" in header
-    return [{name: value for name, value in line.items() if name != "ms"} for line in lines]
+    for line in lines:
+        line.pop("ms", None)
+    return lines
 
 
 def read_facts(directory):
-    """Return the run.json of a finished run without times and memory, which differ per run."""
+    """Return a finished run's run.json without times and memory."""
     facts = json.loads((Path(directory) / "run.json").read_text())
     measured = ("seconds", "finished", "peak_memory_mib")
     return {name: value for name, value in facts.items() if name not in measured}
 
 
 def assert_refused(capsys, words, *parts):
-    """Assert that a command ends with status 2 and one line on stderr that has all `parts`."""
+    """Assert that a command ends with status 2, and one line that has all `parts`."""
     capsys.readouterr()
     assert yoco.main(words) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -1547,7 +1584,10 @@ def run_program(*words):
 
 
 def test_command_line(in_data_dir):
-    """Run train, search and eval as a user does. eval needs the sub-BERT's directory only."""
+    """Run train, search and eval as a user does.
+
+    eval needs the directory of the sub-BERT, and no super-BERT.
+    """
     train_output = run_program(*TRAIN)
     config = BertConfig.load("tiny")
     space = SearchSpace.for_config(config)
@@ -1567,7 +1607,7 @@ def test_command_line(in_data_dir):
 
 
 def test_sub_bert_keeps_its_budget(in_sub_bert_dir):
-    """Compare run.json with the sub-BERT that was written: architecture, parameters and budget."""
+    """Compare run.json with the sub-BERT that was written, and with its budget."""
     facts = read_facts(SUB_BERT)
     model, _ = data.load(SUB_BERT)
     config = BertConfig.load("tiny")
@@ -1581,7 +1621,7 @@ def test_sub_bert_keeps_its_budget(in_sub_bert_dir):
 
 
 def test_use_in_python(in_sub_bert_dir):
-    """Compare the accuracy of the two lines of use in Python with the one in run.json."""
+    """Compare the accuracy of the model in Python with the one in run.json."""
     model, encode = data.load(SUB_BERT)
     dev = data.load_task("tiny").dev
     logits = model(*encode([example.sentence1 for example in dev]))
@@ -1598,7 +1638,7 @@ def test_use_in_python_refuses_unequal_lists(in_sub_bert_dir):
 
 
 def test_predict(in_sub_bert_dir):
-    """Compare predicted labels with the largest logits, and their probabilities with each other."""
+    """Compare predicted labels with the largest logits and probabilities."""
     model, encode = data.load(SUB_BERT)
     dev = data.load_task("tiny").dev
     logits = model(*encode([example.sentence1 for example in dev]))
@@ -1629,14 +1669,16 @@ def test_learning(in_data_dir):
 
 
 def test_one_seed_one_result(trained_project, in_data_dir):
-    """The same seed gives the same bytes. Another seed gives other weights and another theta."""
+    """The same seed gives the same bytes.
+
+    Another seed gives other weights and another theta.
+    """
     assert yoco.main(TRAIN) == 0
     assert yoco.main(SEARCH) == 0
     assert yoco.main(TRAIN + ["--out", "other", "--seed", "4"]) == 0
 
-    directories = ["superbert/tiny", SUB_BERT]
-    first_results = read_results(*[trained_project / directory for directory in directories])
-    assert read_results(*directories) == first_results
+    for directory in ("superbert/tiny", SUB_BERT):
+        assert read_results(directory) == read_results(trained_project / directory)
     assert read_results("other") != read_results("superbert/tiny")
 
     theta = read_facts("superbert/tiny")["theta"]
@@ -1644,10 +1686,10 @@ def test_one_seed_one_result(trained_project, in_data_dir):
     assert theta != read_facts("other")["theta"]
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo to compare with")
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo here")
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "auto"])
 def test_precision_is_recorded(in_data_dir, precision):
-    """Compare the precision in run.json with what was asked, and for `auto` with the CPU's flags."""
+    """Compare run.json with the precision asked for, or `auto` with the CPU's flags."""
     expected = precision
     if precision == "auto":
         flags = set(Path("/proc/cpuinfo").read_text().split())
@@ -1671,7 +1713,8 @@ def test_options_change_the_training(trained_project, in_data_dir, options, thet
     theta stays uniform only if the strategy is to explore.
     """
     assert yoco.main(TRAIN + options) == 0
-    assert read_results("superbert/tiny") != read_results(trained_project / "superbert/tiny")
+    default_results = read_results(trained_project / "superbert/tiny")
+    assert read_results("superbert/tiny") != default_results
     theta = read_facts("superbert/tiny")["theta"]
     # 1 for a variable that is uniform.
     relative_maxima = [max(variable) * len(variable) for variable in theta]
@@ -1686,13 +1729,13 @@ def test_options_change_the_training(trained_project, in_data_dir, options, thet
     pytest.param("exploit", 1.0, id="exploit"),
 ])
 def test_strategies_with_constant_controller(in_data_dir, strategy, K):
-    """K is 0 in every logged step if the strategy is to explore, and 1 if it is to exploit."""
+    """K is always 0 if the strategy is to explore, and always 1 if it is to exploit."""
     assert yoco.main(TRAIN + ["--strategy", strategy]) == 0
     assert {line["K"] for line in read_log_lines("superbert/tiny")} == {K}
 
 
 def test_best_recipe(in_data_dir):
-    """The recipe `best` stands for four other options."""
+    """The recipe `best` sets four other options."""
     assert yoco.main(TRAIN + ["--recipe", "best"]) == 0
     settings = read_facts("superbert/tiny")["settings"]
     assert settings["stages"] == "all"
@@ -1703,7 +1746,7 @@ def test_best_recipe(in_data_dir):
 
 
 def test_search_without_holdout(in_data_dir, capsys):
-    """Without a hold-out set, search refuses to select unless it is told to use dev."""
+    """Without a hold-out set, search needs --select-on dev."""
     assert yoco.main(TRAIN + ["--holdout", "0"]) == 0
     assert_refused(capsys, ["search", "--max-params", "0.9x"], "--select-on dev")
     assert yoco.main(SEARCH + ["--select-on", "dev"]) == 0
@@ -1803,13 +1846,14 @@ def test_many_budgets(in_data_dir, monkeypatch, capsys):
     space = SearchSpace.for_config(config)
     full = count_params(config, config.arch)
     printed = capsys.readouterr().out
-    logged = {}                         # architecture -> (score, -cost): the larger, the better
+    logged = {}                         # architecture -> (score, -cost)
     for share in (0.9, 0.6, 0.7):
         directory = f"subbert/tiny-{share}x"
         lines = read_log_lines(directory)
         for line in lines:
             logged[space.arch(line["choices"])] = (line["score"], -line["cost"])
-        fitting = {arch: rank for arch, rank in logged.items() if -rank[1] < share * full}
+        fitting = {arch: rank for arch, rank in logged.items()
+                   if -rank[1] < share * full}
         facts = read_facts(directory)
         assert (facts["selection_score"], -facts["params"]) == max(fitting.values())
         assert Arch(**facts["arch"]) in fitting
@@ -1820,7 +1864,7 @@ def test_many_budgets(in_data_dir, monkeypatch, capsys):
 
 
 def test_search_by_latency(in_trained_dir, monkeypatch):
-    """Every new architecture is timed once, and the winner twice: it must fit both times.
+    """Search times every architecture once, and the winner twice: it must fit twice.
 
     The clock here is slow the second time, except for an architecture with the fewest
     heads. So search must go down its list until only that one is left.
@@ -1865,7 +1909,7 @@ def write_regression_data(directory, num_train=40):
 
 
 def test_regression(in_data_dir):
-    """Train and search on STS-B's format, and compare a prediction with the model's one logit."""
+    """Train and search on STS-B's format, and compare a prediction with the logit."""
     write_regression_data(in_data_dir / "tiny")
     assert yoco.main(TRAIN) == 0
     assert yoco.main(SEARCH) == 0
@@ -1878,7 +1922,10 @@ def test_regression(in_data_dir):
 
 
 def test_mnli_and_flops(in_data_dir):
-    """Train and search on MNLI's two dev sets: the score is their mean, a FLOPs budget is kept."""
+    """Train and search on MNLI's two dev sets: the score is their mean.
+
+    The budget in FLOPs is kept.
+    """
     rng = np.random.default_rng(0)
     for name in ("train", "dev_matched", "dev_mismatched"):
         rows = []
@@ -1897,7 +1944,7 @@ def test_mnli_and_flops(in_data_dir):
 
 
 def test_texts_as_long_as_the_positions(in_data_dir):
-    """A BERT of 13 positions takes texts of 13 tokens, though batches are padded to multiples."""
+    """A BERT of 13 positions takes texts of 13 tokens, despite padding to multiples."""
     write_tiny_bert(in_data_dir / "tiny", max_position_embeddings=13)
     rows = [["good " * 20, "1"], ["bad " * 20, "0"]]
     write_tsv(in_data_dir / "tiny" / "train.tsv", HEADER, *rows * 20)
@@ -1944,7 +1991,8 @@ def test_old_tensor_names(tmp_path, capsys):
 
     # Fields that transformers 2 wrote.
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"eos_token_ids": 0, "length_penalty": 1.0, "pruned_heads": {}, "hidden_act": None}
+    config |= {"eos_token_ids": 0, "length_penalty": 1.0, "pruned_heads": {},
+               "hidden_act": None}
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     loaded = load_bert(tmp_path, 7)
@@ -1959,7 +2007,7 @@ def test_old_tensor_names(tmp_path, capsys):
 
 
 def test_classifier_follows_label_names(tmp_path):
-    """Labels in another order permute the classifier. Other labels get a new classifier."""
+    """Labels in another order permute the classifier, other labels get a new one."""
     model = small_model(3, id2label={"0": "no", "1": "yes", "2": "so"})
     batch = small_batch()
     save_bert(model, tmp_path)
@@ -1970,9 +2018,15 @@ def test_classifier_follows_label_names(tmp_path):
 
 
 @pytest.mark.parametrize("num_labels, changes", [
-    pytest.param(1, {}, id="one-logit-but-no-regression"),
-    pytest.param(2, {"problem_type": "regression"}, id="two-logits-of-a-regression"),
-    pytest.param(4, {"id2label": {"0": "no", "1": "yes", "2": "so"}}, id="four-logits-three-names"),
+    pytest.param(
+        1, {},
+        id="one-logit-but-no-regression"),
+    pytest.param(
+        2, {"problem_type": "regression"},
+        id="two-logits-of-a-regression"),
+    pytest.param(
+        4, {"id2label": {"0": "no", "1": "yes", "2": "so"}},
+        id="four-logits-three-names"),
 ])
 def test_logits_must_agree_with_the_config(tmp_path, num_labels, changes):
     """Logits that contradict config.json are refused, unless new labels replace them."""
@@ -2045,7 +2099,7 @@ def test_logits_must_agree_with_the_config(tmp_path, num_labels, changes):
         id="score-is-nan"),
 ])
 def test_bad_data_is_refused(tmp_path, monkeypatch, capsys, files, parts):
-    """Bad data is refused in one line with its place, and no output directory is left behind."""
+    """Bad data is refused in one line with its place, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     write_tiny_bert(tmp_path / "d")
     for name, content in files.items():
@@ -2071,6 +2125,11 @@ def replace_tensor(directory, name, tensor):
     if tensor is not None:
         tensors[name] = tensor
     save_file(tensors, path)
+
+
+def append_line(path, line):
+    """Append a line to a text file."""
+    path.write_text(path.read_text() + line + "\n")
 
 
 POOLER_BIAS = "bert.pooler.dense.bias"
@@ -2162,12 +2221,12 @@ POOLER_BIAS = "bert.pooler.dense.bias"
         ["vocab.txt has no [UNK]"],
         id="vocabulary-without-unk"),
     pytest.param(
-        lambda d: (d / "vocab.txt").write_bytes((d / "vocab.txt").read_bytes() + b"more\n"),
+        lambda d: append_line(d / "vocab.txt", "more"),
         ["the id 12", "vocab_size is 12"],
         id="vocabulary-too-large"),
 ])
 def test_bad_weights_are_refused(in_data_dir, capsys, damage, parts):
-    """A bad BERT directory is refused in one line, and no output directory is left behind."""
+    """A bad BERT directory is refused in one line, and nothing is written."""
     bert = write_bert_with_weights(in_data_dir / "bert")
     damage(bert)
     assert_refused(capsys, ["train", "--data", "tiny", "--bert", "bert"], *parts)
@@ -2175,16 +2234,30 @@ def test_bad_weights_are_refused(in_data_dir, capsys, damage, parts):
 
 
 @pytest.mark.parametrize("name, text", [
-    pytest.param("tokenizer_config.json", '{"do_lower_case": "false"}', id="casing-is-a-string"),
-    pytest.param("tokenizer_config.json", '{"truncation_side": "left"}', id="cut-on-the-left"),
-    pytest.param("tokenizer_config.json", '{"tokenizer_class": "T5Tokenizer"}', id="t5"),
-    pytest.param("tokenizer_config.json", '{"cls_token": {"content": "<s>"}}', id="other-cls"),
-    pytest.param("tokenizer_config.json", '{"added_tokens_decoder": {"12": 5}}',
-                 id="added-token-is-a-number"),
-    pytest.param("special_tokens_map.json", '{"additional_special_tokens": "<e>"}',
-                 id="special-tokens-are-a-string"),
-    pytest.param("added_tokens.json", '{"<e>": [12]}', id="added-id-is-a-list"),
-    pytest.param("tokenizer.json", '{"model": 5}', id="tokenizer-model-is-a-number"),
+    pytest.param(
+        "tokenizer_config.json", '{"do_lower_case": "false"}',
+        id="casing-is-a-string"),
+    pytest.param(
+        "tokenizer_config.json", '{"truncation_side": "left"}',
+        id="truncation-on-the-left"),
+    pytest.param(
+        "tokenizer_config.json", '{"tokenizer_class": "T5Tokenizer"}',
+        id="t5-tokenizer"),
+    pytest.param(
+        "tokenizer_config.json", '{"cls_token": {"content": "<s>"}}',
+        id="unknown-cls-token"),
+    pytest.param(
+        "tokenizer_config.json", '{"added_tokens_decoder": {"12": 5}}',
+        id="added-token-is-a-number"),
+    pytest.param(
+        "special_tokens_map.json", '{"additional_special_tokens": "<e>"}',
+        id="special-tokens-are-a-string"),
+    pytest.param(
+        "added_tokens.json", '{"<e>": [12]}',
+        id="added-id-is-a-list"),
+    pytest.param(
+        "tokenizer.json", '{"model": 5}',
+        id="tokenizer-model-is-a-number"),
 ])
 def test_bad_tokenizers_are_refused(in_data_dir, capsys, name, text):
     """A bad tokenizer file is refused in one line with its name."""
@@ -2249,7 +2322,9 @@ SEARCH_PARAMS = ["search", "--max-params"]
     # search
     pytest.param(["search"], ["--max-params, --max-flops"], id="no-budget"),
     pytest.param(
-        [*SEARCH_PARAMS, "1M", "--method", "evolution"], ["unknown"], id="unknown-search-flag"),
+        [*SEARCH_PARAMS, "1M", "--method", "evolution"],
+        ["unknown"],
+        id="unknown-search-flag"),
     pytest.param(
         [*SEARCH_PARAMS, "0.9x", "9", "--out", "sub"],
         ["smallest has"],
@@ -2307,8 +2382,9 @@ def test_bad_commands_are_refused(trained_project, in_trained_dir, capsys, words
     run_json = Path(shutil.copytree("superbert/tiny", "moved"), "run.json")
     run_json.write_text(run_json.read_text().replace('"data": "tiny"', '"data": "gone"'))
     os.symlink("loop", "loop")
-    write_tsv(in_trained_dir / "names" / "train.tsv", HEADER, ["good", "yes"], ["bad", "no"])
-    write_tsv(in_trained_dir / "names" / "dev.tsv", HEADER, ["good", "yes"])
+    names = in_trained_dir / "names"
+    write_tsv(names / "train.tsv", HEADER, ["good", "yes"], ["bad", "no"])
+    write_tsv(names / "dev.tsv", HEADER, ["good", "yes"])
 
     before = read_all_files()
     assert_refused(capsys, words, *parts)
@@ -2330,7 +2406,8 @@ RESUME = TRAIN + ["--checkpoint-every", "2", "--out", "part", "--resume"]
         RESUME, "checkpoint.safetensors is damag",
         id="truncated-checkpoint"),
     pytest.param(
-        "part/checkpoint.safetensors", lambda content: content.replace(b"theta", b"thetb"),
+        "part/checkpoint.safetensors",
+        lambda content: content.replace(b"theta", b"thetb"),
         RESUME, "damaged",
         id="checkpoint-without-theta"),
     pytest.param(
@@ -2375,9 +2452,12 @@ RESUME = TRAIN + ["--checkpoint-every", "2", "--out", "part", "--resume"]
         SEARCH, "is not what its",
         id="changed-weights"),
 ])
-def test_damaged_files_are_refused(in_trained_dir, capsys, monkeypatch, name, damage, words,
-                                   message):
-    """Damaged or exchanged files of a run are refused. With the right file the command ends well."""
+def test_damaged_files_are_refused(in_trained_dir, capsys, monkeypatch,
+                                   name, damage, words, message):
+    """Damaged or exchanged files of a run are refused.
+
+    With the right file the command ends well.
+    """
     send_signal_in_step(monkeypatch, 12)
     assert yoco.main(RESUME[:-1]) == 128 + signal.SIGTERM
     send_signal_in_step(monkeypatch, 3)
@@ -2391,7 +2471,7 @@ def test_damaged_files_are_refused(in_trained_dir, capsys, monkeypatch, name, da
     assert_refused(capsys, words, message)
     path.write_bytes(before[path])
 
-    # Whoever opens a pipe waits for ever, so a pipe is refused, too.
+    # To open a pipe would wait for ever, so a pipe is refused, too.
     if hasattr(os, "mkfifo") and path.suffix != ".jsonl":
         path.unlink()
         os.mkfifo(path)
@@ -2399,8 +2479,7 @@ def test_damaged_files_are_refused(in_trained_dir, capsys, monkeypatch, name, da
         path.unlink()
         path.write_bytes(before[path])
 
-    # A refused run may have cut its log to what the checkpoint knows, before it saw the
-    # damage.
+    # The refused run may have cut its log to the length in the checkpoint.
     for log in (Path("part/log.jsonl"), Path("sub/log.jsonl")):
         assert before[log].startswith(log.read_bytes())
         log.write_bytes(before[log])
@@ -2427,7 +2506,7 @@ def test_two_runs_one_directory(in_data_dir, capsys):
 # ---- Interrupting and resuming -------------------------------------------------------------------
 
 def send_signal_in_step(monkeypatch, step, number=signal.SIGTERM):
-    """Let the next command of train or search send itself a signal in one of its steps, once."""
+    """Let the next train or search send itself a signal in one of its steps, once."""
     steps = itertools.count(1)
     report, show = yoco.report, yoco.Progress.show
 
@@ -2437,7 +2516,7 @@ def send_signal_in_step(monkeypatch, step, number=signal.SIGTERM):
         return report(*args)
 
     def show_and_signal(self, done, text):
-        # Only search shows such a text.
+        # Only search shows a text that begins like this.
         if text.startswith("asked") and next(steps) == step:
             os.kill(os.getpid(), number)
         return show(self, done, text)
@@ -2447,7 +2526,7 @@ def send_signal_in_step(monkeypatch, step, number=signal.SIGTERM):
 
 
 def start_in_subprocess(words, patch="", **environment):
-    """Start a command in a process of its own, after the code `patch`, and return its Popen."""
+    """Start a command in a new process, after the code `patch`, and return its Popen."""
     code = f"""
 import itertools, json, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -2457,8 +2536,9 @@ torch.set_num_threads(1)
 {patch}
 sys.exit(yoco.main({list(map(str, words))!r}))
 """
-    return subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, **environment})
+    return subprocess.Popen([sys.executable, "-c", code],
+                            env={**os.environ, **environment},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def signal_at_call(function, call, number="SIGKILL"):
@@ -2484,9 +2564,8 @@ original, calls = yoco.write_file, itertools.count(1)
 
 def write_half(path, content):
     if next(calls) == 3:
-        temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.9.tmp")
-        with open(temporary, "wb", buffering=0) as file:
-            file.write(content[:len(content) // 2])
+        temporary = path.with_name(f".{path.name}.9.tmp")
+        temporary.write_bytes(content[:len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
     return original(path, content)
 
@@ -2618,9 +2697,9 @@ def test_second_signal_stops_at_once(in_data_dir, monkeypatch):
 
 
 def start_and_wait_for_log(words):
-    """Start a training in a process of its own, and return its Popen once its log has a step."""
-    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    """Start a training, and return its Popen as soon as its log has a step."""
+    process = subprocess.Popen([sys.executable, *map(str, words)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = Path("superbert/tiny/log.jsonl")
     deadline = time.monotonic() + 90
     while process.poll() is None and time.monotonic() < deadline:
@@ -2637,8 +2716,8 @@ def start_and_wait_for_log(words):
 def test_signal_to_a_process(in_data_dir, output_is_read):
     """SIGTERM from outside stops a training with a checkpoint and status 143.
 
-    It does so even if nobody reads its output. Ctrl-C with `2>&1 | tee log` ends tee,
-    for example.
+    It does so even if nobody reads its output. For example, Ctrl-C ends the tee of
+    `2>&1 | tee log`.
     """
     process = start_and_wait_for_log([ROOT / "yoco.py", *TRAIN, "--epochs", "9999"])
     if not output_is_read:
@@ -2658,7 +2737,7 @@ def test_signal_to_a_process(in_data_dir, output_is_read):
     pytest.param(2000, id="no-room-for-a-checkpoint"),
 ])
 def test_full_disk(in_data_dir, room):
-    """A full disk ends a training with one line and status 2, and leaves the last checkpoint.
+    """A full disk ends a training with one line, and leaves the last checkpoint.
 
     No file may grow beyond `room` bytes more than the log has. With room again, the
     resumed run equals one that had room all the time.
@@ -2692,7 +2771,7 @@ yoco.report = report_and_limit
 
 @pytest.mark.parametrize("diverged", ["loss", "gradient"])
 def test_divergence(in_data_dir, capsys, monkeypatch, diverged):
-    """A loss or a gradient that is not finite ends the run before it reaches the checkpoint."""
+    """A loss or gradient that is not finite ends the run before a checkpoint has it."""
     weight_gradient = yoco.weight_gradient
     steps = itertools.count(1)
 
@@ -2750,8 +2829,8 @@ def run_two_processes(words, patches=("", "")):
     return [(process.returncode, output) for process, output in zip(processes, outputs)]
 
 
-# Lets a process exit with 9 if a thread of the process group is alive at its end. Such
-# a thread may abort the process.
+# Lets a process exit with 9 if a thread of the process group is alive at its end. Python
+# may abort a process that still has one.
 EXIT_9_IF_A_THREAD_IS_LEFT = """
 import atexit, pathlib
 
@@ -2790,7 +2869,8 @@ def test_ranks_equal_one_process(in_data_dir, regression, options):
                   *film_reviews(np.random.default_rng(0), 57))
     words = TRAIN + ["--holdout", "0", "--lr", "3e-4", "--batch-size", "7"] + options
     assert yoco.main(words + ["--out", "one"]) == 0
-    results = run_two_processes(words + ["--out", "two"], [EXIT_9_IF_A_THREAD_IS_LEFT] * 2)
+    patches = (EXIT_9_IF_A_THREAD_IS_LEFT, EXIT_9_IF_A_THREAD_IS_LEFT)
+    results = run_two_processes(words + ["--out", "two"], patches)
     assert [status for status, _ in results] == [0, 0], results
 
     one = load_file("one/model.safetensors")
@@ -2801,7 +2881,8 @@ def test_ranks_equal_one_process(in_data_dir, regression, options):
         if not name.endswith("key.bias"):
             assert (two[name] - one[name]).abs().max() < 1e-5, name
     assert read_facts("one")["theta"] == read_facts("two")["theta"]
-    for line_of_one, line_of_two in zip(read_log_lines("one"), read_log_lines("two"), strict=True):
+    log_of_one, log_of_two = read_log_lines("one"), read_log_lines("two")
+    for line_of_one, line_of_two in zip(log_of_one, log_of_two, strict=True):
         assert abs(line_of_one.pop("loss") - line_of_two.pop("loss")) < 1e-5
         assert line_of_one == line_of_two
 
@@ -2809,8 +2890,7 @@ def test_ranks_equal_one_process(in_data_dir, regression, options):
 def test_ranks_stop_together_and_resume(in_data_dir, capsys):
     """A signal to one of two processes stops both after the same step, and both resume.
 
-    The resumed run equals one that nobody stopped. It needs the same number of
-    processes.
+    The resumed run equals one that nobody stopped. It needs two processes again.
     """
     words = TRAIN + ["--epochs", "2"]
     (status, _), _ = run_two_processes(words + ["--out", "whole"])
@@ -2833,7 +2913,9 @@ def test_ranks_stop_together_and_resume(in_data_dir, capsys):
 
 def test_search_refuses_several_processes(in_data_dir):
     """Only train shares its work between processes. search says so in one line."""
-    (first_status, first_output), (second_status, second_output) = run_two_processes(SEARCH)
+    first, second = run_two_processes(SEARCH)
+    first_status, first_output = first
+    second_status, second_output = second
     assert first_status == 2
     assert second_status == 2
     assert len(first_output.splitlines()) == 1
@@ -2842,7 +2924,7 @@ def test_search_refuses_several_processes(in_data_dir):
 
 
 def test_torchrun(in_data_dir):
-    """SIGTERM to the real torchrun stops its processes after a step, with a checkpoint."""
+    """SIGTERM to the real torchrun stops both processes after a step."""
     process = start_and_wait_for_log([
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         ROOT / "yoco.py", *TRAIN, "--epochs", "9999"])
@@ -2894,14 +2976,16 @@ def test_gpu_masks_equal_slices(keep_layers):
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gpu_commands(in_data_dir, precision):
-    """Run train, search and eval on a GPU, and compare a killed and resumed training with a whole one.
+    """Run train, search and eval on a GPU, and resume a training that was killed.
 
-    Their scores and losses agree within rounding.
+    It is compared with a training that nobody killed. Their scores and losses agree
+    within rounding.
     """
     words = [word.replace("cpu", "cuda") for word in TRAIN]
     words += ["--precision", precision, "--checkpoint-every", "2", "--distill"]
     assert yoco.main(words + ["--out", "whole"]) == 0
-    process = start_in_subprocess(words + ["--out", "part"], signal_at_call("yoco.report", 15))
+    kill_in_step_15 = signal_at_call("yoco.report", 15)
+    process = start_in_subprocess(words + ["--out", "part"], kill_in_step_15)
     output = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, output
     assert yoco.main(words + ["--out", "part", "--resume"]) == 0
@@ -2917,16 +3001,18 @@ def test_gpu_commands(in_data_dir, precision):
     part_losses = [line["loss"] for line in read_log_lines("part")]
     assert np.allclose(whole_losses, part_losses, rtol=1e-2, atol=1e-2)
 
-    assert yoco.main(["search", "--model", "whole", "--max-params", "0.9x", "--evaluations", "12",
-                      "--device", "cuda", "--precision", precision]) == 0
-    for device in ("cuda", "cpu"):
-        assert yoco.main(["eval", "--model", "subbert/whole-0.9x", "--device", device]) == 0
+    assert yoco.main([
+        "search", "--model", "whole", "--max-params", "0.9x", "--evaluations", "12",
+        "--device", "cuda", "--precision", precision]) == 0
+    sub_bert = "subbert/whole-0.9x"
+    assert yoco.main(["eval", "--model", sub_bert, "--device", "cuda"]) == 0
+    assert yoco.main(["eval", "--model", sub_bert, "--device", "cpu"]) == 0
 
 
 # ---- Latency -------------------------------------------------------------------------------------
 
 def test_latency(monkeypatch):
-    """Compare the measured latency with a clock that moves one millisecond for each head that runs.
+    """Compare the latency with a clock that moves a millisecond for each head that runs.
 
     The latency is a median, and the first rounds, which warm up, do not count.
     """
@@ -2956,19 +3042,22 @@ def test_latency(monkeypatch):
     pytest.param("even", 2, 1, id="one-token-type"),
 ])
 def test_masks_equal_slices(keep_layers, num_labels, num_types):
-    """Compare the masked pass with `forward`: logits, and gradients of a random function of them.
+    """Compare the logits and gradients of the masked pass with those of `forward`.
 
-    The batch has padding, and some layers belong to no architecture.
+    The gradients are those of a random function of the logits. The batch has padding,
+    and some layers belong to no architecture.
     """
     model = small_model(num_labels, keep_layers=keep_layers, type_vocab_size=num_types,
                         **NO_DROPOUT)
     ids, token_types, mask = small_batch()
     inputs = (ids, token_types % num_types, mask)
     largest = model.config.arch
-    one_layer = [arch for arch in random_archs(model.config, 40, 7) if arch.depth == 1][:3]
+    forty_archs = random_archs(model.config, 40, 7)
+    one_layer = [arch for arch in forty_archs if arch.depth == 1][:3]
 
     def masked(archs):
-        return model_module.forward_many(model, *inputs, archs_to_tensor(model.config, archs))
+        sizes = archs_to_tensor(model.config, archs)
+        return model_module.forward_many(model, *inputs, sizes)
 
     def sliced(archs):
         return torch.stack([model(*inputs, arch) for arch in archs])
@@ -2979,8 +3068,10 @@ def test_masks_equal_slices(keep_layers, num_labels, num_types):
         (logits * weights).sum().backward()
         gradients = {}
         for name, weight in model.named_parameters():
-            has_none = weight.grad is None
-            gradients[name] = torch.zeros_like(weight) if has_none else weight.grad.clone()
+            if weight.grad is None:
+                gradients[name] = torch.zeros_like(weight)
+            else:
+                gradients[name] = weight.grad.clone()
         return logits, gradients
 
     groups = [random_archs(model.config, 4, 0),
@@ -3006,7 +3097,7 @@ def test_masks_equal_slices(keep_layers, num_labels, num_types):
 
 
 def test_dropout():
-    """Compare dropout with its definition: each element is kept with probability 1 - p and scaled.
+    """Compare dropout with its definition: elements are kept with 1 - p, and scaled.
 
     Neighbours are independent, and the gradient is scaled as the output is.
     """
@@ -3031,7 +3122,10 @@ def test_dropout():
 
 
 def test_attention_with_dropout(monkeypatch):
-    """Compare attention with torch's: in the mean with dropout, and exactly if nothing is dropped."""
+    """Compare attention with torch's, which has no dropout.
+
+    With dropout, the mean over many calls agrees. If nothing is dropped, one call does.
+    """
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 5, 4).unbind()
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()[:, None, None, :]
@@ -3054,11 +3148,11 @@ def test_evaluator_with_prefix_cache(monkeypatch, memory):
     """
     model = small_model(max_position_embeddings=24)
     rng = np.random.default_rng(0)
-    examples = [data.Encoded(rng.integers(5, 50, n).tolist(), [0] * n, int(rng.integers(3)))
-                for n in rng.integers(3, 20, 60)]
+    examples = [random_example(rng, n) for n in rng.integers(3, 20, 60)]
     *inputs, labels = data.collate(examples, range(60))
     monkeypatch.setattr(data, "PREFIX_MEMORY", memory)
-    evaluate = data.make_evaluator(model, [examples], "accuracy", torch.device("cpu"), NO_AUTOCAST)
+    evaluate = data.make_evaluator(
+        model, [examples], "accuracy", torch.device("cpu"), NO_AUTOCAST)
     layer_calls = []
     for layer in model.layers:
         layer.register_forward_hook(lambda *_: layer_calls.append(1))
@@ -3100,14 +3194,14 @@ def test_help_explains_every_setting(capsys, command):
     pytest.param(yoco, 3, id="yoco"),
 ])
 def test_docstring_examples(module, num_examples):
-    """Run the examples in the docstrings, and compare their output with what is printed there."""
+    """Compare the examples in the docstrings with the output that is printed there."""
     result = doctest.testmod(module)
     assert result.failed == 0
     assert result.attempted >= num_examples
 
 
 def tags_in_code():
-    """Return {(function, tag)} of every DIFFERS, CHOICE and AUTHORS comment in the three files."""
+    """Return {(function, tag)} of the DIFFERS, CHOICE and AUTHORS comments."""
     found = set()
     for path in (ROOT / name for name in ("yoco.py", "model.py", "data.py")):
         text = path.read_text()
@@ -3124,7 +3218,7 @@ def tags_in_code():
 
 
 def test_readme_lists_every_departure():
-    """Compare README's list of differences with the tags in the code, function by function."""
+    """Compare README's list of differences with the tags in the code, by function."""
     section = (ROOT / "README.md").read_text().split("## Differences")[1].split("\n## ")[0]
     listed = {(name, tag) for name, tags in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.M)
               for tag in tags.strip().split(", ")}
@@ -3132,7 +3226,7 @@ def test_readme_lists_every_departure():
 
 
 def test_equation_ledger():
-    """Every test and function of the ledger exists, and every line of Algorithm 1 is marked."""
+    """The ledger's tests and functions exist, and Algorithm 1's lines are marked."""
     ledger = yoco.__doc__.split("the test that checks it:")[1].split("Symbols")[0]
     tests = re.findall(r"(test_\w+)", ledger)
     assert len(tests) == 9 and all(name in globals() for name in tests)
