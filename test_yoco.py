@@ -1,16 +1,21 @@
-"""The tests: every claim against a truth that does not come from the code that makes it.
+"""Test every claim against a truth that does not come from the code under test.
 
     pytest -q                          everything that needs no download
     GLUE_DIR=... pytest -q             also the row counts of the real GLUE files
     MINILM_DIR=... pytest -q           also logits and token ids on all-MiniLM-L6-v2
     YOCO_TEST_GPU=1 pytest -q          also what a GPU computes
+
+Part I tests the method in the order of model.py, data.py and yoco.py, and then the three
+commands. Part II tests the machinery: files, refusals, resuming, several processes, the GPU.
 """
 
 import os
 
+# Hide the GPUs before torch looks for them.
 if os.environ.get("YOCO_TEST_GPU") != "1":
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")   # before torch looks for one
-os.environ["OMP_NUM_THREADS"] = "1"                     # the models are tiny
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# The models are so small that a second thread would only cost time.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import ast
 import contextlib
@@ -26,8 +31,8 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,235 +55,3078 @@ ROOT = Path(__file__).parent
 MINILM = Path(os.environ.get("MINILM_DIR", ROOT / "all-MiniLM-L6-v2"))
 GLUE = Path(os.environ["GLUE_DIR"]) if "GLUE_DIR" in os.environ else None
 GPU = os.environ.get("YOCO_TEST_GPU") == "1"
-needs_minilm = pytest.mark.skipif(not (MINILM / "model.safetensors").exists(), reason=(
-    "no MiniLM weights: python -m glue.download all-MiniLM-L6-v2, or MINILM_DIR"))
-needs_glue = pytest.mark.skipif(not GLUE, reason="GLUE_DIR does not name the real GLUE files")
-needs_gpu = pytest.mark.skipif(not GPU, reason="YOCO_TEST_GPU=1 lets the tests use a GPU")
+
+needs_minilm = pytest.mark.skipif(
+    not (MINILM / "model.safetensors").exists(),
+    reason="no MiniLM weights: python -m glue.download all-MiniLM-L6-v2, or MINILM_DIR")
+needs_glue = pytest.mark.skipif(
+    not GLUE, reason="GLUE_DIR does not name the real GLUE files")
+needs_gpu = pytest.mark.skipif(
+    not GPU, reason="YOCO_TEST_GPU=1 lets the tests use a GPU")
+
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored in a shell's background job
+# A shell's background job ignores Ctrl-C. The tests of signals need Python's handler.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# ---- model.py ------------------------------------------------------------------------------------
+# ==================================================================================================
+# Part I: the method.
+# ==================================================================================================
 
-OFF = contextlib.nullcontext      # no autocast
+# ---- model.py: one set of weights, many smaller BERTs --------------------------------------------
+
+NO_AUTOCAST = contextlib.nullcontext
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
 def small_config(**changes):
-    """4 layers, 6 heads of size 4, FFN 48: choices {2, 3, 4}, {2, 4, 6}, {8, 12, 16, 48}."""
-    fields = dict(vocab_size=50, hidden_size=24, num_hidden_layers=4, num_attention_heads=6,
-                  intermediate_size=48, max_position_embeddings=20, initializer_range=0.2)
+    """Return a BERT's configuration: 4 layers, 6 heads of size 4, FFN size 48.
+
+    Its space has the depths {2, 3, 4}, heads {2, 4, 6} and FFN sizes {8, 12, 16, 48}.
+    """
+    fields = dict(vocab_size=50, hidden_size=24, num_hidden_layers=4,
+                  num_attention_heads=6, intermediate_size=48,
+                  max_position_embeddings=20, initializer_range=0.2)
     return BertConfig(**fields | changes)
 
 
 def small_model(num_labels=3, seed=0, **changes):
+    """Return an ElasticBert of `small_config` with random weights.
+
+    Biases and LayerNorms are random too, so that a test notices if one is left out.
+    """
     torch.manual_seed(seed)
     model = ElasticBert(small_config(**changes), num_labels).eval()
-    for name, weight in model.named_parameters():       # biases and norms that matter, too
+    for name, weight in model.named_parameters():
         torch.nn.init.normal_(weight, 1.0 if "norm.weight" in name else 0.0, 0.2)
     return model
 
 
 def small_batch(B=5, T=11, seed=1):
-    """input_ids, token_type_ids, attention_mask; every row of another length."""
+    """Return random input_ids, token_type_ids and attention_mask, each [B, T].
+
+    Every row has a different length: T, T - 1, T - 2, ...
+    """
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 50, (B, T), generator=g)
-    types = torch.randint(0, 2, (B, T), generator=g)
-    mask = torch.arange(T)[None, :] < torch.tensor([T - i for i in range(B)])[:, None]
-    return ids, types, mask
+    token_types = torch.randint(0, 2, (B, T), generator=g)
+    lengths = torch.tensor([T - row for row in range(B)])
+    mask = torch.arange(T)[None, :] < lengths[:, None]
+    return ids, token_types, mask
 
 
 def some_archs(config, count=4):
-    space, rng = SearchSpace.for_config(config), np.random.default_rng(0)
+    """Return the smallest, the largest, and `count` random architectures."""
+    space = SearchSpace.for_config(config)
     uniform = Categorical(space.categories)
-    drawn = [space.arch(uniform.sample(rng)) for _ in range(count)]
-    return [space.smallest(), space.largest()] + drawn
+    rng = np.random.default_rng(0)
+    sampled = [space.arch(uniform.sample(rng)) for _ in range(count)]
+    return [space.smallest(), space.largest()] + sampled
+
+
+def random_archs(config, count, seed):
+    """Return `count` architectures of any depth, any heads and any FFN sizes.
+
+    They need not lie in the search space.
+    """
+    rng = np.random.default_rng(seed)
+    largest = config.arch
+    depths = rng.integers(1, largest.depth + 1, count)
+    return [Arch(rng.integers(1, largest.heads[0] + 1, depth).tolist(),
+                 rng.integers(1, largest.ffn_sizes[0] + 1, depth).tolist())
+            for depth in depths]
+
+
+def count_weights(model):
+    """Count the parameters of a model, without its classifier."""
+    return sum(weight.numel() for name, weight in model.named_parameters()
+               if "classifier" not in name)
+
+
+def assert_close(actual, expected):
+    """Assert that two tensors agree to 1e-5 of the largest element."""
+    assert (actual - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+
+
+def state_for_torch(layer):
+    """Return a layer's weights under the names of torch's TransformerEncoderLayer."""
+    qkv = (layer.query, layer.key, layer.value)
+    state = {"self_attn.in_proj_weight": torch.cat([linear.weight for linear in qkv]),
+             "self_attn.in_proj_bias": torch.cat([linear.bias for linear in qkv])}
+    modules = {"self_attn.out_proj": layer.attention_out,
+               "linear1": layer.ffn_in,
+               "linear2": layer.ffn_out,
+               "norm1": layer.attention_norm,
+               "norm2": layer.ffn_norm}
+    for name, module in modules.items():
+        state[f"{name}.weight"] = module.weight
+        state[f"{name}.bias"] = module.bias
+    return state
 
 
 def test_equals_torch_transformer():
-    """The full model against torch.nn.TransformerEncoder: post-norm, gelu, same weights."""
-    model, (ids, types, mask) = small_model(), small_batch()
-    c, norm = model.config, model.embedding_norm
+    """Compare the full model with torch.nn.TransformerEncoder, given the same weights.
+
+    Both are post-norm and use gelu. The embeddings, the pooler and the classifier are
+    written out here.
+    """
+    model = small_model()
+    ids, token_types, mask = small_batch()
+    eps = model.config.layer_norm_eps
+
+    encoder_layer = torch.nn.TransformerEncoderLayer(
+        24, 6, 48, activation="gelu", batch_first=True, layer_norm_eps=eps)
+    encoder = torch.nn.TransformerEncoder(encoder_layer, 4).eval()
+    for layer, torch_layer in zip(model.layers, encoder.layers, strict=True):
+        torch_layer.load_state_dict(state_for_torch(layer))
+
     x = (F.embedding(ids, model.word_embeddings.weight)
-         + F.embedding(types, model.token_type_embeddings.weight)
+         + F.embedding(token_types, model.token_type_embeddings.weight)
          + model.position_embeddings.weight[:ids.shape[1]])
-    x = F.layer_norm(x, (24,), norm.weight, norm.bias, c.layer_norm_eps)
-    theirs = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(
-        24, 6, 48, activation="gelu", batch_first=True, layer_norm_eps=c.layer_norm_eps), 4).eval()
-    for ours, layer in zip(model.layers, theirs.layers):
-        qkv = (ours.query, ours.key, ours.value)
-        parts = {"self_attn.out_proj": ours.attention_out, "linear1": ours.ffn_in,
-                 "linear2": ours.ffn_out, "norm1": ours.attention_norm, "norm2": ours.ffn_norm}
-        layer.load_state_dict({
-            "self_attn.in_proj_weight": torch.cat([m.weight for m in qkv]),
-            "self_attn.in_proj_bias": torch.cat([m.bias for m in qkv]),
-            **{f"{name}.{kind}": getattr(part, kind)
-               for kind in ("weight", "bias") for name, part in parts.items()}})
-    x = theirs(x, src_key_padding_mask=~mask)
+    norm = model.embedding_norm
+    x = F.layer_norm(x, (24,), norm.weight, norm.bias, eps)
+    x = encoder(x, src_key_padding_mask=~mask)
     expected = model.classifier(torch.tanh(model.pooler(x[:, 0])))
-    for form in (mask, mask.long()):                    # the mask may be bool or 0/1 integers
-        assert torch.allclose(model(ids, types, form), expected, atol=1e-5)
+
+    # The mask may be bool or 0/1 integers.
+    assert torch.allclose(model(ids, token_types, mask), expected, atol=1e-5)
+    assert torch.allclose(model(ids, token_types, mask.long()), expected, atol=1e-5)
+
+
+# Three texts, and the token ids that transformers 5.23.0 gives with MiniLM's vocabulary.
+MINILM_TEXTS = [
+    ("The cat sat on the mat .", "A feline rested upon a rug ."),
+    ("Prices rose by 3 % in May .", "It rained ."),
+    ("No second part here , just one long sentence that goes on .", None),
+]
+MINILM_IDS = [
+    [101, 1996, 4937, 2938, 2006, 1996, 13523, 1012, 102,
+     1037, 10768, 4179, 8614, 2588, 1037, 20452, 1012, 102],
+    [101, 7597, 3123, 2011, 1017, 1003, 1999, 2089, 1012, 102,
+     2009, 28270, 1012, 102],
+    [101, 2053, 2117, 2112, 2182, 1010, 2074, 2028, 2146, 6251, 2008, 3632, 2006, 1012,
+     102],
+]
+# The second text of each pair starts here. The third row has no second text.
+MINILM_SECOND_TEXT_AT = [9, 10, 15]
+
+
+def minilm_examples():
+    """Return the three stored texts as encoded examples."""
+    return [data.Encoded(ids, [0] * split + [1] * (len(ids) - split), 0)
+            for ids, split in zip(MINILM_IDS, MINILM_SECOND_TEXT_AT, strict=True)]
 
 
 @needs_minilm
 def test_equals_hugging_face():
-    """Logits of transformers 5.23.0's BertForSequenceClassification on the real MiniLM weights,
-    with a classifier of sines, for three texts whose token ids were stored with them."""
+    """Compare logits with stored ones of transformers' BertForSequenceClassification.
+
+    They come from transformers 5.23.0. Both use the real MiniLM weights, and a
+    classifier whose weights are sines.
+    """
     model = load_bert(MINILM, 3)
     with torch.no_grad():
         model.classifier.weight.copy_(torch.sin(torch.arange(3 * 384.)).view(3, 384))
         model.classifier.bias.zero_()
-    ids = [[101, 1996, 4937, 2938, 2006, 1996, 13523, 1012, 102, 1037, 10768, 4179, 8614, 2588,
-            1037, 20452, 1012, 102],
-           [101, 7597, 3123, 2011, 1017, 1003, 1999, 2089, 1012, 102, 2009, 28270, 1012, 102],
-           [101, 2053, 2117, 2112, 2182, 1010, 2074, 2028, 2146, 6251, 2008, 3632, 2006, 1012, 102]]
-    encoded = [data.Encoded(row, [0] * split + [1] * (len(row) - split), 0)
-               for row, split in zip(ids, (9, 10, 15))]
-    with torch.no_grad():
-        logits = model(*data.collate(encoded, range(3))[:3])
-    expected = [[0.425027, 0.998575, 1.068916], [0.006471, 0.962373, 1.433312],
+        logits = model(*data.collate(minilm_examples(), range(3))[:3])
+    expected = [[0.425027, 0.998575, 1.068916],
+                [0.006471, 0.962373, 1.433312],
                 [-0.038301, 0.737339, 1.141414]]
     assert torch.allclose(logits, torch.tensor(expected), atol=1e-5)
-    pairs = [("The cat sat on the mat .", "A feline rested upon a rug ."),
-             ("Prices rose by 3 % in May .", "It rained ."),
-             ("No second part here , just one long sentence that goes on .", None)]
-    ours = data.encode([data.Example(*pair, 0) for pair in pairs], MINILM, 128)
-    assert [(e.input_ids, e.token_type_ids) for e in ours] == [(e.input_ids, e.token_type_ids)
-                                                               for e in encoded]
 
 
 def test_slice_equals_extracted(tmp_path):
-    """Sliced, extracted and extracted-saved-loaded: the same logits, count_params parameters."""
-    model, batch = small_model(), small_batch()
+    """Compare slices of the super-BERT with extracted sub-BERTs.
+
+    A sub-BERT is also saved and loaded. All three give the same logits. The sub-BERTs
+    have as many parameters as count_params says.
+    """
+    model = small_model()
+    batch = small_batch()
     for arch in some_archs(model.config):
-        sub = extract(model, arch)
-        save_bert(sub, tmp_path)
-        loaded, expected = load_bert(tmp_path, 3), model(*batch, arch)
-        for other in (sub, loaded):
-            assert torch.allclose(other(*batch), expected, atol=1e-6)
-            assert other.config.arch == arch
-            own = sum(w.numel() for n, w in other.named_parameters() if "classifier" not in n)
-            assert own == count_params(model.config, arch)
-        assert all(torch.equal(a, b) for a, b in zip(sub.state_dict().values(),
-                                                     loaded.state_dict().values()))
-    shared = {w.data_ptr() for w in model.parameters()} & {w.data_ptr() for w in sub.parameters()}
-    assert not shared                                   # an extracted model owns its memory
+        expected = model(*batch, arch)
+        extracted = extract(model, arch)
+        save_bert(extracted, tmp_path)
+        loaded = load_bert(tmp_path, 3)
+        for sub_bert in (extracted, loaded):
+            assert torch.allclose(sub_bert(*batch), expected, atol=1e-6)
+            assert sub_bert.config.arch == arch
+            assert count_weights(sub_bert) == count_params(model.config, arch)
+        before, after = extracted.state_dict(), loaded.state_dict()
+        assert list(before) == list(after)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_extracted_model_owns_its_memory():
+    """An extracted model shares no tensor with the model that it was cut from."""
+    model = small_model()
+    addresses = {weight.data_ptr() for weight in model.parameters()}
+    for arch in some_archs(model.config):
+        sub_bert = extract(model, arch)
+        assert not addresses & {weight.data_ptr() for weight in sub_bert.parameters()}
+
+
+@pytest.mark.parametrize("num_layers, depth, evenly_spaced", [
+    pytest.param(12, 6, [1, 3, 5, 7, 9, 11], id="6-of-12"),
+    pytest.param(6, 3, [1, 3, 5], id="3-of-6"),
+    pytest.param(4, 1, [3], id="1-of-4"),
+    pytest.param(6, 4, [0, 2, 3, 5], id="4-of-6"),
+    pytest.param(6, 5, [0, 1, 2, 3, 5], id="5-of-6"),
+    pytest.param(2, 2, [0, 1], id="2-of-2"),
+])
+def test_kept_layer_indices(num_layers, depth, evenly_spaced):
+    """Compare the layers that a smaller depth keeps with lists by hand.
+
+    The last layer is always kept if they are evenly spaced.
+    """
+    kept = model_module.kept_layer_indices
+    assert list(kept("even", num_layers, depth)) == evenly_spaced
+    assert list(kept("first", num_layers, depth)) == list(range(depth))
 
 
 def test_evenly_spaced_depth(tmp_path):
-    """The layers of a smaller depth: spaced evenly, the last always, each with its own weights; a
-    sub-BERT of them stands alone."""
-    for layers, depth, kept in ((12, 6, [1, 3, 5, 7, 9, 11]), (6, 3, [1, 3, 5]), (4, 1, [3]),
-                                (6, 4, [0, 2, 3, 5]), (6, 5, [0, 1, 2, 3, 5]), (2, 2, [0, 1])):
-        assert list(model_module.kept_layer_indices("even", layers, depth)) == kept
-        assert list(model_module.kept_layer_indices("first", layers, depth)) == list(range(depth))
-    model, batch = small_model(keep_layers="even"), small_batch()
-    space, arch = SearchSpace.for_config(model.config), Arch((2, 6), (48, 8))
+    """Compare evenly spaced layers with a model whose layers were moved by hand.
+
+    A saved copy and an extracted sub-BERT give the same logits.
+    """
+    model = small_model(keep_layers="even")
+    batch = small_batch()
+    space = SearchSpace.for_config(model.config)
+    arch = Arch((2, 6), (48, 8))
     assert space.choices(arch) == [0, None, 9, None, 2]
     assert space.arch(space.choices(arch)) == arch
-    by_hand = small_model()                             # the same weights; layers 2 and 4 first
+
+    # The same weights, but the second and the fourth layer come first.
+    by_hand = small_model()
     by_hand.layers = torch.nn.ModuleList([by_hand.layers[i] for i in (1, 3, 0, 2)])
     expected = by_hand(*batch, arch)
     assert torch.equal(model(*batch, arch), expected)
     assert not torch.allclose(small_model()(*batch, arch), expected)
+
     save_bert(model, tmp_path)
     assert torch.equal(load_bert(tmp_path, 3)(*batch, arch), expected)
     torch.testing.assert_close(extract(model, arch)(*batch), expected)
 
 
-def random_archs(config, count, seed):
-    """Architectures of any depth, heads and FFN sizes, not of the search space alone."""
-    rng, most = np.random.default_rng(seed), config.arch
-    depths = rng.integers(1, most.depth + 1, count)
-    return [Arch(rng.integers(1, most.heads[0] + 1, d).tolist(),
-                 rng.integers(1, most.ffn_sizes[0] + 1, d).tolist()) for d in depths]
-
-
-def close(found, expected):
-    """Equal but for the order of sums: to 1e-5 of the largest."""
-    assert (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
-
-
-@pytest.mark.parametrize("keeps, num_labels, types_", [
-    ("first", 3, 2), ("even", 3, 2), ("first", 1, 2), ("even", 2, 1)])
-def test_masks_equal_slices(keeps, num_labels, types_):
-    """`masked` gives for each of several architectures the logits of `forward`, and of any function
-    of them the gradients: with padding, one logit, token types or none, and layers that no
-    architecture has."""
-    model = small_model(num_labels, keep_layers=keeps, type_vocab_size=types_, **NO_DROPOUT)
-    ids, types, mask = small_batch()
-    types, full = types % types_, model.config.arch
-    few = [a for a in random_archs(model.config, 40, 7) if a.depth == 1][:3]
-    for n, archs in enumerate([random_archs(model.config, 4, 0), random_archs(model.config, 1, 1),
-                               [full, full, *random_archs(model.config, 2, 2)], few]):
-        weights = torch.randn(len(archs), 5, num_labels, generator=torch.Generator().manual_seed(n))
-        gradients, logits = [], []
-        for way in ("masked", "sliced"):
-            model.zero_grad()
-            if way == "masked":
-                logits.append(model_module.forward_many(model, ids, types, mask, archs_to_tensor(model.config, archs)))
-            else:
-                logits.append(torch.stack([model(ids, types, mask, arch) for arch in archs]))
-            (logits[-1] * weights).sum().backward()
-            gradients.append({name: 0 * w if w.grad is None else w.grad.clone()
-                              for name, w in model.named_parameters()})
-        assert logits[0].shape == (len(archs), 5, num_labels)
-        close(*logits)
-        for name, gradient in gradients[1].items():
-            close(gradients[0][name], gradient)
-    used = model_module.kept_layer_indices(keeps, 4, 1)[0]     # by the last of them, `few`
-    assert all(any(g.any() for name, g in gradients[0].items() if f"layers.{i}." in name)
-               == (i == used) for i in range(4))
-
-
-@pytest.mark.parametrize("changes", [{}, dict(hidden_size=40, num_attention_heads=5)])
+@pytest.mark.parametrize("changes", [
+    pytest.param({}, id="6-heads-of-size-4"),
+    pytest.param(dict(hidden_size=40, num_attention_heads=5), id="5-heads-of-size-8"),
+])
 def test_flops_counter(changes):
-    """count_flops against torch's counter, on the math attention backend, which it can count, and
-    less what the last layer does not compute: everything but keys and values of T - 1 tokens."""
-    config, (ids, types, mask) = small_config(**changes), small_batch(B=3, T=7)
+    """Compare count_flops with torch's FlopCounterMode.
+
+    It can count the math attention backend. It also counts the classifier. It does not
+    count what the last layer leaves out: everything but the keys and values of the T -
+    1 tokens after [CLS].
+    """
+    config = small_config(**changes)
+    B, T = 3, 7
+    ids, token_types, mask = small_batch(B, T)
     model = ElasticBert(config, 2).eval()
     for arch in some_archs(config, 2):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(ids, types, mask, arch)
-        C, HD, k = config.hidden_size, arch.heads[-1] * config.head_size, arch.ffn_sizes[-1]
-        saved = 6 * (2 * C * HD + 2 * 7 * HD + 2 * C * k)         # multiply-adds
-        expected = count_flops(config, arch, seq_len=7) - 2 * saved + 2 * C * 2     # + classifier
-        assert counter.get_total_flops() == 3 * expected
+            model(ids, token_types, mask, arch)
+        C, F_ = config.hidden_size, arch.ffn_sizes[-1]
+        HD = arch.heads[-1] * config.head_size
+        # Queries and outputs, scores and their product with the values, and the FFN.
+        left_out = 2 * (T - 1) * (2 * C * HD + 2 * T * HD + 2 * C * F_)
+        classifier = 2 * C * 2
+        expected = count_flops(config, arch, seq_len=T) - left_out + classifier
+        assert counter.get_total_flops() == B * expected
 
 
-def test_counts_of_the_design():
-    """The constants of the authors' code, and published model sizes."""
+def test_counts_of_bert_base():
+    """Compare BERT-base's space and counts with the constants of the authors' code."""
     base = BertConfig()
     space = SearchSpace.for_config(base)
-    assert (space.depths, space.heads, space.ffn_sizes) == (
-        (6, 8, 10, 12), (4, 8, 12), (512, 768, 1024, 3072))
+    assert space.depths == (6, 8, 10, 12)
+    assert space.heads == (4, 8, 12)
+    assert space.ffn_sizes == (512, 768, 1024, 3072)
+    assert space.categories == (4,) + (12,) * 12
+    assert space.size() == 12**6 + 12**8 + 12**10 + 12**12
     assert count_params(base, space.largest()) == 109_482_240
     assert count_params(base, Arch((12,) * 6, (3072,) * 6)) == 66_955_008
     assert count_params(base, space.smallest()) == 33_900_288
-    assert space.size() == 12**6 + 12**8 + 12**10 + 12**12
     assert count_flops(base, space.largest()) == 22_347_251_712 + 2 * 768 * 768
-    assert count_flops(base, space.smallest()) < 2_520_321_280     # that constant counts LayerNorm
-    assert space.categories == (4,) + (12,) * 12
+    # The authors' constant for the smallest also counts LayerNorm.
+    assert count_flops(base, space.smallest()) < 2_520_321_280
+
+
+def test_counts_of_minilm():
+    """Compare MiniLM's search space and size with the published model."""
     minilm = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
     space = SearchSpace.for_config(minilm)
-    assert (space.depths, space.heads, space.ffn_sizes) == (
-        (3, 4, 5, 6), (4, 8, 12), (256, 384, 512, 1536))
+    assert space.depths == (3, 4, 5, 6)
+    assert space.heads == (4, 8, 12)
+    assert space.ffn_sizes == (256, 384, 512, 1536)
     assert count_params(minilm, space.largest()) == 22_713_216
 
 
-def test_dropout_and_attention(monkeypatch):
-    """Dropout keeps 1 - p of the elements, scales them, in the gradient as well; attention with
-    dropout equals PyTorch's without where nothing is dropped, and its mean where something is."""
+def test_search_space_choices():
+    """Choices and architectures map to each other, over a whole slice of the space."""
+    space = SearchSpace.for_config(small_config())
+    assert space.depths == (2, 3, 4)
+    assert space.heads == (2, 4, 6)
+    assert space.ffn_sizes == (8, 12, 16, 48)
+
+    # Depth and two layers vary. The third and the fourth layer are fixed.
+    slice_of_choices = itertools.product(range(3), range(12), range(12), [5], [7])
+    archs = {space.arch(choices) for choices in slice_of_choices}
+    assert len(archs) == 3 * 144
+    for arch in archs:
+        choices = space.choices(arch)
+        assert space.arch(choices) == arch
+        assert choices.count(None) == 4 - arch.depth
+        assert hash(arch) == hash(Arch(*arch))
+    # The category of a layer is FFN index * number of choices of heads + heads index.
+    assert space.choices(Arch((4, 6), (8, 48))) == [0, 1, 11, None, None]
+
+
+@pytest.mark.parametrize("arch", [
+    pytest.param(Arch((4,), (8,)), id="one-layer"),
+    pytest.param(Arch((5, 4), (8, 8)), id="five-heads"),
+    pytest.param(Arch((4, 4), (8, 9)), id="nine-neurons"),
+])
+def test_architectures_outside_the_space_are_refused(arch):
+    """SearchSpace.check refuses sizes that are not among the choices."""
+    space = SearchSpace.for_config(small_config())
+    with pytest.raises(UserError, match="one of"):
+        space.check(arch)
+
+
+@pytest.mark.parametrize("arch", [
+    pytest.param(Arch((6,) * 5, (48,) * 5), id="too-deep"),
+    pytest.param(Arch((7,), (48,)), id="too-many-heads"),
+    pytest.param(Arch((6,), (49,)), id="too-many-neurons"),
+    pytest.param(Arch((0,), (8,)), id="no-heads"),
+])
+def test_architectures_larger_than_the_model_are_refused(arch):
+    """The model refuses an architecture that does not fit into its weights."""
+    with pytest.raises(UserError, match="does not fit"):
+        small_model()(*small_batch(), arch)
+
+
+def test_search_space_of_a_minimal_bert():
+    """Choices that round to the same size are merged, and no size is below 1."""
+    space = SearchSpace.for_config(small_config(
+        num_hidden_layers=1, num_attention_heads=2, intermediate_size=4))
+    assert space.depths == (1,)
+    assert space.heads == (1, 2)
+    assert space.ffn_sizes == (1, 4)
+
+
+# ---- data.py: from GLUE files to scores ----------------------------------------------------------
+
+HEADER = ["sentence", "label"]
+
+
+def write_tsv(path, *rows, end="\n", bom=False):
+    """Write rows of columns as a TSV file, after a byte-order mark if `bom`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n".join("\t".join(row) for row in rows) + end
+    mark = b"\xef\xbb\xbf" if bom else b""
+    path.write_bytes(mark + text.encode())
+
+
+def write_tiny_bert(directory, **changes):
+    """Write a config.json and a vocabulary of 12 words, without weights."""
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad not very Film the ##s".split()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "vocab.txt").write_text("\n".join(words) + "\n")
+    fields = dict(vocab_size=12, hidden_size=12, num_hidden_layers=2,
+                  num_attention_heads=3, intermediate_size=24,
+                  max_position_embeddings=16, model_type="bert")
+    (directory / "config.json").write_text(json.dumps(fields | changes))
+    return directory
+
+
+def test_mrpc_quotes_and_byte_order_mark(tmp_path):
+    """Read MRPC's format: quotes are text, and a byte-order mark is dropped."""
+    directory = tmp_path / "MRPC"
+    header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
+    for name in ("train", "dev"):
+        write_tsv(directory / f"{name}.tsv",
+                  header,
+                  ["1", "7", "8", 'He said "no', "It's so."],
+                  ["0", "9", "10", 'a "b" c', '"'],
+                  bom=True)
+    task = data.load_task(directory)
+    assert task.name == "MRPC"
+    assert task.metric == "accuracy+f1"
+    assert task.labels == ("0", "1")
+    assert task.train == [('He said "no', "It's so.", 1), ('a "b" c', '"', 0)]
+    assert task.dev == task.train
+
+
+def test_cola_without_header(tmp_path):
+    """Read CoLA's format: no header, odd characters, and no newline at the end."""
+    directory = tmp_path / "x"
+    write_tsv(directory / "train.tsv",
+              ["gj", "1", "", "One sentence ."],
+              ["gj", "0", "*", "Two\u0085 it is ."])
+    write_tsv(directory / "dev.tsv", ["gj04", "1", "", "No newline ."], end="")
+    task = data.load_task(directory)
+    assert task.name == "CoLA"
+    assert task.metric == "matthews"
+    assert len(task.dev) == 1
+    assert task.train[1] == ("Two\u0085 it is .", None, 0)
+
+
+def test_blanks_at_line_ends(tmp_path):
+    """Read SST-2's format: a blank before the tab is text, and \\r at the end is not."""
+    directory = tmp_path / "x"
+    write_tsv(directory / "train.tsv", HEADER, ["ends in a space ", "0"], ["good ", "1"])
+    write_tsv(directory / "dev.tsv", HEADER, ["fine ", "1"], end="\r\n")
+    task = data.load_task(directory)
+    assert task.name == "x"
+    assert task.train[0].sentence1 == "ends in a space "
+    assert task.dev[0].label == 1
+
+
+def test_three_ways_to_write_a_score(tmp_path):
+    """Read STS-B's format: scores become numbers, and a regression has one logit."""
+    header = ["index", "genre", "sentence1", "sentence2", "score"]
+    rows = [["0", "g", "a", "b", score] for score in ("5", "5.00", "2.50")]
+    write_tsv(tmp_path / "train.tsv", header, *rows)
+    write_tsv(tmp_path / "dev.tsv", header, *rows)
+    task = data.load_task(tmp_path)
+    assert [example.label for example in task.train] == [5, 5, 2.5]
+    assert task.labels == ()
+    assert task.num_labels == 1
+
+
+def test_mnli_other_columns_in_dev(tmp_path):
+    """Read MNLI's format: two dev sets, which have more columns than train."""
+    header = ["index", "promptID", "sentence1", "sentence2", "gold_label"]
+    dev_header = ["index", "promptID", "sentence1", "sentence2", "l1", "gold_label"]
+    write_tsv(tmp_path / "train.tsv",
+              header,
+              ["0", "1", "p", "h", "neutral"],
+              ["0", "1", "p", "h", "entailment"])
+    write_tsv(tmp_path / "dev_matched.tsv",
+              dev_header, ["0", "1", "p", "h", "x", "contradiction"])
+    write_tsv(tmp_path / "dev_mismatched.tsv",
+              dev_header, ["0", "1", "p", "h", "x", "neutral"])
+    task = data.load_task(tmp_path)
+    assert task.name == "MNLI"
+    assert task.labels == ("contradiction", "entailment", "neutral")
+    assert task.train[0].label == 2
+    assert task.dev[0].label == 0
+    assert task.dev_mismatched[0].label == 2
+
+
+def test_qqp_incomplete_rows(tmp_path):
+    """Read QQP's format: rows with too few columns are left out.
+
+    The official file has a few of them.
+    """
+    header = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
+    rows = [["1", "2", "3", "a", "b", "0"],
+            ["4", "5", "6"],
+            ["7", "8", "9", "c", "c", "1"]]
+    write_tsv(tmp_path / "train.tsv", header, *rows)
+    write_tsv(tmp_path / "dev.tsv", header, *rows)
+    assert [example.label for example in data.load_task(tmp_path).train] == [0, 1]
+
+
+@needs_glue
+@pytest.mark.parametrize("name, train_rows, dev_rows, dev_positives", [
+    pytest.param("CoLA", 8551, 1043, 721, id="CoLA"),
+    pytest.param("SST-2", 67349, 872, 444, id="SST-2"),
+    pytest.param("MRPC", 3668, 408, 279, id="MRPC"),
+    pytest.param("RTE", 2490, 277, None, id="RTE"),
+    pytest.param("STS-B", 5749, 1500, None, id="STS-B"),
+])
+def test_real_files(name, train_rows, dev_rows, dev_positives):
+    """Compare the number of rows and labels with the published counts."""
+    task = data.load_task(GLUE / name)
+    assert task.name == name
+    assert len(task.train) == train_rows
+    assert len(task.dev) == dev_rows
+    assert all(example.sentence1 for example in task.train)
+    if name not in ("CoLA", "SST-2"):
+        assert all(example.sentence2 for example in task.train)
+    if dev_positives is not None:
+        assert sum(example.label for example in task.dev) == dev_positives
+
+
+@needs_glue
+def test_real_labels_of_rte():
+    """Compare the number of entailments in RTE's dev set with the published one."""
+    task = data.load_task(GLUE / "RTE")
+    entailment = task.labels.index("entailment")
+    assert sum(example.label == entailment for example in task.dev) == 146
+
+
+@needs_glue
+def test_real_scores_of_stsb():
+    """Compare the mean score of STS-B's train set with the published one."""
+    task = data.load_task(GLUE / "STS-B")
+    assert round(np.mean([example.label for example in task.train]), 3) == 2.701
+
+
+@needs_minilm
+def test_token_ids_equal_hugging_face():
+    """Compare the token ids and token types of text pairs with transformers 5.23.0's."""
+    examples = [data.Example(first, second, 0) for first, second in MINILM_TEXTS]
+    encoded = data.encode(examples, MINILM, 128)
+    expected = minilm_examples()
+    assert [e.input_ids for e in encoded] == [e.input_ids for e in expected]
+    assert [e.token_type_ids for e in encoded] == [e.token_type_ids for e in expected]
+
+
+@needs_minilm
+@pytest.mark.parametrize("text, ids", [
+    pytest.param(
+        "Crème brûlée, naïve façade — Ångström",
+        [13675, 21382, 7987, 9307, 2063, 1010, 15743, 8508, 1517, 17076, 15687],
+        id="accents"),
+    pytest.param(
+        "東京 is 東京 and 한국어",
+        [1879, 1755, 2003, 1879, 1755, 1998, 1469, 30006, 30021, 29991, 30014, 30020,
+         29999, 30008],
+        id="chinese-and-korean"),
+    pytest.param(
+        "tab\there\0nul\u200bzero\u00a0nbsp\ufffd end\x07",
+        [21628, 2182, 11231, 23858, 10624, 1050, 5910, 2361, 2203],
+        id="control-characters"),
+    pytest.param(
+        "a" * 101 + " " + "b" * 100 + " unaffable",
+        [100, 22861] + [10322] * 49 + [14477, 20961, 3468],
+        id="very-long-words"),
+    pytest.param(
+        "a [MASK] in [SEP] text [mask]",
+        [1037, 103, 1999, 102, 3793, 1031, 7308, 1033],
+        id="special-tokens"),
+    pytest.param(
+        "don't U.S.A. $1,000.50 e-mail@x.org",
+        [2123, 1005, 1056, 1057, 1012, 1055, 1012, 1037, 1012, 1002, 1015, 1010, 2199,
+         1012, 2753, 1041, 1011, 5653, 1030, 1060, 1012, 8917],
+        id="punctuation"),
+    pytest.param(
+        "  spaces   and \r\n newlines  ",
+        [7258, 1998, 2047, 12735],
+        id="blanks-and-newlines"),
+    pytest.param(
+        "Ⅻ ﬁne 😀 ½ İstanbul ß",
+        [100, 1984, 2638, 100, 1092, 9960, 1096],
+        id="ligatures-and-emoji"),
+])
+def test_wordpiece_ids(text, ids):
+    """Compare token ids with those of BertTokenizer in transformers 5.23.0."""
+    encoded, = data.encode([data.Example(text, None, 0)], MINILM, 128)
+    assert encoded.input_ids == [101, *ids, 102]
+
+
+@pytest.mark.parametrize("tokenizer_config, ids", [
+    pytest.param(None, [2, 1, 1, 3, 10, 9, 11, 3], id="no-file"),
+    pytest.param('{"do_lower_case": true}', [2, 5, 1, 3, 10, 1, 3], id="lower-case"),
+    pytest.param('{"do_lower_case": false}', [2, 1, 1, 3, 10, 9, 11, 3], id="keep-case"),
+])
+def test_casing(tmp_path, tokenizer_config, ids):
+    """A vocabulary with capitals is cased, unless its settings ask for lower case."""
+    bert = write_tiny_bert(tmp_path)
+    if tokenizer_config:
+        (bert / "tokenizer_config.json").write_text(tokenizer_config)
+    encoded, = data.encode([data.Example("Good films", "the Films", 1)], bert, 16)
+    assert encoded.input_ids == ids
+
+
+def test_token_types_of_a_pair(tmp_path):
+    """The first text and its [SEP] have token type 0, the second text has type 1."""
+    bert = write_tiny_bert(tmp_path)
+    (bert / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    encoded, = data.encode([data.Example("Good films", "the Films", 1)], bert, 16)
+    assert encoded.token_type_ids == [0, 0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("second_text", [
+    pytest.param("the film", id="a-text"),
+    pytest.param("", id="an-empty-text"),
+])
+def test_pairs_need_two_token_types(tmp_path, second_text):
+    """A BERT with a single token type refuses a pair of texts."""
+    bert = write_tiny_bert(tmp_path, type_vocab_size=1)
+    with pytest.raises(UserError, match="only one token type"):
+        data.encode([data.Example("good", second_text, 1)], bert, 16)
+
+
+def test_truncation_shortens_the_longer_text(tmp_path):
+    """A pair that is too long loses tokens of its longer text first."""
+    bert = write_tiny_bert(tmp_path)
+    (bert / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    pair = data.Example("bad bad bad bad bad bad", "not not", 1)
+    encoded, = data.encode([pair], bert, 8)
+    assert encoded.input_ids == [2, 6, 6, 6, 3, 7, 7, 3]
+
+
+def thousand_examples():
+    """Return 1000 encoded examples of 3 to 89 tokens. The label of each is its index."""
+    lengths = np.random.default_rng(0).integers(3, 90, 1000)
+    return [data.Encoded([1] * n, [0] * n, i) for i, n in enumerate(lengths)]
+
+
+def take_batches(examples, seed, first, count):
+    """Return `count` training batches of 16 examples, from step `first` on."""
+    return list(itertools.islice(data.batches(examples, 16, seed, first), count))
+
+
+def test_batches_visit_each_example_once():
+    """Every epoch visits each example once.
+
+    Another epoch or another seed has another order.
+    """
+    examples = thousand_examples()
+    batches = take_batches(examples, 1, 0, 189)
+    epochs = [batches[:63], batches[63:126], batches[126:]]
+    for epoch in epochs:
+        assert sorted(i for batch in epoch for i in batch) == list(range(1000))
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != take_batches(examples, 2, 0, 63)
+
+
+@pytest.mark.parametrize("first", [
+    pytest.param(1, id="second-batch"),
+    pytest.param(62, id="last-batch-of-an-epoch"),
+    pytest.param(63, id="first-batch-of-an-epoch"),
+    pytest.param(64, id="second-batch-of-an-epoch"),
+    pytest.param(130, id="third-epoch"),
+])
+def test_batches_from_any_step(first):
+    """A training that resumes at any step gets the batches that it would have got."""
+    examples = thousand_examples()
+    batches = take_batches(examples, 1, 0, 189)
+    assert take_batches(examples, 1, first, 189 - first) == batches[first:]
+
+
+def test_batches_need_little_padding():
+    """Padding adds less than a tenth, because a batch has similar lengths."""
+    examples = thousand_examples()
+    lengths = [len(example.input_ids) for example in examples]
+    epoch = take_batches(examples, 1, 0, 63)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in epoch)
+    assert padded < 1.1 * sum(lengths)
+
+
+def test_token_batches():
+    """Batches for scoring are sorted by length and filled up to a number of tokens."""
+    examples = thousand_examples()
+    batches = data.token_batches(examples, 600)
+    lengths = [len(examples[i].input_ids) for batch in batches for i in batch]
+    assert len(lengths) == 1000
+    assert lengths == sorted(lengths, reverse=True)
+    for batch in batches[:-1]:
+        assert 500 < len(batch) * len(examples[batch[0]].input_ids) <= 600
+    # An example that is longer than a batch may be gets a batch for itself.
+    assert [len(batch) for batch in data.token_batches(examples[:9], 1)] == [1] * 9
+
+
+def test_collate():
+    """A batch is padded to one length, and its mask marks the tokens."""
+    examples = thousand_examples()
+    ids, token_types, mask, labels = data.collate(examples, [3, 1])
+    assert mask.sum(1).tolist() == [len(examples[i].input_ids) for i in labels.tolist()]
+    assert ids.shape == mask.shape
+    assert token_types.shape == mask.shape
+    assert mask.dtype == torch.bool
+
+
+def split_and_check(labels, fraction=0.1, seed=0):
+    """Split examples with these labels and return the labels of the hold-out set.
+
+    The two parts must make up the whole, the same seed must give the same split, and
+    another seed another one.
+    """
+    examples = [data.Example(str(i), None, label) for i, label in enumerate(labels)]
+    train, holdout = data.split_holdout(examples, fraction, seed)
+    assert sorted(train + holdout) == sorted(examples)
+    assert holdout == data.split_holdout(examples, fraction, seed)[1]
+    if holdout and len(examples) >= 3:
+        assert holdout != data.split_holdout(examples, fraction, seed + 1)[1]
+    return [example.label for example in holdout]
+
+
+def test_holdout_has_a_tenth_of_each_label():
+    """A hold-out set of a tenth has a tenth of the rare label, too."""
+    holdout = split_and_check([int(i % 10 == 0) for i in range(1000)])
+    assert len(holdout) == 100
+    assert sum(holdout) == 10
+
+
+def test_holdout_of_nothing_and_of_little():
+    """The hold-out set is empty only if the fraction is 0.
+
+    Otherwise it has at least one example.
+    """
+    assert split_and_check([0, 1] * 50, 0) == []
+    assert len(split_and_check([0, 1])) == 1
+
+
+def test_holdout_of_scores():
+    """Of ten neighbouring scores one is held out."""
+    holdout = split_and_check([float(score) for score in range(1, 601)])
+    assert [math.ceil(score / 10) for score in sorted(holdout)] == list(range(1, 61))
+
+
+@pytest.mark.parametrize("num_examples, num_labels, held_out", [
+    pytest.param(200, 40, 20, id="half-an-example-of-each-label"),
+    pytest.param(600, 150, 60, id="less-than-half-of-each-label"),
+])
+def test_holdout_of_many_labels(num_examples, num_labels, held_out):
+    """If a tenth of each label is less than an example, some labels get one."""
+    holdout = split_and_check([i % num_labels for i in range(num_examples)])
+    assert len(holdout) == held_out
+    assert len(set(holdout)) == held_out
+
+
+def test_holdout_by_largest_remainders():
+    """Compare an uneven split with one by hand: 2.6, 3.7, 3.7 become 2, 4, 4."""
+    holdout = split_and_check([0] * 26 + [1] * 37 + [2] * 37)
+    assert [holdout.count(label) for label in range(3)] == [2, 4, 4]
+
+
+def test_classification_metrics():
+    """Compare the metrics with formulas by hand: TP = 3, FP = 1, FN = 2, TN = 4."""
+    labels = [1] * 5 + [0] * 5
+    predictions = [1, 1, 1, 0, 0, 1, 0, 0, 0, 0]
+    matthews = (3 * 4 - 1 * 2) / (4 * 5 * 5 * 6) ** 0.5
+    assert data.accuracy(labels, predictions) == 0.7
+    assert np.isclose(data.f1(labels, predictions), 2 * 3 / (2 * 3 + 1 + 2))
+    assert np.isclose(data.matthews_corrcoef(labels, predictions), matthews)
+    # Both are 0, not NaN, if their formula divides by zero.
+    assert data.f1([0, 0], [0, 0]) == 0
+    assert data.matthews_corrcoef([1, 0], [1, 1]) == 0
+
+
+def test_correlations():
+    """Compare Pearson and Spearman correlations with values by hand."""
+    assert np.isclose(data.pearson([1, 2, 3], [2, 4, 7]), 5 / (2 * 38 / 3) ** 0.5)
+    assert np.isclose(data.pearson([1, 2, 3], [3, 2, 1]), -1)
+    assert data.pearson([1, 2], [0.1, 0.1]) == 0
+    assert np.isclose(data.spearman([1, 2, 3, 4], [1, 100, 1000, 5000]), 1)
+    # The ranks of 1 2 2 3 are 1 2.5 2.5 4.
+    expected = 4.5 / (5 * 4.5) ** 0.5
+    assert np.isclose(data.spearman([1, 2, 3, 4], [1, 2, 2, 3]), expected)
+
+
+def test_compute_metrics():
+    """The score of a task is the mean of its metrics, in percent."""
+    logits = np.array([[0., 1], [1, 0], [0, 1], [1, 0]])
+    assert data.compute_metrics("accuracy+f1", np.array([1, 0, 0, 0]), logits) == {
+        "score": pytest.approx((75 + 200 / 3) / 2),
+        "accuracy": 75,
+        "f1": pytest.approx(200 / 3),
+        "matthews": pytest.approx(100 * 2 / 12 ** 0.5)}
+    scores = data.compute_metrics("pearson+spearman", np.array([1., 2]), logits[:2, :1])
+    assert set(scores) == {"score", "pearson", "spearman"}
+
+
+# ---- yoco.py: the distribution P_theta and its natural gradient ----------------------------------
+
+# The categories of BERT-base's variables: one for the depth, then one per layer.
+SIZES = (4,) + (12,) * 12
+
+
+def fisher_matrix(theta):
+    """Return a categorical variable's Fisher matrix in its K - 1 free probabilities."""
+    return np.diag(1 / theta[:-1]) + 1 / theta[-1]
+
+
+def test_inverse_fisher():
+    """Compare one_hot - theta with F^-1 grad ln P, for a Fisher matrix F written out.
+
+    The Fisher norm is compared with the quadratic form of the same matrix.
+    """
+    rng = np.random.default_rng(0)
+    for K in (2, 3, 12):
+        theta = rng.dirichlet(np.full(K, 2.0))
+        matrix = fisher_matrix(theta)
+        for choice in range(K):
+            # The derivatives of ln P with respect to the K - 1 free probabilities.
+            score = np.where(np.arange(K - 1) == choice, 1 / theta[:-1], 0)
+            if choice == K - 1:
+                score = np.full(K - 1, -1 / theta[-1])
+            gradient = yoco.natural_gradient([theta], [[choice]], [1.0])[0]
+            assert np.allclose(gradient[:-1], np.linalg.solve(matrix, score))
+            assert abs(gradient.sum()) < 1e-12
+            quadratic_form = gradient[:-1] @ matrix @ gradient[:-1]
+            assert np.isclose(yoco.fisher_norm([theta], [gradient]) ** 2, quadratic_form)
+
+
+def test_expected_gradient():
+    """Compare the expected natural gradient with the one that autograd gives.
+
+    The expectation is taken twice: over all 24 samples, and as a Monte Carlo mean.
+    """
+    rng = np.random.default_rng(1)
+    sizes = (2, 3, 4)
+    theta = [rng.dirichlet(np.full(n, 2.0)) for n in sizes]
+    loss = rng.normal(size=sizes)
+
+    # The truth: autograd in the free probabilities, times the inverse Fisher matrix.
+    free = [torch.tensor(t[:-1], requires_grad=True) for t in theta]
+    full = [torch.cat([f, 1 - f.sum(0, keepdim=True)]) for f in free]
+    torch.einsum("abc,a,b,c->", torch.tensor(loss), *full).backward()
+    expected = [np.linalg.solve(fisher_matrix(t), f.grad.numpy())
+                for t, f in zip(theta, free)]
+
+    # All samples, each weighted with its probability. natural_gradient takes the mean,
+    # so we multiply by their number.
+    samples = list(np.ndindex(*sizes))
+    utilities = []
+    for sample in samples:
+        probability = np.prod([t[choice] for t, choice in zip(theta, sample)])
+        utilities.append(probability * loss[sample] * len(samples))
+    enumerated = yoco.natural_gradient(theta, samples, utilities)
+
+    P = Categorical(sizes)
+    P.theta = theta
+    drawn = [P.sample(rng) for _ in range(20000)]
+    drawn_losses = [loss[tuple(sample)] for sample in drawn]
+    sampled = yoco.natural_gradient(theta, drawn, drawn_losses)
+
+    # At least five standard deviations of a mean over 20000 samples.
+    tolerance = 5 * np.abs(loss).max() / 20000 ** 0.5
+    for exact, monte_carlo, truth in zip(enumerated, sampled, expected):
+        assert np.allclose(exact[:-1], truth)
+        assert np.allclose(monte_carlo[:-1], truth, atol=tolerance)
+
+
+@pytest.mark.parametrize("losses, utilities", [
+    pytest.param([3.0], [0], id="1-sample"),
+    pytest.param([1, 2], [1, -1], id="2-samples"),
+    pytest.param([2, 2], [0, 0], id="2-tied"),
+    pytest.param([-2, -2], [0, 0], id="2-tied-negative"),
+    pytest.param([-3, -1], [1, -1], id="2-negative"),
+    pytest.param([4, 1, 3, 2], [-1, 1, 0, 0], id="4-samples"),
+    pytest.param([1, 1, 3, 2], [.5, .5, -1, 0], id="4-best-tied"),
+    pytest.param([-1, -1, -1, -5], [-1/3] * 3 + [1], id="4-worst-tied-negative"),
+    pytest.param([1, 2, 3, 4, 5, 6], [.5, .5, 0, 0, -.5, -.5], id="6-samples"),
+    pytest.param([1, 2, 2, 4, 5, 6], [.5, .25, .25, 0, -.5, -.5], id="6-tied"),
+    pytest.param([0.0, -0.0], [0, 0], id="2-zeros-of-both-signs"),
+    pytest.param([7] * 12, [0] * 12, id="12-tied"),
+    pytest.param(range(12), [1/3] * 3 + [0] * 6 + [-1/3] * 3, id="12-samples"),
+])
+def test_utilities(losses, utilities):
+    """Compare the utilities with values by hand, with ties and with negative losses."""
+    assert np.allclose(yoco.ranking_utility(losses), utilities, atol=0)
+
+
+def test_step_length():
+    """Compare the length of a step with the Fisher matrix of the point where it starts.
+
+    Far from theta_min the length is delta, and the step goes from the worse sample to
+    the better.
+    """
+    rng = np.random.default_rng(3)
+    P = Categorical((3, 4))
+    P.theta = [rng.dirichlet(np.full(n, 2.0)) for n in (3, 4)]
+    P.theta = [(theta + 1) / (theta + 1).sum() for theta in P.theta]
+    before = [theta.copy() for theta in P.theta]
+    P.step([[0, 1], [2, 3]], [5.0, -1.0], delta=0.01)
+
+    moves = [new - old for new, old in zip(P.theta, before)]
+    squared_length = sum(move[:-1] @ fisher_matrix(old) @ move[:-1]
+                         for move, old in zip(moves, before))
+    assert np.isclose(squared_length ** 0.5, 0.01)
+    assert np.allclose(moves[0] / moves[0][2], [-1, 0, 1])
+    assert np.allclose(moves[1] / moves[1][3], [0, -1, 0, 1])
+
+
+def test_theta_stays_a_distribution():
+    """theta keeps its invariants over 2000 random steps.
+
+    It sums to 1, open categories stay above theta_min, closed ones stay at 0, and
+    inactive variables do not move. Tied losses and identical samples move nothing.
+    """
+    rng = np.random.default_rng(2)
+    P = Categorical(SIZES)
+    is_open = [np.arange(size) < 3 for size in SIZES]
+    P.open(is_open)
+    # ASNG's bound for 13 variables with 3 open categories each.
+    theta_min = 1 / (13 * 2)
+    for _ in range(2000):
+        samples = [[int(rng.integers(3)) for _ in SIZES] for _ in range(2)]
+        for sample in samples:
+            sample[5:] = [None] * 8
+        before = [theta.copy() for theta in P.theta]
+        P.step(samples, rng.normal(size=2), delta=rng.choice([0.1, 1, 5]))
+        for theta, mask in zip(P.theta, is_open):
+            assert abs(theta.sum() - 1) < 1e-9
+            assert not theta[~mask].any()
+            assert theta[mask].min() >= theta_min - 1e-9
+        assert all(np.array_equal(new, old) for new, old in zip(P.theta[5:], before[5:]))
+
+    before = [theta.copy() for theta in P.theta]
+    tied_losses = [-0.7, -0.7]
+    P.step([[0] * 13, [1] * 13], tied_losses)
+    identical_samples = [[2] * 13, [2] * 13]
+    P.step(identical_samples, [0.1, 0.9])
+    assert all(np.array_equal(new, old) for new, old in zip(P.theta, before))
+
+
+def test_theta_min_of_two_categories():
+    """theta_min is at most half of the uniform probability: 1/4 for two categories."""
+    P = Categorical([2])
+    for _ in range(50):
+        P.step([[0], [1]], [0, 1])
+    assert np.allclose(P.theta[0], [0.75, 0.25])
+
+
+def test_open_categories():
+    """Compare theta with values by hand after categories were opened and closed.
+
+    A newly opened category gets the uniform probability. The open ones share the rest
+    in their old proportions. A closed one gets 0 and is never sampled.
+    """
+    P = Categorical([4])
+    P.open([np.array([False, False, True, True])])
+    P.theta[0][:] = [0, 0, 0.2, 0.8]
+    P.open([np.array([False, True, True, True])])
+    assert np.allclose(P.theta[0], [0, 1 / 3, 0.2 * 2 / 3, 0.8 * 2 / 3])
+    P.open([np.array([True, True, False, False])])
+    assert np.allclose(P.theta[0], [1 / 2, 1 / 2, 0, 0])
+    sampled = {P.sample(np.random.default_rng(i))[0] for i in range(200)}
+    assert sampled == {0, 1}
+
+
+def test_controller():
+    """Compare K with values by hand: 1 if P is uniform, and 0.19 if it has collapsed.
+
+    P is that of BERT-base. The layers collapse to different categories here, which must
+    not raise K.
+    """
+    P = Categorical(SIZES)
+    assert yoco.exploit_probability(P) == 1
+    for i, (theta, size) in enumerate(zip(P.theta, SIZES)):
+        theta[:] = 1 / (13 * (size - 1))
+        theta[i % size] = 12 / 13
+    rho = -(13 * 12 / 13 * np.log(12 / 13)      # the favourite of each of 13 variables
+            + 1 / 13 * np.log(1 / 39)           # the other 3 depths
+            + 12 / 13 * np.log(1 / 143))        # the other 11 choices of 12 layers
+    K = rho / (np.log(4) + 12 * np.log(12))
+    assert round(K, 2) == 0.19
+    assert np.isclose(yoco.exploit_probability(P), K)
+    assert np.isclose(yoco.min_exploit_probability(P), K)
+    assert np.isclose(yoco.min_exploit_probability(Categorical(SIZES)), K)
+
+
+def test_controller_with_one_architecture_open():
+    """K is 1, and a step moves nothing, if only one architecture is open."""
+    P = Categorical(SIZES)
+    P.open([np.arange(size) == size - 1 for size in SIZES])
+    before = [theta.copy() for theta in P.theta]
+    P.step([[3] + [11] * 12] * 2, [1, 2])
+    assert yoco.exploit_probability(P) == 1
+    assert yoco.min_exploit_probability(P) == 1
+    assert all(map(np.array_equal, P.theta, before))
+
+
+def test_worked_example():
+    """Compare one step with README's "One step by hand", in fractions.
+
+    README prints the same numbers. The example has two layers and lambda = 2.
+    """
+    P = Categorical([2, 4, 4])
+    samples = [[1, 3, 0], [0, 1, None]]
+    losses = [0.4, 0.7]
+    root = math.sqrt(15)
+
+    # One half of (best - worst). Layer 2 is inactive in the worse sample, so its
+    # gradient is (one_hot(0) - 1/4) / 2.
+    gradient = [[-1/2, 1/2], [0, -1/2, 0, 1/2], [3/8, -1/8, -1/8, -1/8]]
+    # Squares over theta: (1/4 + 1/4) * 2 + (1/4 + 1/4) * 4 + (9 + 3)/64 * 4 = 15/4.
+    norm = root / 2
+    # The depth: 1/2 - 1/root = 0.242 is raised to theta_min = 1 / 2K = 1/4.
+    depth = [1/4, 3/4]
+    # Layer 1: 1/4 - 1/root < 0 is raised to theta_min = 1 / (3 * 3). The other three
+    # share the remaining 5/9 in proportion to their surplus over 1/9: 5/36, 5/36 and
+    # 5/36 + 1/root.
+    surplus = [5/36, 0, 5/36, 5/36 + 1/root]
+    layer_1 = [1/9 + 5/9 * s / sum(surplus) for s in surplus]
+    # Layer 2 stays above 1/9.
+    layer_2 = [1/4 + 3/(4*root)] + [1/4 - 1/(4*root)] * 3
+    after = [depth, layer_1, layer_2]
+    K = -sum(p * math.log(p) for theta in after for p in theta) / (5 * math.log(2))
+
+    assert [theta.tolist() for theta in P.theta] == [[1/2] * 2, [1/4] * 4, [1/4] * 4]
+    assert yoco.exploit_probability(P) == 1
+    computed = yoco.natural_gradient(P.theta, samples, yoco.ranking_utility(losses))
+    assert [g.tolist() for g in computed] == gradient
+    assert np.isclose(yoco.fisher_norm(P.theta, computed), norm)
+    P.step(samples, losses, delta=1.0)
+    assert all(np.allclose(theta, a) for theta, a in zip(P.theta, after, strict=True))
+    assert np.isclose(yoco.exploit_probability(P), K)
+
+    readme = (ROOT / "README.md").read_text()
+    sections = re.split(r"^#+ .*One step by hand.*$", readme, flags=re.M)
+    assert len(sections) == 2, "README has no section One step by hand"
+    section = re.split(r"^#+ ", sections[1], flags=re.M)[0].replace("\u2212", "-")
+    printed = set(re.findall(r"-?\d+\.\d{3}(?!\d)", section))
+    values = [1/2, 1/4, *losses, 1, *sum(gradient, []), norm, *sum(after, []), K]
+    assert {f"{value:.3f}" for value in values} <= printed
+
+
+def count_updates(target, num_samples, delta, sigma, seed, limit=3000):
+    """Count the updates of P until the mode of every variable is the target's.
+
+    The loss of a sample is the number of mismatches plus sigma * noise.
+    """
+    rng = np.random.default_rng(seed)
+    P = Categorical(SIZES)
+    for step in range(1, limit + 1):
+        samples = [P.sample(rng) for _ in range(num_samples)]
+        losses = []
+        for sample in samples:
+            mismatches = sum(a != b for a, b in zip(sample, target))
+            losses.append(mismatches + sigma * rng.normal())
+        P.step(samples, losses, delta)
+        if P.most_likely() == target:
+            return step
+    return limit
+
+
+@pytest.mark.parametrize("num_samples, delta, sigma, published", [
+    pytest.param(2, 1, 0, 255, id="lambda-2"),
+    pytest.param(6, 1, 0, 42, id="lambda-6"),
+    pytest.param(6, 1, 1, 109, id="lambda-6-noisy"),
+    pytest.param(2, 135 ** -0.5, 0, 186, id="lambda-2-short-steps"),
+])
+def test_optimizer_finds_thirteen_targets(num_samples, delta, sigma, published):
+    """Compare the number of updates with the number measured for the authors' code.
+
+    The median of ten seeds scatters, so a factor of two is allowed.
+    """
+    rng = np.random.default_rng(7)
+    updates = []
+    for seed in range(10):
+        target = [int(rng.integers(n)) for n in SIZES]
+        updates.append(count_updates(target, num_samples, delta, sigma, seed))
+    assert published / 2 < np.median(updates) < published * 2
+
+
+def test_noise_teaches_nothing():
+    """Compare the modes that random losses lead to with chance.
+
+    By chance, 1/4 + 12 * 1/12 of the 13 variables hit a fixed target. The target may be
+    the first category of every variable, the last, or one in the middle.
+    """
+    modes = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        P = Categorical(SIZES)
+        for _ in range(150):
+            P.step([P.sample(rng) for _ in range(2)], rng.normal(size=2))
+        modes.append(P.most_likely())
+        # theta did move.
+        assert np.mean([theta.max() for theta in P.theta[1:]]) > 2 / 12
+
+    chance = 1 / 4 + 12 * 1 / 12
+    variance = 3 / 16 + 12 * 11 / 144
+    for target in ([0] * 13, [n - 1 for n in SIZES], [n // 2 for n in SIZES]):
+        hits = np.mean([sum(a == b for a, b in zip(mode, target)) for mode in modes])
+        assert abs(hits - chance) < 4 * (variance / 40) ** 0.5
+
+
+# ---- yoco.py: stages, and the gradient of the weights --------------------------------------------
+
+def test_stages():
+    """Compare BERT-base's nine stages with the paper's, and epochs with the authors'."""
+    space = SearchSpace.for_config(BertConfig())
+    stages = yoco.make_stages(space, "MRPC", 100)
+    rows = [(s.depths, s.heads, s.ffn_sizes, s.steps // 100) for s in stages]
+    assert rows == [
+        ((12,), (12,), (3072,), 3),
+        ((12,), (12, 8), (3072,), 5),
+        ((12,), (12, 8, 4), (3072,), 3),
+        ((12,), (12, 8, 4), (3072, 1024), 3),
+        ((12,), (12, 8, 4), (3072, 1024, 768), 3),
+        ((12,), (12, 8, 4), (3072, 1024, 768, 512), 3),
+        ((12, 10), (12, 8, 4), (3072, 1024, 768, 512), 3),
+        ((12, 10, 8), (12, 8, 4), (3072, 1024, 768, 512), 3),
+        ((12, 10, 8, 6), (12, 8, 4), (3072, 1024, 768, 512), 3),
+    ]
+    assert [s.first for s in stages] == [0, 300, 800, 1100, 1400, 1700, 2000, 2300, 2600]
+
+
+@pytest.mark.parametrize("task, epochs", [
+    pytest.param("CoLA", 32, id="CoLA"),
+    pytest.param("MNLI", 10, id="MNLI"),
+    pytest.param("MRPC", 26, id="MRPC"),
+    pytest.param("QNLI", 33, id="QNLI"),
+    pytest.param("QQP", 10, id="QQP"),
+    pytest.param("RTE", 11, id="RTE"),
+    pytest.param("SST-2", 8, id="SST-2"),
+])
+def test_epochs_of_the_authors(task, epochs):
+    """Compare the epochs of a task with the sum over the authors' eight stages.
+
+    The authors have no stage that trains the largest architecture only.
+    """
+    space = SearchSpace.for_config(BertConfig())
+    stages = yoco.make_stages(space, task, 10)
+    assert sum(s.steps for s in stages[1:]) == 10 * epochs
+
+
+def test_samples_lie_in_the_open_space():
+    """Samples of a stage take every open choice, and no other."""
+    space = SearchSpace.for_config(BertConfig())
+    P = Categorical(space.categories)
+    rng = np.random.default_rng(0)
+    for stage in yoco.make_stages(space, "MRPC", 100):
+        P.open(yoco.open_masks(space, stage))
+        archs = [space.arch(P.sample(rng)) for _ in range(300)]
+        heads = {h for arch in archs for h in arch.heads}
+        ffn_sizes = {k for arch in archs for k in arch.ffn_sizes}
+        assert {arch.depth for arch in archs} == set(stage.depths)
+        assert heads == set(stage.heads)
+        assert ffn_sizes == set(stage.ffn_sizes)
+
+
+@pytest.mark.parametrize("kind, epochs, steps", [
+    pytest.param("progressive", 58, [600, 1000] + [600] * 7, id="twice-the-table"),
+    pytest.param("all", 0.0, [1450, 1450], id="all"),
+    pytest.param("all", 14.5, [725, 725], id="all-14.5-epochs"),
+    pytest.param("largest", 0.0, [300], id="largest"),
+    pytest.param("largest", 4, [400], id="largest-4-epochs"),
+])
+def test_steps_of_each_schedule(kind, epochs, steps):
+    """Compare the steps of each stage with values by hand, for 100 steps per epoch.
+
+    The table has 29 epochs for MRPC. --epochs keeps its proportions.
+    """
+    space = SearchSpace.for_config(BertConfig())
+    stages = yoco.make_stages(space, "MRPC", 100, kind, epochs)
+    assert [s.steps for s in stages] == steps
+
+
+def test_few_epochs_are_shared_out():
+    """Nine stages share four epochs: 400 steps, up to a step of rounding each."""
+    space = SearchSpace.for_config(BertConfig())
+    stages = yoco.make_stages(space, "MRPC", 100, "progressive", 4)
+    assert abs(sum(s.steps for s in stages) - 400) <= 9
+
+
+def test_stages_of_schedule_all():
+    """The schedule `all` trains the largest architecture, and then opens everything."""
+    space = SearchSpace.for_config(BertConfig())
+    first, second = yoco.make_stages(space, "MRPC", 100, "all")
+    assert first.depths == (12,)
+    assert first.heads == (12,)
+    assert first.ffn_sizes == (3072,)
+    assert second.depths == (12, 10, 8, 6)
+    assert second.heads == (12, 8, 4)
+    assert second.first == 1450
+
+
+LABELS = torch.tensor([0, 1, 2, 1, 0])
+
+
+def losses_and_gradient_by_hand(model, inputs, labels, archs, loss_function):
+    """Return each architecture's loss, and the mean gradient over extracted sub-BERTs.
+
+    The gradient of each extracted weight is added to the corner of the full weight that
+    it was cut from. loss_function(logits, labels, arch) returns the loss on the labels
+    and the total loss.
+    """
+    gradient = {name: torch.zeros_like(w) for name, w in model.named_parameters()}
+    losses = []
+    for arch in archs:
+        sub_bert = extract(model, arch)
+        label_loss, total_loss = loss_function(sub_bert(*inputs), labels, arch)
+        total_loss.backward()
+        losses.append(label_loss.item())
+        layer_indices = [i for i, *_ in model.config.layers(arch)]
+        for name, weight in sub_bert.named_parameters():
+            path = name.split(".")
+            if path[0] == "layers":
+                path[1] = str(layer_indices[int(path[1])])
+            corner = tuple(slice(n) for n in weight.shape)
+            gradient[".".join(path)][corner] += weight.grad / len(archs)
+    return losses, gradient
+
+
+def assert_losses_and_gradient(model, losses, expected):
+    """Assert that these losses and the model's .grad are what was computed by hand."""
+    expected_losses, expected_gradient = expected
+    assert np.allclose([float(loss) for loss in losses], expected_losses, atol=1e-5)
+    for name, weight in model.named_parameters():
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        assert_close(gradient, expected_gradient[name])
+
+
+def cross_entropy_by_hand(logits, labels):
+    """Return the mean negative log-probability of the labels."""
+    return -logits.log_softmax(1)[torch.arange(5), labels].mean()
+
+
+@pytest.mark.parametrize("keep_layers", ["first", "even"])
+def test_weight_gradient(keep_layers):
+    """Compare the gradient of W with the mean over extracted sub-BERTs.
+
+    An architecture that was sampled twice counts twice. A layer that no architecture
+    has gets no gradient. Slicing and masking are both compared.
+    """
+    model = small_model(keep_layers=keep_layers, **NO_DROPOUT).train()
+    inputs = small_batch()
+    batch = (*inputs, LABELS)
+    a = Arch((4, 2), (12, 48))
+    b = Arch((6, 2), (8, 16))
+
+    def loss_function(logits, labels, arch):
+        loss = cross_entropy_by_hand(logits, labels)
+        return loss, loss
+
+    for archs in ([a, b, a], [a], [model.config.arch, b]):
+        expected = losses_and_gradient_by_hand(
+            model, inputs, LABELS, archs, loss_function)
+        losses = yoco.weight_gradient(model, batch, archs, NO_AUTOCAST)
+        assert_losses_and_gradient(model, losses, expected)
+        used = {i for arch in archs for i, *_ in model.config.layers(arch)}
+        has_gradient = [layer.query.weight.grad is not None for layer in model.layers]
+        assert has_gradient == [i in used for i in range(4)]
+
+        model.zero_grad()
+        sizes = archs_to_tensor(model.config, archs)
+        losses = yoco.masked_gradient(model, batch, sizes, NO_AUTOCAST)
+        assert_losses_and_gradient(model, losses, expected)
+
+
+@pytest.mark.parametrize("num_labels", [
+    pytest.param(3, id="classification"),
+    pytest.param(1, id="regression"),
+])
+def test_distillation(num_labels):
+    """Compare the gradient with that of two losses by hand, on labels and on a teacher.
+
+    Their mean counts. The largest architecture has no teacher when it is sampled.
+    Slicing and masking are both compared.
+    """
+    model = small_model(num_labels, **NO_DROPOUT).train()
+    teacher = small_model(num_labels, seed=5, **NO_DROPOUT)
+    inputs = small_batch()
+    labels = LABELS if num_labels > 1 else LABELS.float()
+    batch = (*inputs, labels)
+    targets = teacher(*inputs).detach()
+    largest = model.config.arch
+    small, medium = Arch((2, 4), (8, 48)), Arch((6, 6, 6, 6), (48, 48, 48, 16))
+
+    def loss_function(logits, labels, arch):
+        if num_labels == 1:
+            label_loss = ((logits[:, 0] - labels) ** 2).mean()
+            teacher_loss = ((logits - targets) ** 2).mean()
+        else:
+            label_loss = cross_entropy_by_hand(logits, labels)
+            teacher_loss = -(targets.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+        if arch == largest:
+            return label_loss, label_loss
+        return label_loss, (label_loss + teacher_loss) / 2
+
+    for archs in ([small], [largest], [small, largest, medium, small]):
+        expected = losses_and_gradient_by_hand(
+            model, inputs, labels, archs, loss_function)
+        losses = yoco.weight_gradient(model, batch, archs, NO_AUTOCAST, teacher)
+        assert_losses_and_gradient(model, losses, expected)
+
+        model.zero_grad()
+        sizes = archs_to_tensor(model.config, archs)
+        losses = yoco.masked_gradient(model, batch, sizes, NO_AUTOCAST, teacher)
+        assert_losses_and_gradient(model, losses, expected)
+    assert model.training
+    assert all(weight.grad is None for weight in teacher.parameters())
+
+
+def random_example(rng, num_tokens):
+    """Return an encoded example of random tokens with one of three labels."""
+    ids = rng.integers(5, 50, num_tokens).tolist()
+    return data.Encoded(ids, [0] * num_tokens, int(rng.integers(3)))
+
+
+def model_and_examples_for_importance():
+    """Return a model, six encoded examples, and settings that make one batch of them."""
+    model = small_model(**NO_DROPOUT, max_position_embeddings=24)
+    rng = np.random.default_rng(0)
+    examples = [random_example(rng, n) for n in (3, 5, 8, 8, 11, 17)]
+    return model, examples, yoco.TrainSettings(batch_size=6)
+
+
+HEADS, NEURONS = 0, 1       # the order in which `importance` returns them
+
+
+@pytest.mark.parametrize("layer, kind, unit", [
+    pytest.param(0, HEADS, 3, id="layer-0-head-3"),
+    pytest.param(2, HEADS, 5, id="layer-2-head-5"),
+    pytest.param(3, HEADS, 0, id="layer-3-head-0"),
+    pytest.param(0, NEURONS, 7, id="layer-0-neuron-7"),
+    pytest.param(3, NEURONS, 47, id="layer-3-neuron-47"),
+])
+def test_importance(layer, kind, unit):
+    """Compare the importance with how the loss changes, by finite differences.
+
+    The output of a head or neuron is scaled through its columns of the output weights.
+    """
+    model, examples, settings = model_and_examples_for_importance()
+    *batch, labels = data.collate(examples, range(6))
+    importance = yoco.importance(model, examples, settings, NO_AUTOCAST)
+    model.eval()
+
+    if kind == HEADS:
+        columns = slice(4 * unit, 4 * unit + 4)
+        weight = model.layers[layer].attention_out.weight.data[:, columns]
+    else:
+        weight = model.layers[layer].ffn_out.weight.data[:, unit:unit + 1]
+    before = weight.clone()
+    losses = []
+    for scale in (1.05, 0.95):
+        weight.copy_(before * scale)
+        with torch.no_grad():
+            losses.append(F.cross_entropy(model(*batch).double(), labels).item())
+    expected = abs(losses[0] - losses[1]) / 0.1
+    assert np.isclose(importance[layer][kind][unit], expected, rtol=0.02, atol=1e-5)
+
+
+def test_sort_by_importance():
+    """Sorted heads and neurons compute the same, and the most important come first."""
+    model, examples, settings = model_and_examples_for_importance()
+    *batch, _ = data.collate(examples, range(6))
+    importance = yoco.importance(model, examples, settings, NO_AUTOCAST)
+    model.eval()
+    logits = model(*batch)
+    weights = model.layers[1].ffn_in.weight.clone()
+
+    sort_by_importance(model, importance)
+    torch.testing.assert_close(model(*batch), logits)
+    best = importance[1][NEURONS].argmax()
+    assert torch.equal(model.layers[1].ffn_in.weight[0], weights[best])
+    for heads, neurons in yoco.importance(model, examples, settings, NO_AUTOCAST):
+        assert (heads.diff() <= 1e-6).all()
+        assert (neurons.diff() <= 1e-6).all()
+
+
+# ---- yoco.py: reward, choice of the best, and budgets --------------------------------------------
+
+def test_reward():
+    """Compare the reward with Eq. 7 by hand: the budget is 60, the full model 100."""
+    def reward(score, cost):
+        return yoco.reward(score, cost, 60, 100)
+
+    # It is continuous at the budget, where the factor is 1, and 0 at the full model.
+    assert reward(80, 59) == 80
+    assert reward(80, 60) == 80
+    assert abs(reward(80, 60 + 1e-9) - 80) < 1e-6
+    assert reward(80, 100) == 0
+    # The factor is (1 - 10/40)^2.
+    assert reward(80, 70) == 80 * 0.5625
+    # The further over the budget, the lower the reward.
+    assert reward(80, 70) > reward(80, 90)
+    assert reward(79, 65) > reward(80, 95)
+    # A negative score is never raised.
+    assert reward(-20, 99) == -20
+    # A budget of the full model or more changes no score.
+    assert yoco.reward(80, 100, 100, 100) == 80
+    assert yoco.reward(80, 90, 200, 100) == 80
+    assert yoco.reward(80, 80, 60, 100, alpha=1) == 40
+
+
+def test_best_fit():
+    """Compare the best architecture under a budget with a choice by hand.
+
+    Its cost is strictly below the budget, and the cheaper one wins a tie.
+    """
+    a, b, c, d = (Arch((heads,), (8,)) for heads in (1, 2, 3, 4))
+    cost = {a: 10, b: 20, c: 30, d: 40}.get
+    assert yoco.best_fit({a: 1.0, b: 3.0, c: 3.0, d: 9.0}, cost, 40) == b
+    assert yoco.best_fit({a: 1.0, d: 9.0}, cost, 41) == d
+    assert yoco.best_fit({d: 9.0}, cost, 40) is None
+
+
+@pytest.mark.parametrize("text, values", [
+    pytest.param("60000000", [6e7], id="digits"),
+    pytest.param("60e6", [6e7], id="exponent"),
+    pytest.param("60M", [6e7], id="millions"),
+    pytest.param("0.5x", [5e7], id="share"),
+    pytest.param(".5X", [5e7], id="share-without-zero"),
+    pytest.param("22G", [22e9], id="billions"),
+    pytest.param("1.5k", [1500], id="thousands"),
+    pytest.param("60 M", [6e7], id="blank-before-unit"),
+    pytest.param("60 m 0.5 X 70", [6e7, 5e7, 70], id="several-with-blanks"),
+    pytest.param("30M 30m", [3e7], id="the-same-twice"),
+])
+def test_budgets(text, values, capsys):
+    """Compare parsed budgets with numbers by hand, given as one word and as several."""
+    for words in (text.split(), [text]):
+        settings = yoco.SearchSettings(max_params=words)
+        kind, budgets = yoco.budgets_from_settings(settings, "superbert")
+        assert kind == "params"
+        parsed = [yoco.parse_budget(budget, 10, 10**8, "parameters")
+                  for budget in budgets]
+        assert parsed == values
+    warned = "bounds nothing" in capsys.readouterr().out
+    assert warned == any(value > 10**8 for value in values)
+
+
+@pytest.mark.parametrize("text, milliseconds", [
+    pytest.param("12", 12, id="digits"),
+    pytest.param("12ms", 12, id="unit"),
+    pytest.param("12 MS", 12, id="blank-before-unit"),
+    pytest.param("0.5x", 20, id="share"),
+])
+def test_latency_budgets(text, milliseconds):
+    """Compare parsed latency budgets with numbers by hand."""
+    settings = yoco.SearchSettings(max_latency=text.split())
+    kind, (budget,) = yoco.budgets_from_settings(settings, "superbert")
+    assert kind == "latency"
+    assert yoco.parse_budget(budget, 1, 40, "ms") == milliseconds
+
+
+# ---- The commands: train, search, eval -----------------------------------------------------------
+
+CPU = ["--device", "cpu", "--precision", "fp32"]
+TRAIN = ["train", "--data", "tiny", "--epochs", "4", "--lr", "1e-3", "--batch-size", "8",
+         *CPU]
+SEARCH = ["search", "--max-params", "0.9x", "--evaluations", "12", *CPU]
+
+
+def film_reviews(rng, count):
+    """Return a header and `count` random rows whose label a word and a `not` decide."""
+    rows = [HEADER]
+    for _ in range(count):
+        word = rng.choice(["good", "bad"])
+        negated = rng.random() < 0.5
+        text = f"the film is not very {word}" if negated else f"the film is very {word}"
+        label = int((word == "good") != negated)
+        rows.append([text, str(label)])
+    return rows
+
+
+@pytest.fixture(scope="session")
+def trained_project(tmp_path_factory):
+    """Make a directory with data in `tiny`, a super-BERT trained on it, and a sub-BERT.
+
+    No test works there: the fixtures below copy it.
+    """
+    directory = tmp_path_factory.mktemp("trained_project")
+    rng = np.random.default_rng(0)
+    write_tiny_bert(directory / "tiny")
+    write_tsv(directory / "tiny" / "train.tsv", *film_reviews(rng, 60))
+    write_tsv(directory / "tiny" / "dev.tsv", *film_reviews(rng, 20))
+    with contextlib.chdir(directory):
+        assert yoco.main(TRAIN) == 0
+        assert yoco.main(SEARCH) == 0
+    return directory
+
+
+@pytest.fixture
+def in_data_dir(trained_project, tmp_path, monkeypatch):
+    """Change into a new directory that holds only the data, in `tiny`."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained_project / "tiny", "tiny")
+    return tmp_path
+
+
+@pytest.fixture
+def in_trained_dir(trained_project, in_data_dir):
+    """Change into a new directory with the data and the super-BERT."""
+    shutil.copytree(trained_project / "superbert", "superbert")
+    return in_data_dir
+
+
+SUB_BERT = "subbert/tiny-0.9x"
+
+
+@pytest.fixture
+def in_sub_bert_dir(trained_project, in_data_dir):
+    """Change into a new directory with the data and the sub-BERT, but no super-BERT."""
+    shutil.copytree(trained_project / "subbert", "subbert")
+    return in_data_dir
+
+
+def read_results(directory):
+    """Return the bytes of the weights and of the config.json in a directory."""
+    return [(Path(directory) / name).read_bytes()
+            for name in ("model.safetensors", "config.json")]
+
+
+def read_log_lines(directory):
+    """Return the lines of a run's log, without times and without the header."""
+    text = (Path(directory) / "log.jsonl").read_text()
+    header, *lines = [json.loads(line) for line in text.splitlines()]
+    assert "settings" in header
+    for line in lines:
+        line.pop("ms", None)
+    return lines
+
+
+def read_facts(directory):
+    """Return a finished run's run.json without times and memory."""
+    facts = json.loads((Path(directory) / "run.json").read_text())
+    measured = ("seconds", "finished", "peak_memory_mib")
+    return {name: value for name, value in facts.items() if name not in measured}
+
+
+def assert_refused(capsys, words, *parts):
+    """Assert that a command ends with status 2, and one line that has all `parts`."""
+    capsys.readouterr()
+    assert yoco.main(words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("yoco.py: error: "), lines
+    for part in parts:
+        assert part in lines[0]
+
+
+def run_program(*words):
+    """Run yoco.py as a user does, and return what it printed."""
+    program = subprocess.run([sys.executable, ROOT / "yoco.py", *words],
+                             capture_output=True, text=True)
+    assert program.returncode == 0, program.stderr
+    return program.stdout
+
+
+def test_command_line(in_data_dir):
+    """Run train, search and eval as a user does.
+
+    eval needs the directory of the sub-BERT, and no super-BERT.
+    """
+    train_output = run_program(*TRAIN)
+    config = BertConfig.load("tiny")
+    space = SearchSpace.for_config(config)
+    for name, arch in (("largest", space.largest()), ("smallest", space.smallest())):
+        num_params = f"{count_params(config, arch):,}"
+        assert re.search(rf"{name}\W.*\b{num_params} parameters", train_output)
+    assert {path.name for path in Path("superbert/tiny").iterdir()} == {
+        "config.json", "model.safetensors", "vocab.txt", "run.json", "log.jsonl"}
+
+    search_output = run_program(*SEARCH)
+    assert "superbert/tiny, the super-BERT finished last" in search_output
+    assert "12 asked" in search_output
+
+    shutil.rmtree("superbert")
+    eval_output = run_program("eval", "--model", SUB_BERT)
+    assert f"score {read_facts(SUB_BERT)['dev']['score']:.2f}" in eval_output
+
+
+def test_sub_bert_keeps_its_budget(in_sub_bert_dir):
+    """Compare run.json with the sub-BERT that was written, and with its budget."""
+    facts = read_facts(SUB_BERT)
+    model, _ = data.load(SUB_BERT)
+    config = BertConfig.load("tiny")
+    full = count_params(config, SearchSpace.for_config(config).largest())
+    assert model.config.labels == ("0", "1")
+    assert model.config.arch == Arch(**facts["arch"])
+    assert facts["full_cost"] == full
+    assert facts["budget"] == 0.9 * full
+    assert facts["params"] < 0.9 * full
+    assert count_weights(model) == facts["params"]
+
+
+def test_use_in_python(in_sub_bert_dir):
+    """Compare the accuracy of the model in Python with the one in run.json."""
+    model, encode = data.load(SUB_BERT)
+    dev = data.load_task("tiny").dev
+    logits = model(*encode([example.sentence1 for example in dev]))
+    labels = torch.tensor([example.label for example in dev])
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    assert abs(100 * accuracy - read_facts(SUB_BERT)["dev"]["accuracy"]) < 1e-3
+
+
+def test_use_in_python_refuses_unequal_lists(in_sub_bert_dir):
+    """Two first texts and a string of two letters are not two pairs of texts."""
+    _, encode = data.load(SUB_BERT)
+    with pytest.raises(UserError, match="as many second texts"):
+        encode(["good", "bad"], "ab")
+
+
+def test_predict(in_sub_bert_dir):
+    """Compare predicted labels with the largest logits and probabilities."""
+    model, encode = data.load(SUB_BERT)
+    dev = data.load_task("tiny").dev
+    logits = model(*encode([example.sentence1 for example in dev]))
+    predictions = list(data.predict(model, SUB_BERT, dev, NO_AUTOCAST))
+    labels = [label for label, _ in predictions]
+    assert labels == [model.config.labels[i] for i in logits.argmax(1)]
+    for label, probabilities in predictions:
+        assert abs(sum(probabilities.values()) - 1) < 1e-5
+        assert max(probabilities, key=probabilities.get) == label
+
+
+def test_learning(in_data_dir):
+    """On labels that one word decides, sub-BERTs of every size learn.
+
+    The expected loss falls, and the largest, the most likely and the smallest
+    architecture answer the whole hold-out set right.
+    """
+    rows = [[f"the film is very {word}", str(int(word == "good"))]
+            for word in ("good", "bad")]
+    write_tsv(in_data_dir / "tiny" / "train.tsv", HEADER, *rows * 40)
+    assert yoco.main(TRAIN + ["--epochs", "42", "--lr", "1e-2"]) == 0
+    losses = [line["loss"] for line in read_log_lines("superbert/tiny")]
+    assert losses[0] > 0.5
+    assert np.mean(losses[-8:]) < 0.2
+    scores = read_facts("superbert/tiny")["holdout"]
+    assert {name: score["accuracy"] for name, score in scores.items()} == {
+        "largest": 100, "most likely": 100, "smallest": 100}
+
+
+def test_one_seed_one_result(trained_project, in_data_dir):
+    """The same seed gives the same bytes.
+
+    Another seed gives other weights and another theta.
+    """
+    assert yoco.main(TRAIN) == 0
+    assert yoco.main(SEARCH) == 0
+    assert yoco.main(TRAIN + ["--out", "other", "--seed", "4"]) == 0
+
+    for directory in ("superbert/tiny", SUB_BERT):
+        assert read_results(directory) == read_results(trained_project / directory)
+    assert read_results("other") != read_results("superbert/tiny")
+
+    theta = read_facts("superbert/tiny")["theta"]
+    assert theta == read_facts(trained_project / "superbert/tiny")["theta"]
+    assert theta != read_facts("other")["theta"]
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo here")
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "auto"])
+def test_precision_is_recorded(in_data_dir, precision):
+    """Compare run.json with the precision asked for, or `auto` with the CPU's flags."""
+    expected = precision
+    if precision == "auto":
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        expected = "bf16" if flags & {"amx_bf16", "avx512_bf16"} else "fp32"
+    assert yoco.main(TRAIN + ["--precision", precision]) == 0
+    assert read_facts("superbert/tiny")["precision"] == expected
+
+
+@pytest.mark.parametrize("options, theta_moves", [
+    pytest.param(["--strategy", "explore"], False, id="explore"),
+    pytest.param(["--strategy", "exploit"], True, id="exploit"),
+    pytest.param(["--strategy", "noise"], True, id="noise"),
+    pytest.param(["--stages", "all"], True, id="all-stages-at-once"),
+    pytest.param(["--recipe", "best"], True, id="best-recipe"),
+    pytest.param(["--keep-layers", "even"], True, id="evenly-spaced-layers"),
+    pytest.param(["--holdout", "0"], True, id="no-hold-out"),
+])
+def test_options_change_the_training(trained_project, in_data_dir, options, theta_moves):
+    """Compare the training with the default one: each option gives other weights.
+
+    theta stays uniform only if the strategy is to explore.
+    """
+    assert yoco.main(TRAIN + options) == 0
+    default_results = read_results(trained_project / "superbert/tiny")
+    assert read_results("superbert/tiny") != default_results
+    theta = read_facts("superbert/tiny")["theta"]
+    # 1 for a variable that is uniform.
+    relative_maxima = [max(variable) * len(variable) for variable in theta]
+    if theta_moves:
+        assert max(relative_maxima) > 1.01
+    else:
+        assert np.allclose(relative_maxima, 1)
+
+
+@pytest.mark.parametrize("strategy, K", [
+    pytest.param("explore", 0.0, id="explore"),
+    pytest.param("exploit", 1.0, id="exploit"),
+])
+def test_strategies_with_constant_controller(in_data_dir, strategy, K):
+    """K is always 0 if the strategy is to explore, and always 1 if it is to exploit."""
+    assert yoco.main(TRAIN + ["--strategy", strategy]) == 0
+    assert {line["K"] for line in read_log_lines("superbert/tiny")} == {K}
+
+
+def test_best_recipe(in_data_dir):
+    """The recipe `best` sets four other options."""
+    assert yoco.main(TRAIN + ["--recipe", "best"]) == 0
+    settings = read_facts("superbert/tiny")["settings"]
+    assert settings["stages"] == "all"
+    assert settings["reorder"] is True
+    assert settings["distill"] is True
+    assert settings["keep_layers"] == "even"
+    assert BertConfig.load("superbert/tiny").keep_layers == "even"
+
+
+def test_search_without_holdout(in_data_dir, capsys):
+    """Without a hold-out set, search needs --select-on dev."""
+    assert yoco.main(TRAIN + ["--holdout", "0"]) == 0
+    assert_refused(capsys, ["search", "--max-params", "0.9x"], "--select-on dev")
+    assert yoco.main(SEARCH + ["--select-on", "dev"]) == 0
+    assert "optimistic" in capsys.readouterr().out
+
+
+def test_plain_fine_tuning(in_data_dir, capsys):
+    """--stages largest is plain fine-tuning: one stage, K = 1, and nothing to search."""
+    words = TRAIN + ["--stages", "largest"]
+    assert_refused(capsys, words + ["--distill"], "one architecture")
+    assert yoco.main(words) == 0
+    logged = {(line["stage"], line["K"]) for line in read_log_lines("superbert/tiny")}
+    assert logged == {("largest", 1.0)}
+    assert_refused(capsys, SEARCH + ["--model", "superbert/tiny"], "nothing to search")
+    assert_refused(capsys, SEARCH, "no finished super-BERT")
+
+
+def test_second_training_keeps_the_holdout(in_data_dir):
+    """A second training on the same train.tsv keeps the hold-out set of the first.
+
+    Otherwise it would select on examples that the first has been trained on. With other
+    data it makes a split of its own.
+    """
+    assert yoco.main(TRAIN + ["--stages", "largest"]) == 0
+    again = TRAIN + ["--bert", "superbert/tiny", "--seed", "5"]
+    assert yoco.main(again + ["--out", "second"]) == 0
+    with open("tiny/train.tsv", "a") as file:
+        file.write("the film\t1\n")
+    assert yoco.main(again + ["--out", "third"]) == 0
+    # The fraction and the seed of the split.
+    assert read_facts("superbert/tiny")["held_out"] == [0.1, 0]
+    assert read_facts("second")["held_out"] == [0.1, 0]
+    assert read_facts("third")["held_out"] == [0.1, 5]
+
+
+@pytest.mark.parametrize("options", [
+    pytest.param([], id="progressive"),
+    pytest.param(["--stages", "all", "--reorder"], id="all-stages-at-once-and-sorted"),
+])
+def test_frozen_teacher(in_data_dir, monkeypatch, options):
+    """The teacher is the largest architecture as it was when smaller sub-BERTs opened.
+
+    The model moves on, and the teacher's logits stay the same.
+    """
+    weight_gradient = yoco.weight_gradient
+    ids, token_types, mask = small_batch()
+    logits = []                         # of the model and of the teacher, in every step
+
+    def spy(model, batch, archs, autocast, teacher=None):
+        if teacher:
+            inputs = (ids % model.config.vocab_size, token_types, mask)
+            with torch.no_grad():
+                logits.append([model.eval()(*inputs), teacher.eval()(*inputs)])
+            model.train()
+        return weight_gradient(model, batch, archs, autocast, teacher)
+
+    monkeypatch.setattr(yoco, "weight_gradient", spy)
+    assert yoco.main(TRAIN + ["--distill", *options]) == 0
+    assert len(logits) > 4
+    first_model, first_teacher = logits[0]
+    last_model, last_teacher = logits[-1]
+    assert all(torch.equal(teacher, first_teacher) for _, teacher in logits)
+    assert torch.equal(first_model, first_teacher)
+    assert not torch.allclose(last_model, last_teacher)
+
+
+def test_many_budgets(in_data_dir, monkeypatch, capsys):
+    """Compare each budget's winner with the best that fits among all logged evaluations.
+
+    No architecture is evaluated twice, and the logs hold all that were.
+    """
+    write_tiny_bert(in_data_dir / "tiny", num_hidden_layers=4, num_attention_heads=6)
+    assert yoco.main(TRAIN) == 0
+    make_evaluator = data.make_evaluator
+    evaluated = []                      # (number of examples, architecture)
+
+    def make_recording_evaluator(model, parts, *args):
+        evaluate = make_evaluator(model, parts, *args)
+
+        def record_and_evaluate(arch):
+            evaluated.append((len(parts[0]), arch))
+            return evaluate(arch)
+
+        return record_and_evaluate
+
+    monkeypatch.setattr(data, "make_evaluator", make_recording_evaluator)
+    words = ["search", "--evaluations", "20", *CPU]
+    assert yoco.main([*words, "--max-params", "0.9x", "0.6", "X", "0.7x"]) == 0
+
+    # The hold-out set has 6 examples. The other three evaluations are those of the
+    # winners on dev.
+    on_holdout = [arch for num_examples, arch in evaluated if num_examples == 6]
+    assert len(evaluated) == len(on_holdout) + 3
+    assert len(set(on_holdout)) == len(on_holdout)
+
+    config = BertConfig.load("tiny")
+    space = SearchSpace.for_config(config)
+    full = count_params(config, config.arch)
+    printed = capsys.readouterr().out
+    logged = {}                         # architecture -> (score, -cost)
+    for share in (0.9, 0.6, 0.7):
+        directory = f"subbert/tiny-{share}x"
+        lines = read_log_lines(directory)
+        for line in lines:
+            logged[space.arch(line["choices"])] = (line["score"], -line["cost"])
+        fitting = {arch: rank for arch, rank in logged.items()
+                   if -rank[1] < share * full}
+        facts = read_facts(directory)
+        assert (facts["selection_score"], -facts["params"]) == max(fitting.values())
+        assert Arch(**facts["arch"]) in fitting
+        assert directory in printed
+        assert facts["evaluations_run"] == len(lines)
+        assert facts["evaluations_asked"] == 20
+    assert set(logged) == set(on_holdout)
+
+
+def test_search_by_latency(in_trained_dir, monkeypatch):
+    """Search times every architecture once, and the winner twice: it must fit twice.
+
+    The clock here is slow the second time, except for an architecture with the fewest
+    heads. So search must go down its list until only that one is left.
+    """
+    timed = []
+
+    def slow_clock(model, T, autocast):
+        arch = model.config.arch
+        timed.append(arch)
+        assert T == 16
+        is_slow = timed.count(arch) > 1 and sum(arch.heads) > 2
+        return sum(arch.heads) + 100 * is_slow
+
+    def make_evaluator(*_):
+        return lambda arch: {"score": float(sum(arch.heads))}
+
+    monkeypatch.setattr(yoco, "latency", slow_clock)
+    monkeypatch.setattr(data, "make_evaluator", make_evaluator)
+    words = ["search", "--evaluations", "40", *CPU]
+    assert yoco.main([*words, "--max-latency", "4.5 MS"]) == 0
+
+    facts = read_facts("subbert/tiny-4.5ms-latency")
+    assert sum(facts["arch"]["heads"]) == 2
+    assert facts["cost"] == 2
+    assert facts["unit"] == "ms"
+    assert facts["full_cost"] == 6
+    # All that fitted at first, but for the fewest heads, were timed again.
+    better = {arch for arch in timed if 2 < sum(arch.heads) <= 4}
+    assert better
+    assert {arch for arch in timed if timed.count(arch) > 1} >= better
+
+
+def write_regression_data(directory, num_train=40):
+    """Write a data set in STS-B's format: pairs of texts with scores from 0 to 5."""
+    rng = np.random.default_rng(0)
+    for name, count in (("train", num_train), ("dev", 12)):
+        rows = []
+        for _ in range(count):
+            second_text = rng.choice(["good", "bad", "not"])
+            rows.append(["good film", second_text, f"{rng.uniform(0, 5):.3f}"])
+        write_tsv(directory / f"{name}.tsv", ["sentence1", "sentence2", "score"], *rows)
+
+
+def test_regression(in_data_dir):
+    """Train and search on STS-B's format, and compare a prediction with the logit."""
+    write_regression_data(in_data_dir / "tiny")
+    assert yoco.main(TRAIN) == 0
+    assert yoco.main(SEARCH) == 0
+    assert set(read_facts(SUB_BERT)["dev"]) == {"score", "pearson", "spearman"}
+    model, encode = data.load(SUB_BERT)
+    pair = data.Example("good film", "bad", 0)
+    prediction, = data.predict(model, SUB_BERT, [pair], NO_AUTOCAST)
+    logit = model(*encode("good film", "bad")).item()
+    assert prediction == (pytest.approx(logit, abs=1e-6), {})
+
+
+def test_mnli_and_flops(in_data_dir):
+    """Train and search on MNLI's two dev sets: the score is their mean.
+
+    The budget in FLOPs is kept.
+    """
+    rng = np.random.default_rng(0)
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        rows = []
+        for _ in range(40):
+            text = rng.choice(["good", "bad"])
+            rows.append([text, "film", rng.choice(["entailment", "neutral"])])
+        write_tsv(in_data_dir / "tiny" / f"{name}.tsv",
+                  ["sentence1", "sentence2", "gold_label"], *rows)
+    assert yoco.main(TRAIN) == 0
+    assert yoco.main(["search", "--max-flops", "0.5x", "--evaluations", "20"] + CPU) == 0
+    facts = read_facts("subbert/tiny-0.5x-flops")
+    dev = facts["dev"]
+    config = BertConfig.load("tiny")
+    assert np.isclose(dev["score"], (dev["accuracy"] + dev["accuracy_mismatched"]) / 2)
+    assert facts["flops"] < count_flops(config, config.arch) / 2
+
+
+def test_texts_as_long_as_the_positions(in_data_dir):
+    """A BERT of 13 positions takes texts of 13 tokens, despite padding to multiples."""
+    write_tiny_bert(in_data_dir / "tiny", max_position_embeddings=13)
+    rows = [["good " * 20, "1"], ["bad " * 20, "0"]]
+    write_tsv(in_data_dir / "tiny" / "train.tsv", HEADER, *rows * 20)
+    assert yoco.main(TRAIN) == 0
+    assert yoco.main(SEARCH) == 0
+
+
+# ==================================================================================================
+# Part II: the machinery. You can stop here on a first reading.
+# ==================================================================================================
+
+# ---- Weights on disk -----------------------------------------------------------------------------
+
+def test_old_tensor_names(tmp_path, capsys):
+    """Load weights under the names that old versions of transformers gave them.
+
+    Old files say gamma and beta, have no `bert.`, have prefixes of wrappers,
+    pre-training heads and a position_ids buffer. Here they have neither classifier nor
+    pooler, and come in two files.
+    """
+    model = small_model()
+    save_bert(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "bert.encoder.layer.3.attention.self.query.weight" in tensors
+    (tmp_path / "model.safetensors").unlink()
+
+    old_tensors = {"cls.predictions.bias": torch.zeros(50),
+                   "embeddings.position_ids": torch.arange(20)[None]}
+    for name, tensor in tensors.items():
+        if "classifier" in name or "pooler" in name:
+            continue
+        old_name = name.removeprefix("bert.")
+        old_name = old_name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old_name = old_name.replace("LayerNorm.bias", "LayerNorm.beta")
+        old_tensors["module._orig_mod." + old_name] = tensor
+
+    names = list(old_tensors)
+    weight_map = {}
+    for file, names_in_file in (("a", names[::2]), ("b", names[1::2])):
+        save_file({name: old_tensors[name] for name in names_in_file}, tmp_path / file)
+        weight_map |= dict.fromkeys(names_in_file, file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+    # Fields that transformers 2 wrote.
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"eos_token_ids": 0, "length_penalty": 1.0, "pruned_heads": {},
+               "hidden_act": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    loaded = load_bert(tmp_path, 7)
+    printed = capsys.readouterr().out
+    assert "a new classifier is initialised, 24 -> 7" in printed
+    assert "a new pooler" in printed
+    assert loaded.classifier.weight.shape == (7, 24)
+    assert loaded.pooler.weight.any()
+    for name, tensor in model.state_dict().items():
+        if "classifier" not in name and "pooler" not in name:
+            assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_classifier_follows_label_names(tmp_path):
+    """Labels in another order permute the classifier, other labels get a new one."""
+    model = small_model(3, id2label={"0": "no", "1": "yes", "2": "so"})
+    batch = small_batch()
+    save_bert(model, tmp_path)
+    permuted = load_bert(tmp_path, 3, ("so", "no", "yes"))
+    assert torch.allclose(permuted(*batch), model(*batch)[:, [2, 0, 1]], atol=1e-6)
+    renamed = load_bert(tmp_path, 3, ("a", "b", "c"))
+    assert not torch.isclose(renamed.classifier.weight, model.classifier.weight).any()
+
+
+@pytest.mark.parametrize("num_labels, changes", [
+    pytest.param(
+        1, {},
+        id="one-logit-but-no-regression"),
+    pytest.param(
+        2, {"problem_type": "regression"},
+        id="two-logits-of-a-regression"),
+    pytest.param(
+        4, {"id2label": {"0": "no", "1": "yes", "2": "so"}},
+        id="four-logits-three-names"),
+])
+def test_logits_must_agree_with_the_config(tmp_path, num_labels, changes):
+    """Logits that contradict config.json are refused, unless new labels replace them."""
+    save_bert(small_model(num_labels, **changes), tmp_path)
+    with pytest.raises(UserError, match="problem_type"):
+        load_bert(tmp_path)
+    assert load_bert(tmp_path, 3, ("so", "no", "yes")).classifier.weight.shape == (3, 24)
+
+
+# ---- Refusals: bad data, bad weights, bad commands, damaged files --------------------------------
+
+@pytest.mark.parametrize("files, parts", [
+    pytest.param(
+        {},
+        ["train.tsv does not exist"],
+        id="no-train"),
+    pytest.param(
+        {"train": b""},
+        ["train.tsv is empty"],
+        id="empty-train"),
+    pytest.param(
+        {"train": b"sentence\tlabel\n"},
+        ["no rows"],
+        id="header-only"),
+    pytest.param(
+        {"train": b"sentence\tlabel\na\t1\nb\n"},
+        ["train.tsv, line 3: 1 columns, expected 2"],
+        id="missing-column-in-a-row"),
+    pytest.param(
+        {"train": b"sentence\tlabel\n" + b"good " * 200_001},
+        ["line 2", "more than 1,000,000"],
+        id="endless-line"),
+    pytest.param(
+        {"train": b"sentence\tlabel\ngo\0od\t1"},
+        ["train.tsv, line 2: a NUL"],
+        id="nul-character"),
+    pytest.param(
+        {"train": b"sentence\tlabel\n\xff\xfe\t1\n"},
+        ["line 2: not UTF-8"],
+        id="not-utf-8"),
+    pytest.param(
+        {"train": b"sentence\tlabel\tlabel\na\t1\t0\n"},
+        ["two columns of one name"],
+        id="column-twice"),
+    pytest.param(
+        {"train": b"sentence\tsentence1\tlabel\na\tb\t0\n"},
+        ["column sentence1: leave one out"],
+        id="sentence-and-sentence1"),
+    pytest.param(
+        {"train": b"sentence\tlabel\na\t1\nb\t1\n"},
+        ["only one label"],
+        id="only-one-label"),
+    pytest.param(
+        {"train": b"sentence\tlabel\na\t1\nb\t0\n",
+         "dev": b"sentence\tlabel\na\t2\n"},
+        ["dev.tsv, line 2", "'2'", "0, 1"],
+        id="unknown-label-in-dev"),
+    pytest.param(
+        {"train": b"sentence\tlabel\na\t1\nb\t0\n",
+         "dev": b"sentence1\tsentence2\tlabel\nq\ta\t1\n"},
+        ["dev.tsv has other columns"],
+        id="other-columns-in-dev"),
+    pytest.param(
+        {"train": b"Quality\t#1 String\t#2 String\n1\ta\tb\n2\ta\tb\n"},
+        ["line 3: label '2'"],
+        id="unknown-label-in-mrpc"),
+    pytest.param(
+        {"train": b"sentence1\tsentence2\tscore\na\tb\t1\na\tb\tnan\n"},
+        ["line 3: label 'nan' is not a number"],
+        id="score-is-nan"),
+])
+def test_bad_data_is_refused(tmp_path, monkeypatch, capsys, files, parts):
+    """Bad data is refused in one line with its place, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny_bert(tmp_path / "d")
+    for name, content in files.items():
+        (tmp_path / "d" / f"{name}.tsv").write_bytes(content)
+    assert_refused(capsys, ["train", "--data", "d"], *parts)
+    assert not Path("superbert").exists()
+
+
+def write_bert_with_weights(directory):
+    """Write a tiny BERT with weights and a classifier of the labels 0 and 1."""
+    bert = write_tiny_bert(directory)
+    model = ElasticBert(BertConfig.load(bert), 2)
+    model.config.id2label = {"0": "0", "1": "1"}
+    save_bert(model, bert)
+    return bert
+
+
+def replace_tensor(directory, name, tensor):
+    """Replace or add one tensor of a weights file, or remove it if `tensor` is None."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(name, None)
+    if tensor is not None:
+        tensors[name] = tensor
+    save_file(tensors, path)
+
+
+def append_line(path, line):
+    """Append a line to a text file."""
+    path.write_text(path.read_text() + line + "\n")
+
+
+POOLER_BIAS = "bert.pooler.dense.bias"
+
+
+@pytest.mark.parametrize("damage, parts", [
+    pytest.param(
+        lambda d: (d / "config.json").unlink(),
+        ["config.json does not exist"],
+        id="no-config"),
+    pytest.param(
+        lambda d: (d / "config.json").write_text("{"),
+        ["config.json is not a JSON object"],
+        id="config-is-no-json"),
+    pytest.param(
+        lambda d: write_tiny_bert(d, num_attention_heads=5),
+        ["5 heads do not divide the hidden size 12"],
+        id="heads-do-not-divide"),
+    pytest.param(
+        lambda d: write_tiny_bert(d, hidden_size="12"),
+        ["hidden_size is '12', not a whole number"],
+        id="size-is-a-string"),
+    pytest.param(
+        lambda d: write_tiny_bert(d, model_type="roberta"),
+        ["model_type is 'roberta'"],
+        id="roberta"),
+    pytest.param(
+        lambda d: write_tiny_bert(d, problem_type="multi_label_classification"),
+        ["problem_type is"],
+        id="multi-label"),
+    pytest.param(
+        lambda d: write_tiny_bert(d, rope_theta=1e4),
+        ["unknown field 'rope_theta'"],
+        id="unknown-config-field"),
+    pytest.param(
+        lambda d: write_tiny_bert(d, id2label={"1": "a"}),
+        ["id2label is {'1': 'a'}, not"],
+        id="labels-do-not-start-at-0"),
+    pytest.param(
+        lambda d: write_tiny_bert(d, position_embedding_type="relative_key"),
+        ["position_embedding_type"],
+        id="relative-positions"),
+    pytest.param(
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        ["save_pretrained"],
+        id="weights-are-a-pickle"),
+    pytest.param(
+        lambda d: os.truncate(d / "model.safetensors", 99),
+        ["not a complete safetensors file"],
+        id="truncated-weights"),
+    pytest.param(
+        lambda d: replace_tensor(d, "classifier.bias", None),
+        ["classifier.bias is missing"],
+        id="no-classifier-bias"),
+    pytest.param(
+        lambda d: replace_tensor(d, POOLER_BIAS, None),
+        ["bert.pooler.dense.bias is missing"],
+        id="no-pooler-bias"),
+    pytest.param(
+        lambda d: replace_tensor(d, "bert.extra.weight", torch.ones(1)),
+        ["unknown tensor bert.extra.weight"],
+        id="unknown-tensor"),
+    pytest.param(
+        lambda d: replace_tensor(d, POOLER_BIAS, torch.ones(13)),
+        ["shape [13], expected [12]"],
+        id="wrong-shape"),
+    pytest.param(
+        lambda d: replace_tensor(d, POOLER_BIAS, torch.full((12,), np.nan)),
+        ["finite"],
+        id="weights-are-nan"),
+    pytest.param(
+        lambda d: replace_tensor(d, "pooler.dense.bias", torch.ones(12)),
+        ["two tensors bert.pooler.dense.b"],
+        id="tensor-twice"),
+    pytest.param(
+        lambda d: write_tiny_bert(d, tokenizer_class="BertJapaneseTokenizer"),
+        ["'BertJapaneseTokenizer'"],
+        id="japanese-tokenizer"),
+    pytest.param(
+        lambda d: (d / "vocab.txt").write_text("[CLS]\n[UNK]\n"),
+        ["vocab.txt is", "sep_token"],
+        id="vocabulary-without-sep"),
+    pytest.param(
+        lambda d: (d / "vocab.txt").unlink(),
+        ["vocab.txt does not exist"],
+        id="no-vocabulary"),
+    pytest.param(
+        lambda d: (d / "vocab.txt").write_text("[CLS]\n[SEP]\n"),
+        ["vocab.txt has no [UNK]"],
+        id="vocabulary-without-unk"),
+    pytest.param(
+        lambda d: append_line(d / "vocab.txt", "more"),
+        ["the id 12", "vocab_size is 12"],
+        id="vocabulary-too-large"),
+])
+def test_bad_weights_are_refused(in_data_dir, capsys, damage, parts):
+    """A bad BERT directory is refused in one line, and nothing is written."""
+    bert = write_bert_with_weights(in_data_dir / "bert")
+    damage(bert)
+    assert_refused(capsys, ["train", "--data", "tiny", "--bert", "bert"], *parts)
+    assert not Path("superbert").exists()
+
+
+@pytest.mark.parametrize("name, text", [
+    pytest.param(
+        "tokenizer_config.json", '{"do_lower_case": "false"}',
+        id="casing-is-a-string"),
+    pytest.param(
+        "tokenizer_config.json", '{"truncation_side": "left"}',
+        id="truncation-on-the-left"),
+    pytest.param(
+        "tokenizer_config.json", '{"tokenizer_class": "T5Tokenizer"}',
+        id="t5-tokenizer"),
+    pytest.param(
+        "tokenizer_config.json", '{"cls_token": {"content": "<s>"}}',
+        id="unknown-cls-token"),
+    pytest.param(
+        "tokenizer_config.json", '{"added_tokens_decoder": {"12": 5}}',
+        id="added-token-is-a-number"),
+    pytest.param(
+        "special_tokens_map.json", '{"additional_special_tokens": "<e>"}',
+        id="special-tokens-are-a-string"),
+    pytest.param(
+        "added_tokens.json", '{"<e>": [12]}',
+        id="added-id-is-a-list"),
+    pytest.param(
+        "tokenizer.json", '{"model": 5}',
+        id="tokenizer-model-is-a-number"),
+])
+def test_bad_tokenizers_are_refused(in_data_dir, capsys, name, text):
+    """A bad tokenizer file is refused in one line with its name."""
+    bert = write_bert_with_weights(in_data_dir / "bert")
+    (bert / name).write_text(text)
+    assert_refused(capsys, ["train", "--data", "tiny", "--bert", "bert"], name)
+    assert not Path("superbert").exists()
+
+
+TRAIN_TINY = ["train", "--data", "tiny"]
+SEARCH_PARAMS = ["search", "--max-params"]
+
+
+@pytest.mark.parametrize("words, parts", [
+    pytest.param([], ["required"], id="no-command"),
+    pytest.param(["fit"], ["invalid choice"], id="unknown-command"),
+
+    # train
+    pytest.param(["train", "--epoch", "1"], ["unknown", "--epochs"], id="misspelt-flag"),
+    pytest.param(["train", "--batch-size", "0"], ["at least 1"], id="batch-size-0"),
+    pytest.param(["train", "--batch-size", "1.5"], ["int"], id="fractional-batch-size"),
+    pytest.param(["train", "--epochs", "nan"], ["--epochs"], id="epochs-nan"),
+    pytest.param(["train", "--epochs", "-1"], ["--epochs"], id="negative-epochs"),
+    pytest.param(["train", "--lr", "inf"], ["--lr"], id="infinite-rate"),
+    pytest.param(["train", "--holdout", "1"], ["--holdout"], id="everything-held-out"),
+    pytest.param(
+        ["train", "--strategy", "greedy"],
+        ["'ee', 'exploit', 'explore', 'noise'"],
+        id="unknown-strategy"),
+    pytest.param(
+        ["train", "--data", "glue/MRPC"],
+        ["python -m glue.download MRPC"],
+        id="data-not-downloaded"),
+    pytest.param(
+        [*TRAIN_TINY, "--bert", "bert-base-uncased", "--out", "new"],
+        ["python -m glue.download bert-base-uncased"],
+        id="bert-not-downloaded"),
+    pytest.param(
+        [*TRAIN_TINY, "--bert", "subbert/tiny-0.9x", "--out", "new"],
+        ["sub-BERT"],
+        id="train-a-sub-bert"),
+    pytest.param(
+        TRAIN_TINY,
+        ["holds a finished result", "--overwrite"],
+        id="train-into-a-finished-result"),
+    pytest.param(
+        [*TRAIN, "--resume", "--seed", "5"],
+        ["started with seed = 0, not 5"],
+        id="resume-with-another-seed"),
+    pytest.param(
+        [*TRAIN_TINY, "--out", "tiny"],
+        ["is what the command reads"],
+        id="train-into-the-data"),
+    pytest.param(
+        [*TRAIN, "--bert", "superbert/tiny", "--out", "superbert/tiny", "--overwrite"],
+        ["reads"],
+        id="train-into-the-bert"),
+    pytest.param([*TRAIN, "--out", "/proc/x"], ["/proc/x"], id="out-cannot-be-made"),
+    pytest.param([*TRAIN, "--out", "tiny/dev.tsv"], ["dev.tsv"], id="out-is-a-file"),
+    pytest.param([*TRAIN, "--out", "loop"], ["loop"], id="out-is-a-loop-of-links"),
+
+    # search
+    pytest.param(["search"], ["--max-params, --max-flops"], id="no-budget"),
+    pytest.param(
+        [*SEARCH_PARAMS, "1M", "--method", "evolution"],
+        ["unknown"],
+        id="unknown-search-flag"),
+    pytest.param(
+        [*SEARCH_PARAMS, "0.9x", "9", "--out", "sub"],
+        ["smallest has"],
+        id="second-budget-below-the-smallest"),
+    pytest.param([*SEARCH_PARAMS, "0"], ["budget"], id="budget-0"),
+    pytest.param([*SEARCH_PARAMS, "0x"], ["budget"], id="budget-0x"),
+    pytest.param([*SEARCH_PARAMS, "many"], ["budget"], id="budget-is-a-word"),
+    pytest.param([*SEARCH_PARAMS, "nan"], ["budget"], id="budget-nan"),
+    pytest.param([*SEARCH_PARAMS, "inf"], ["budget"], id="budget-inf"),
+    pytest.param([*SEARCH_PARAMS, "1e999"], ["budget"], id="budget-overflows"),
+    pytest.param([*SEARCH_PARAMS, "12ms"], ["budget"], id="parameters-in-milliseconds"),
+    pytest.param([*SEARCH_PARAMS, ""], ["budget"], id="empty-budget"),
+    pytest.param([*SEARCH_PARAMS, "-5"], ["budget"], id="negative-budget"),
+    pytest.param([*SEARCH_PARAMS, "M 60"], ["budget"], id="unit-before-number"),
+    pytest.param(
+        ["search", "--max-latency", "60M"],
+        ["'60m' is not a positive"],
+        id="latency-in-millions"),
+    pytest.param(
+        [*SEARCH_PARAMS, "0.5x", "--model", "tiny"],
+        ["run.json does not exist"],
+        id="search-an-untrained-model"),
+    pytest.param(
+        [*SEARCH_PARAMS, "0.5x", "--model", "moved"],
+        ["gone/train.tsv does not exist"],
+        id="search-without-its-data"),
+    pytest.param(
+        [*SEARCH_PARAMS, "0.5x", "--model", "subbert/tiny-0.9x"],
+        ["nothing to search"],
+        id="search-a-sub-bert"),
+    pytest.param(
+        [*SEARCH_PARAMS, "0.9x", "--out", "superbert/tiny", "--overwrite"],
+        ["is what the command reads"],
+        id="search-into-the-super-bert"),
+    pytest.param(
+        [*SEARCH_PARAMS, "0.9x"],
+        ["holds a finished result"],
+        id="search-into-a-finished-result"),
+
+    # eval
+    pytest.param(["eval"], ["name a model with --model"], id="eval-nothing"),
+    pytest.param(
+        ["eval", "--model", "tiny"],
+        ["run.json does not exist"],
+        id="eval-an-untrained-model"),
+    pytest.param(
+        ["eval", "--model", "superbert/tiny", "--data", "names"],
+        ["('0', '1')", "('no', 'yes')"],
+        id="eval-on-other-labels"),
+])
+def test_bad_commands_are_refused(trained_project, in_trained_dir, capsys, words, parts):
+    """A bad command is refused in one line, changes no file, and starts no run."""
+    shutil.copytree(trained_project / "subbert", "subbert")
+    # A super-BERT whose data is not where run.json says.
+    run_json = Path(shutil.copytree("superbert/tiny", "moved"), "run.json")
+    run_json.write_text(run_json.read_text().replace('"data": "tiny"', '"data": "gone"'))
+    os.symlink("loop", "loop")
+    names = in_trained_dir / "names"
+    write_tsv(names / "train.tsv", HEADER, ["good", "yes"], ["bad", "no"])
+    write_tsv(names / "dev.tsv", HEADER, ["good", "yes"])
+
+    before = read_all_files()
+    assert_refused(capsys, words, *parts)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not Path("sub").exists()
+
+
+def read_all_files():
+    """Return {path: bytes} of every file under the current directory."""
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+RESUME = TRAIN + ["--checkpoint-every", "2", "--out", "part", "--resume"]
+
+
+@pytest.mark.parametrize("name, damage, words, message", [
+    pytest.param(
+        "part/checkpoint.safetensors", lambda content: content[:-1],
+        RESUME, "checkpoint.safetensors is damag",
+        id="truncated-checkpoint"),
+    pytest.param(
+        "part/checkpoint.safetensors",
+        lambda content: content.replace(b"theta", b"thetb"),
+        RESUME, "damaged",
+        id="checkpoint-without-theta"),
+    pytest.param(
+        "part/log.jsonl", lambda content: b"{}\n" + content,
+        RESUME, "log.jsonl",
+        id="log-with-another-header"),
+    pytest.param(
+        "part/log.jsonl", lambda content: b"\0\n" + content,
+        RESUME, "log.jsonl is damaged",
+        id="log-is-no-json"),
+    pytest.param(
+        "part/log.jsonl", lambda content: b"",
+        RESUME, "log.jsonl is damaged",
+        id="empty-log"),
+    pytest.param(
+        "part/log.jsonl", lambda content: content[:content.index(b"\n") + 1],
+        RESUME, "the log is shorter",
+        id="log-with-header-only"),
+    pytest.param(
+        "sub/log.jsonl",
+        lambda content: content + b'{"choices": [9, 9, 9], "score": 1, "cost": 1}\n',
+        [*SEARCH, "--out", "sub", "--resume"], "log.jsonl is damaged",
+        id="log-of-search-with-unknown-choices"),
+    pytest.param(
+        "superbert/tiny/run.json", lambda content: b"{",
+        SEARCH, "run.json is not a JSON object",
+        id="run-json-is-no-json"),
+    pytest.param(
+        "superbert/tiny/run.json", lambda content: b"{}",
+        [*SEARCH, "--model", "superbert/tiny"], "was not written by train",
+        id="empty-run-json"),
+    pytest.param(
+        "tiny/train.tsv", lambda content: content + b"the film\t1\n",
+        RESUME, "changed since part was started",
+        id="resume-on-other-data"),
+    pytest.param(
+        "tiny/train.tsv", lambda content: content + b"the film\t1\n",
+        SEARCH, "train.tsv has changed",
+        id="search-on-other-data"),
+    pytest.param(
+        "superbert/tiny/model.safetensors", lambda content: content[:-1] + b"\1",
+        SEARCH, "is not what its",
+        id="changed-weights"),
+])
+def test_damaged_files_are_refused(in_trained_dir, capsys, monkeypatch,
+                                   name, damage, words, message):
+    """Damaged or exchanged files of a run are refused.
+
+    With the right file the command ends well.
+    """
+    send_signal_in_step(monkeypatch, 12)
+    assert yoco.main(RESUME[:-1]) == 128 + signal.SIGTERM
+    send_signal_in_step(monkeypatch, 3)
+    assert yoco.main([*SEARCH, "--out", "sub"]) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    monkeypatch.chdir(in_trained_dir)
+
+    path = Path(name)
+    before = read_all_files()
+    path.write_bytes(damage(path.read_bytes()))
+    assert_refused(capsys, words, message)
+    path.write_bytes(before[path])
+
+    # To open a pipe would wait for ever, so a pipe is refused, too.
+    if hasattr(os, "mkfifo") and path.suffix != ".jsonl":
+        path.unlink()
+        os.mkfifo(path)
+        assert_refused(capsys, words, f"{path} is not a file")
+        path.unlink()
+        path.write_bytes(before[path])
+
+    # The refused run may have cut its log to the length in the checkpoint.
+    for log in (Path("part/log.jsonl"), Path("sub/log.jsonl")):
+        assert before[log].startswith(log.read_bytes())
+        log.write_bytes(before[log])
+
+    if "--out" not in words:
+        words = [*words, "--out", "new"]
+    assert yoco.main(words) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks on Windows")
+def test_two_runs_one_directory(in_data_dir, capsys):
+    """A second run in one directory is refused, with any option, and changes nothing."""
+    words = TRAIN + ["--out", "out"]
+    settings, _ = yoco.parse(words)
+    first = yoco.Run(yoco.resolve_defaults(settings), "tiny", "tiny")
+    first.open()
+    first.log(step=1)
+    assert_refused(capsys, words, "holds an unfinished run")
+    assert_refused(capsys, words + ["--overwrite"], "another run is writing out")
+    assert_refused(capsys, words + ["--resume"], "another run is writing out")
+    assert read_log_lines("out")[-1] == {"step": 1}
+
+
+# ---- Interrupting and resuming -------------------------------------------------------------------
+
+def send_signal_in_step(monkeypatch, step, number=signal.SIGTERM):
+    """Let the next train or search send itself a signal in one of its steps, once."""
+    steps = itertools.count(1)
+    report, show = yoco.report, yoco.Progress.show
+
+    def report_and_signal(*args):
+        if next(steps) == step:
+            os.kill(os.getpid(), number)
+        return report(*args)
+
+    def show_and_signal(self, done, text):
+        # Only search shows a text that begins like this.
+        if text.startswith("asked") and next(steps) == step:
+            os.kill(os.getpid(), number)
+        return show(self, done, text)
+
+    monkeypatch.setattr(yoco, "report", report_and_signal)
+    monkeypatch.setattr(yoco.Progress, "show", show_and_signal)
+
+
+def start_in_subprocess(words, patch="", **environment):
+    """Start a command in a new process, after the code `patch`, and return its Popen."""
+    code = f"""
+import itertools, json, os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import yoco
+torch.set_num_threads(1)
+{patch}
+sys.exit(yoco.main({list(map(str, words))!r}))
+"""
+    return subprocess.Popen([sys.executable, "-c", code],
+                            env={**os.environ, **environment},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def signal_at_call(function, call, number="SIGKILL"):
+    """Return code that sends the process a signal right before one call of a function.
+
+    SIGKILL leaves the process no chance to clean up.
+    """
+    return f"""
+original, calls = {function}, itertools.count(1)
+
+def replacement(*args, **kwargs):
+    if next(calls) == {call}:
+        os.kill(os.getpid(), signal.{number})
+    return original(*args, **kwargs)
+
+{function} = replacement
+"""
+
+
+# Kills the process when half of its third checkpoint is written to the temporary file.
+KILL_IN_CHECKPOINT = """
+original, calls = yoco.write_file, itertools.count(1)
+
+def write_half(path, content):
+    if next(calls) == 3:
+        temporary = path.with_name(f".{path.name}.9.tmp")
+        temporary.write_bytes(content[:len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(path, content)
+
+yoco.write_file = write_half
+"""
+
+# Kills the process when a part of the fourth evaluation is written to the log.
+KILL_IN_LOG_LINE = """
+original, calls = yoco.Run.log, itertools.count(1)
+
+def log_half(self, **record):
+    is_evaluation = len(record) > 2
+    if is_evaluation and next(calls) == 4:
+        self.log_file.write(json.dumps(record).encode()[:20])
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, **record)
+
+yoco.Run.log = log_half
+"""
+
+TRAIN_OFTEN_SAVED = TRAIN + ["--checkpoint-every", "2"]
+TRAIN_BEST = TRAIN_OFTEN_SAVED + [
+    "--recipe", "best", "--delta", "0.5", "--archs-per-step", "3"]
+SEARCH_TINY = SEARCH + ["--model", "superbert/tiny"]
+SEARCH_TWO_BUDGETS = SEARCH_TINY + ["--max-params", "0.9x", "0.5x"]
+
+
+@pytest.mark.parametrize("words, stop", [
+    pytest.param(
+        TRAIN_OFTEN_SAVED, signal_at_call("yoco.report", 1),
+        id="train-killed-before-the-first-checkpoint"),
+    pytest.param(
+        TRAIN_BEST, signal_at_call("yoco.report", 12),
+        id="train-killed-in-the-second-stage"),
+    pytest.param(
+        TRAIN_OFTEN_SAVED, KILL_IN_CHECKPOINT,
+        id="train-killed-while-a-checkpoint-is-written"),
+    pytest.param(
+        TRAIN_BEST, signal_at_call("yoco.save_bert", 1),
+        id="train-killed-before-the-weights-are-written"),
+    pytest.param(
+        TRAIN_OFTEN_SAVED, signal_at_call("yoco.write_json", 1),
+        id="train-killed-before-run-json-is-written"),
+    pytest.param(
+        TRAIN_OFTEN_SAVED + ["--strategy", "noise"], (signal.SIGINT, 3),
+        id="train-stopped-by-ctrl-c"),
+    pytest.param(
+        TRAIN_BEST, (signal.SIGTERM, 14),
+        id="train-stopped-by-sigterm"),
+    pytest.param(
+        TRAIN_OFTEN_SAVED + ["--stages", "all", "--distill"], (signal.SIGINT, 9),
+        id="distillation-stopped-by-ctrl-c"),
+    pytest.param(
+        SEARCH_TINY, signal_at_call("yoco.Run.log", 1),
+        id="search-killed-before-the-log-has-a-line"),
+    pytest.param(
+        SEARCH_TINY, KILL_IN_LOG_LINE,
+        id="search-killed-while-a-line-is-logged"),
+    pytest.param(
+        SEARCH_TWO_BUDGETS, signal_at_call("yoco.save_bert", 2),
+        id="search-killed-before-the-second-result"),
+    pytest.param(
+        SEARCH_TINY, signal_at_call("yoco.write_json", 1),
+        id="search-killed-before-run-json-is-written"),
+    pytest.param(
+        SEARCH_TINY, (signal.SIGINT, 3),
+        id="search-stopped-by-ctrl-c"),
+    pytest.param(
+        SEARCH_TWO_BUDGETS, (signal.SIGTERM, 8),
+        id="search-stopped-in-the-second-budget"),
+])
+def test_interrupted_equals_whole(in_trained_dir, monkeypatch, capsys, words, stop):
+    """Compare a run that was stopped and resumed with a run that nobody stopped.
+
+    They have the same bytes, the same facts, and the same log but for times. `stop` is
+    code that kills the process, or a signal (Ctrl-C: status 130, SIGTERM: 143) and the
+    step that it hits.
+    """
+    assert yoco.main(words + ["--out", "whole"]) == 0
+    part = words + ["--out", "part"]
+    if isinstance(stop, str):
+        process = start_in_subprocess(part, stop)
+        output = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, output
+    else:
+        number, step = stop
+        send_signal_in_step(monkeypatch, step, number)
+        assert yoco.main(part) == 128 + number
+        assert "--resume goes on" in capsys.readouterr().err.splitlines()[-1]
+
+    outs = ["0.9x", "0.5x"] if words == SEARCH_TWO_BUDGETS else ["."]
+    log = Path("part", outs[-1], "log.jsonl")
+    if log.exists() and log.read_bytes():
+        # A run that has begun is not overwritten by accident.
+        assert_refused(capsys, part, "part", "holds")
+    assert yoco.main(part + ["--resume"]) == 0
+    for out in outs:
+        whole, resumed = Path("whole", out), Path("part", out)
+        assert read_results(resumed) == read_results(whole)
+        assert read_log_lines(resumed) == read_log_lines(whole)
+        assert read_facts(resumed) == read_facts(whole)
+        file_names = {path.name for path in resumed.iterdir()}
+        assert file_names == {path.name for path in whole.iterdir()}
+
+    # A finished run has nothing to resume, which is no error.
+    assert yoco.main(part + ["--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_second_signal_stops_at_once(in_data_dir, monkeypatch):
+    """A second Ctrl-C does not wait for the end of the step, so there is no checkpoint.
+
+    A process that ignores Ctrl-C, as a background job does, goes on ignoring it.
+    """
+    weight_gradient = yoco.weight_gradient
+
+    def interrupted_twice(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return weight_gradient(*args)
+
+    monkeypatch.setattr(yoco, "weight_gradient", interrupted_twice)
+    assert yoco.main(TRAIN) == 130
+    assert not list(Path("superbert/tiny").glob("checkpoint*"))
+
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert yoco.main(TRAIN + ["--resume"]) == 0
+    signal.signal(signal.SIGINT, handler)
+
+
+def start_and_wait_for_log(words):
+    """Start a training, and return its Popen as soon as its log has a step."""
+    process = subprocess.Popen([sys.executable, *map(str, words)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = Path("superbert/tiny/log.jsonl")
+    deadline = time.monotonic() + 90
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and log.read_bytes().count(b"\n") > 1:
+            break
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("output_is_read", [
+    pytest.param(True, id="output-is-read"),
+    pytest.param(False, id="output-is-closed"),
+])
+def test_signal_to_a_process(in_data_dir, output_is_read):
+    """SIGTERM from outside stops a training with a checkpoint and status 143.
+
+    It does so even if nobody reads its output. For example, Ctrl-C ends the tee of
+    `2>&1 | tee log`.
+    """
+    process = start_and_wait_for_log([ROOT / "yoco.py", *TRAIN, "--epochs", "9999"])
+    if not output_is_read:
+        process.stdout.close()
+        process.stderr.close()
+    process.terminate()
+    errors = process.communicate()[1] if output_is_read else ""
+    assert process.wait() == 143, errors
+    assert Path("superbert/tiny/checkpoint.safetensors").exists(), errors
+    if output_is_read:
+        assert "--resume goes on" in errors
+        assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("room", [
+    pytest.param(1, id="no-room-for-a-log-line"),
+    pytest.param(2000, id="no-room-for-a-checkpoint"),
+])
+def test_full_disk(in_data_dir, room):
+    """A full disk ends a training with one line, and leaves the last checkpoint.
+
+    No file may grow beyond `room` bytes more than the log has. With room again, the
+    resumed run equals one that had room all the time.
+    """
+    pytest.importorskip("resource", reason="no limits of files on Windows")
+    words = TRAIN + ["--checkpoint-every", "2"]
+    assert yoco.main(words + ["--out", "whole"]) == 0
+    process = start_in_subprocess(words + ["--out", "part"], f"""
+import resource
+original, calls = yoco.report, itertools.count(1)
+
+def report_and_limit(*args):
+    if next(calls) == 7:
+        limit = os.path.getsize("part/log.jsonl") + {room}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    original(*args)
+
+yoco.report = report_and_limit
+""")
+    error = process.communicate(timeout=60)[1].strip()
+    assert process.returncode == 2, error
+    assert re.fullmatch("yoco.py: error: part/.*File too large", error), error
+    with safe_open("part/checkpoint.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["state"])["t"] == 6
+    assert not list(Path("part").glob(".*.tmp"))
+
+    assert yoco.main(words + ["--out", "part", "--resume"]) == 0
+    assert read_results("part") == read_results("whole")
+    assert read_log_lines("part") == read_log_lines("whole")
+
+
+@pytest.mark.parametrize("diverged", ["loss", "gradient"])
+def test_divergence(in_data_dir, capsys, monkeypatch, diverged):
+    """A loss or gradient that is not finite ends the run before a checkpoint has it."""
+    weight_gradient = yoco.weight_gradient
+    steps = itertools.count(1)
+
+    def diverge_in_step_6(model, *args):
+        losses = weight_gradient(model, *args)
+        if next(steps) == 6:
+            tensor = losses[1] if diverged == "loss" else model.pooler.bias.grad[:1]
+            tensor.fill_(np.nan)
+        return losses
+
+    monkeypatch.setattr(yoco, "weight_gradient", diverge_in_step_6)
+    words = TRAIN + ["--checkpoint-every", "2", "--out", "out"]
+    assert_refused(capsys, words, "diverged", "step 6", "stage ", "learning rate 0.001",
+                   "layers, heads")
+    checkpoint = load_file("out/checkpoint.safetensors")
+    assert all(tensor.isfinite().all() for tensor in checkpoint.values())
+    # The resumed run counts on, so it does not diverge again.
+    assert yoco.main(words + ["--resume"]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc to read the size from")
+def test_memory_does_not_grow(in_data_dir, monkeypatch):
+    """After 1000 steps the process is hardly larger than after 300."""
+    report = yoco.report
+    mebibytes = {}                      # after each step
+
+    def report_and_measure(run, progress, done, *args):
+        status = Path("/proc/self/status").read_text()
+        mebibytes[done] = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+        report(run, progress, done, *args)
+
+    monkeypatch.setattr(yoco, "report", report_and_measure)
+    assert yoco.main(TRAIN + ["--epochs", "145"]) == 0
+    assert max(mebibytes) >= 1000
+    assert mebibytes[1000] - mebibytes[300] < 20, (mebibytes[300], mebibytes[1000])
+
+
+# ---- Several processes (torchrun) ----------------------------------------------------------------
+
+def run_two_processes(words, patches=("", "")):
+    """Run a command in two processes, with the environment that torchrun gives them.
+
+    Each runs the code of its patch first. Returns (exit status, output) of both. The
+    status of a process that a signal ended is minus the signal.
+    """
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        port = free_socket.getsockname()[1]
+    processes = []
+    for rank, patch in enumerate(patches):
+        processes.append(start_in_subprocess(
+            words, patch, WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
+    outputs = ["".join(process.communicate(timeout=120)) for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs)]
+
+
+# Lets a process exit with 9 if a thread of the process group is alive at its end. Python
+# may abort a process that still has one.
+EXIT_9_IF_A_THREAD_IS_LEFT = """
+import atexit, pathlib
+
+def look_for_threads():
+    for name in pathlib.Path("/proc/self/task").glob("*/comm"):
+        if "gloo" in name.read_text():
+            os._exit(9)
+
+atexit.register(look_for_threads)
+"""
+
+
+@pytest.mark.parametrize("regression, options", [
+    pytest.param(
+        False, ["--distill", "--reorder", "--archs-per-step", "3"],
+        id="classification-progressive"),
+    pytest.param(
+        True, ["--distill", "--stages", "all"],
+        id="regression-all-stages-at-once"),
+])
+def test_ranks_equal_one_process(in_data_dir, regression, options):
+    """Compare a training in two processes with the same training in one.
+
+    Weights and losses agree to 1e-5, and theta to the bit. There is no dropout, because
+    its random numbers differ. The initial weights are so large that no two losses
+    differ only by rounding.
+
+    Batches of 7 are uneven, and the last one of an epoch is a single example, which
+    leaves the second process none.
+    """
+    write_tiny_bert(in_data_dir / "tiny", **NO_DROPOUT, initializer_range=0.3)
+    if regression:
+        write_regression_data(in_data_dir / "tiny", 57)
+    else:
+        write_tsv(in_data_dir / "tiny" / "train.tsv",
+                  *film_reviews(np.random.default_rng(0), 57))
+    words = TRAIN + ["--holdout", "0", "--lr", "3e-4", "--batch-size", "7"] + options
+    assert yoco.main(words + ["--out", "one"]) == 0
+    patches = (EXIT_9_IF_A_THREAD_IS_LEFT, EXIT_9_IF_A_THREAD_IS_LEFT)
+    results = run_two_processes(words + ["--out", "two"], patches)
+    assert [status for status, _ in results] == [0, 0], results
+
+    one = load_file("one/model.safetensors")
+    two = load_file("two/model.safetensors")
+    for name in one:
+        # The biases of the keys cancel in a softmax. Their gradients are rounding
+        # errors, which Adam scales up to full steps.
+        if not name.endswith("key.bias"):
+            assert (two[name] - one[name]).abs().max() < 1e-5, name
+    assert read_facts("one")["theta"] == read_facts("two")["theta"]
+    log_of_one, log_of_two = read_log_lines("one"), read_log_lines("two")
+    for line_of_one, line_of_two in zip(log_of_one, log_of_two, strict=True):
+        assert abs(line_of_one.pop("loss") - line_of_two.pop("loss")) < 1e-5
+        assert line_of_one == line_of_two
+
+
+def test_ranks_stop_together_and_resume(in_data_dir, capsys):
+    """A signal to one of two processes stops both after the same step, and both resume.
+
+    The resumed run equals one that nobody stopped. It needs two processes again.
+    """
+    words = TRAIN + ["--epochs", "2"]
+    (status, _), _ = run_two_processes(words + ["--out", "whole"])
+    assert status == 0
+
+    part = words + ["--out", "part"]
+    patches = ("", signal_at_call("yoco.report", 9, "SIGTERM"))
+    results = run_two_processes(part, patches)
+    assert [status for status, _ in results] == [143, 143], results
+    assert "--resume goes on" in results[0][1].splitlines()[-1]
+    # Only the first process prints.
+    assert not results[1][1]
+
+    assert_refused(capsys, part + ["--resume"], "was started with world_size = 2, not 1")
+    results = run_two_processes(part + ["--resume"])
+    assert [status for status, _ in results] == [0, 0], results
+    assert read_results("part") == read_results("whole")
+    assert read_log_lines("part") == read_log_lines("whole")
+
+
+def test_search_refuses_several_processes(in_data_dir):
+    """Only train shares its work between processes. search says so in one line."""
+    first, second = run_two_processes(SEARCH)
+    first_status, first_output = first
+    second_status, second_output = second
+    assert first_status == 2
+    assert second_status == 2
+    assert len(first_output.splitlines()) == 1
+    assert "only train shares its work" in first_output
+    assert not second_output
+
+
+def test_torchrun(in_data_dir):
+    """SIGTERM to the real torchrun stops both processes after a step."""
+    process = start_and_wait_for_log([
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        ROOT / "yoco.py", *TRAIN, "--epochs", "9999"])
+    # torchrun passes the signal on, and kills processes that are still alive after 30 s.
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    assert output.count("texts to train on") == 1, errors
+    assert errors.count("stopping after this step") == 1, errors
+    assert errors.count("--resume goes on") == 1, errors
+    assert Path("superbert/tiny/checkpoint.safetensors").exists()
+
+
+# ---- The GPU: YOCO_TEST_GPU=1 --------------------------------------------------------------------
+
+@needs_gpu
+@pytest.mark.parametrize("keep_layers", ["first", "even"])
+def test_gpu_masks_equal_slices(keep_layers):
+    """Compare the gradient that a CUDA graph replays with that of slices.
+
+    A layer that no architecture has gets no gradient. The same graph serves other
+    architectures and other batches.
+    """
+    model = small_model(keep_layers=keep_layers, **NO_DROPOUT).cuda().train()
+    teacher = small_model(keep_layers=keep_layers, seed=5, **NO_DROPOUT).cuda()
+    graphed_gradient = yoco.graphed_gradient()
+
+    def losses_and_gradients(function, *args):
+        losses = function(model, *args)
+        gradients = [None if weight.grad is None else weight.grad.clone()
+                     for weight in model.parameters()]
+        return torch.stack(list(losses)).cpu(), gradients
+
+    for seed in range(4):
+        batch = [tensor.cuda() for tensor in (*small_batch(seed=seed), LABELS)]
+        archs = random_archs(model.config, 3, seed)
+        for teacher_or_none in (None, teacher):
+            args = (batch, archs, NO_AUTOCAST, teacher_or_none)
+            sliced_losses, sliced = losses_and_gradients(yoco.weight_gradient, *args)
+            graphed_losses, graphed = losses_and_gradients(graphed_gradient, *args)
+            assert_close(sliced_losses, graphed_losses)
+            for a, b in zip(sliced, graphed, strict=True):
+                if a is None or b is None:
+                    assert a is None
+                    assert b is None
+                else:
+                    assert (a - b).abs().max() < 1e-4
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gpu_commands(in_data_dir, precision):
+    """Run train, search and eval on a GPU, and resume a training that was killed.
+
+    It is compared with a training that nobody killed. Their scores and losses agree
+    within rounding.
+    """
+    words = [word.replace("cpu", "cuda") for word in TRAIN]
+    words += ["--precision", precision, "--checkpoint-every", "2", "--distill"]
+    assert yoco.main(words + ["--out", "whole"]) == 0
+    kill_in_step_15 = signal_at_call("yoco.report", 15)
+    process = start_in_subprocess(words + ["--out", "part"], kill_in_step_15)
+    output = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, output
+    assert yoco.main(words + ["--out", "part", "--resume"]) == 0
+
+    whole, part = read_facts("whole"), read_facts("part")
+    assert whole["precision"] == precision
+    assert part["precision"] == precision
+    for name in ("largest", "smallest"):
+        # One of the six examples may lie on the edge between two labels.
+        difference = whole["holdout"][name]["score"] - part["holdout"][name]["score"]
+        assert abs(difference) < 17
+    whole_losses = [line["loss"] for line in read_log_lines("whole")]
+    part_losses = [line["loss"] for line in read_log_lines("part")]
+    assert np.allclose(whole_losses, part_losses, rtol=1e-2, atol=1e-2)
+
+    assert yoco.main([
+        "search", "--model", "whole", "--max-params", "0.9x", "--evaluations", "12",
+        "--device", "cuda", "--precision", precision]) == 0
+    sub_bert = "subbert/whole-0.9x"
+    assert yoco.main(["eval", "--model", sub_bert, "--device", "cuda"]) == 0
+    assert yoco.main(["eval", "--model", sub_bert, "--device", "cpu"]) == 0
+
+
+# ---- Latency -------------------------------------------------------------------------------------
+
+def test_latency(monkeypatch):
+    """Compare the latency with a clock that moves a millisecond for each head that runs.
+
+    The latency is a median, and the first rounds, which warm up, do not count.
+    """
+    now = [0.0]                         # in seconds
+    layer_calls = itertools.count()
+    forward = model_module.Layer.forward
+
+    def forward_and_tick(self, x, mask, H, *args, **kwargs):
+        # The first four rounds of two layers each take a second longer for each layer.
+        is_slow = next(layer_calls) < 8
+        now[0] += H / 1e3 + is_slow
+        return forward(self, x, mask, H, *args, **kwargs)
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(model_module.Layer, "forward", forward_and_tick)
+    monkeypatch.setattr(model_module, "time", clock)
+    sub_bert = extract(small_model(), Arch((2, 6), (8, 8)))
+    assert np.isclose(latency(sub_bert, 7, NO_AUTOCAST), 2 + 6)
+
+
+# ---- Faster, same results: masks, dropout and attention on a CPU, the prefix cache ---------------
+
+@pytest.mark.parametrize("keep_layers, num_labels, num_types", [
+    pytest.param("first", 3, 2, id="first-layers"),
+    pytest.param("even", 3, 2, id="evenly-spaced-layers"),
+    pytest.param("first", 1, 2, id="one-logit"),
+    pytest.param("even", 2, 1, id="one-token-type"),
+])
+def test_masks_equal_slices(keep_layers, num_labels, num_types):
+    """Compare the logits and gradients of the masked pass with those of `forward`.
+
+    The gradients are those of a random function of the logits. The batch has padding,
+    and some layers belong to no architecture.
+    """
+    model = small_model(num_labels, keep_layers=keep_layers, type_vocab_size=num_types,
+                        **NO_DROPOUT)
+    ids, token_types, mask = small_batch()
+    inputs = (ids, token_types % num_types, mask)
+    largest = model.config.arch
+    forty_archs = random_archs(model.config, 40, 7)
+    one_layer = [arch for arch in forty_archs if arch.depth == 1][:3]
+
+    def masked(archs):
+        sizes = archs_to_tensor(model.config, archs)
+        return model_module.forward_many(model, *inputs, sizes)
+
+    def sliced(archs):
+        return torch.stack([model(*inputs, arch) for arch in archs])
+
+    def logits_and_gradients(forward, archs, weights):
+        model.zero_grad()
+        logits = forward(archs)
+        (logits * weights).sum().backward()
+        gradients = {}
+        for name, weight in model.named_parameters():
+            if weight.grad is None:
+                gradients[name] = torch.zeros_like(weight)
+            else:
+                gradients[name] = weight.grad.clone()
+        return logits, gradients
+
+    groups = [random_archs(model.config, 4, 0),
+              random_archs(model.config, 1, 1),
+              [largest, largest, *random_archs(model.config, 2, 2)],
+              one_layer]
+    for seed, archs in enumerate(groups):
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.randn(len(archs), 5, num_labels, generator=generator)
+        masked_logits, masked_gradients = logits_and_gradients(masked, archs, weights)
+        sliced_logits, sliced_gradients = logits_and_gradients(sliced, archs, weights)
+        assert masked_logits.shape == (len(archs), 5, num_labels)
+        assert_close(masked_logits, sliced_logits)
+        for name, gradient in sliced_gradients.items():
+            assert_close(masked_gradients[name], gradient)
+
+    # In the last group only one layer is in use, and only that one has a gradient.
+    used = model_module.kept_layer_indices(keep_layers, 4, 1)[0]
+    for i in range(4):
+        has_gradient = any(gradient.any() for name, gradient in masked_gradients.items()
+                           if f"layers.{i}." in name)
+        assert has_gradient == (i == used)
+
+
+def test_dropout():
+    """Compare dropout with its definition: elements are kept with 1 - p, and scaled.
+
+    Neighbours are independent, and the gradient is scaled as the output is.
+    """
     torch.manual_seed(0)
     x = torch.ones(999, 1001, requires_grad=True)
     y = dropout(x, 0.1)
     y.sum().backward()
-    assert set(y.unique().tolist()) == {0.0, y.max().item()} and abs(y.max() - 1 / 0.9) < 1e-6
-    assert abs(y.mean() - 1) < 0.002 and torch.equal(x.grad, y)    # its spread: 0.0003
+    assert set(y.unique().tolist()) == {0.0, y.max().item()}
+    assert abs(y.max() - 1 / 0.9) < 1e-6
+    # The standard deviation of this mean is 0.0003.
+    assert abs(y.mean() - 1) < 0.002
+    assert torch.equal(x.grad, y)
+
     kept = (y > 0).float()
-    assert (abs(kept.mean(0) - 0.9) < 0.06).all() and (abs(kept.mean(1) - 0.9) < 0.06).all()
-    assert abs((kept[:, 1:] * kept[:, :-1]).mean() - 0.81) < 0.003      # neighbours: independent
-    assert torch.equal(dropout(x, 0.0), x) and dropout(x.bfloat16(), 0.5).dtype == torch.bfloat16
+    assert (abs(kept.mean(0) - 0.9) < 0.06).all()
+    assert (abs(kept.mean(1) - 0.9) < 0.06).all()
+    both_neighbours_kept = (kept[:, 1:] * kept[:, :-1]).mean()
+    assert abs(both_neighbours_kept - 0.9 * 0.9) < 0.003
+
+    assert torch.equal(dropout(x, 0.0), x)
+    assert dropout(x.bfloat16(), 0.5).dtype == torch.bfloat16
+
+
+def test_attention_with_dropout(monkeypatch):
+    """Compare attention with torch's, which has no dropout.
+
+    With dropout, the mean over many calls agrees. If nothing is dropped, one call does.
+    """
+    torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 5, 4).unbind()
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()[:, None, None, :]
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -288,1482 +3136,72 @@ def test_dropout_and_attention(monkeypatch):
     torch.testing.assert_close(attention(q, k, v, mask, 0.2), expected)
 
 
-def test_search_space_choices():
-    space = SearchSpace.for_config(small_config())
-    assert (space.depths, space.heads, space.ffn_sizes) == ((2, 3, 4), (2, 4, 6), (8, 12, 16, 48))
-    seen = {space.arch(c) for c in itertools.product(range(3), *[range(12)] * 2, [5], [7])}
-    assert len(seen) == 3 * 144                         # two layers vary, the others are fixed
-    for arch in seen:
-        choices = space.choices(arch)
-        assert space.arch(choices) == arch and choices.count(None) == 4 - arch.depth
-    assert space.choices(Arch((4, 6), (8, 48))) == [0, 1, 11, None, None]   # FFN * 3 + heads index
-    for bad in (Arch((4,), (8,)), Arch((5, 4), (8, 8)), Arch((4, 4), (8, 9))):
-        with pytest.raises(UserError, match="one of"):
-            space.check(bad)
-    for bad in (Arch((6,) * 5, (48,) * 5), Arch((7,), (48,)), Arch((6,), (49,)), Arch((0,), (8,))):
-        with pytest.raises(UserError, match="does not fit"):
-            small_model()(*small_batch(), bad)
-    tiny = SearchSpace.for_config(small_config(num_hidden_layers=1, num_attention_heads=2,
-                                               intermediate_size=4))
-    assert (tiny.depths, tiny.heads, tiny.ffn_sizes) == ((1,), (1, 2), (1, 4))
-    assert hash(arch) == hash(Arch(*arch))
-
-
-def test_old_tensor_names(tmp_path, capsys):
-    """gamma and beta, no `bert.`, prefixes of wrappers, pre-training heads, a position_ids buffer,
-    neither classifier nor pooler, two files with an index; fields of transformers 2."""
-    model = small_model()
-    save_bert(model, tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    assert "bert.encoder.layer.3.attention.self.query.weight" in tensors
-    old = {"module._orig_mod." + n.removeprefix("bert.").replace("LayerNorm.weight",
-           "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
-           for n, t in tensors.items() if "classifier" not in n and "pooler" not in n}
-    old |= {"cls.predictions.bias": torch.zeros(50),
-            "embeddings.position_ids": torch.arange(20)[None]}
-    (tmp_path / "model.safetensors").unlink()
-    for n, part in enumerate("ab"):
-        save_file(dict(list(old.items())[n::2]), tmp_path / part)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
-        {"weight_map": {name: "ab"[n % 2] for n, name in enumerate(old)}}))
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {
-        "eos_token_ids": 0, "length_penalty": 1.0, "pruned_heads": {}, "hidden_act": None}))
-    loaded, said = load_bert(tmp_path, 7), capsys.readouterr().out
-    assert "a new classifier is initialised, 24 -> 7" in said and "a new pooler" in said
-    assert loaded.classifier.weight.shape == (7, 24) and loaded.pooler.weight.any()
-    assert all(torch.equal(loaded.state_dict()[n], t) for n, t in model.state_dict().items()
-               if "classifier" not in n and "pooler" not in n)
-
-
-def test_label_names_decide(tmp_path):
-    """A classifier of the same names in another order is permuted; of other names, a new one; and
-    logits that the configuration contradicts are refused."""
-    model, batch = small_model(3, id2label={"0": "no", "1": "yes", "2": "so"}), small_batch()
-    save_bert(model, tmp_path)
-    permuted, other = (load_bert(tmp_path, 3, names) for names in (("so", "no", "yes"), "abc"))
-    assert torch.allclose(permuted(*batch), model(*batch)[:, [2, 0, 1]], atol=1e-6)
-    assert not torch.isclose(other.classifier.weight, model.classifier.weight).any()
-    for bad in (small_model(1), small_model(2, problem_type="regression"),
-                small_model(4, id2label={"0": "no", "1": "yes", "2": "so"})):
-        save_bert(bad, tmp_path)
-        with pytest.raises(UserError, match="problem_type"):
-            load_bert(tmp_path)
-        assert load_bert(tmp_path, 3, ("so", "no", "yes")).classifier.weight.shape == (3, 24)
-
-
-def test_latency(monkeypatch):
-    """With a clock that every layer moves: the sum of its heads, and of 20 times the median."""
-    clock, rounds, original = [0.0], itertools.count(), model_module.Layer.forward
-
-    def forward(self, x, mask, H, *more, **last):
-        clock[0] += H / 1e3 + (next(rounds) < 8)        # the first rounds warm up
-        return original(self, x, mask, H, *more, **last)
-    monkeypatch.setattr(model_module.Layer, "forward", forward)
-    monkeypatch.setattr(model_module, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    assert np.isclose(latency(extract(small_model(), Arch((2, 6), (8, 8))), 7, OFF), 8)
-
-
-# ---- data.py -------------------------------------------------------------------------------------
-
-HEAD = ["sentence", "label"]
-
-
-def write(path, *rows, end="\n", bom=False):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "\n".join("\t".join(r) for r in rows) + end
-    path.write_bytes(b"\xef\xbb\xbf" * bom + text.encode())
-    return path.parent
-
-
-def test_traps_of_the_official_files(tmp_path):
-    """Quotes, byte-order mark, no newline at the end, a space at the end, no header, other columns
-    in dev, three ways to write a score, incomplete rows in QQP."""
-    d = tmp_path / "MRPC"
-    header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
-    for name in ("train", "dev"):
-        write(d / f"{name}.tsv", header, ["1", "7", "8", 'He said "no', "It's so."],
-              ["0", "9", "10", 'a "b" c', '"'], bom=True)
-    task = data.load_task(d)
-    assert (task.name, task.metric, task.labels) == ("MRPC", "accuracy+f1", ("0", "1"))
-    assert task.train == [('He said "no', "It's so.", 1), ('a "b" c', '"', 0)] == task.dev
-    d = tmp_path / "x"
-    write(d / "train.tsv", ["gj", "1", "", "One sentence ."], ["gj", "0", "*", "Two\u0085 it is ."])
-    write(d / "dev.tsv", ["gj04", "1", "", "No newline ."], end="")
-    task = data.load_task(d)
-    assert (task.name, task.metric, len(task.dev)) == ("CoLA", "matthews", 1)
-    assert task.train[1] == ("Two\u0085 it is .", None, 0)
-    write(d / "train.tsv", HEAD, ["ends in a space ", "0"], ["good ", "1"])
-    write(d / "dev.tsv", HEAD, ["fine ", "1"], end="\r\n")
-    task = data.load_task(d)
-    assert (task.name, task.train[0].sentence1, task.dev[0].label) == ("x", "ends in a space ", 1)
-    header = ["index", "genre", "sentence1", "sentence2", "score"]
-    for name in ("train", "dev"):
-        write(d / f"{name}.tsv", header, *[["0", "g", "a", "b", s] for s in ("5", "5.00", "2.50")])
-    task = data.load_task(d)
-    assert [e.label for e in task.train] == [5, 5, 2.5] and task.num_labels == 1 + len(task.labels)
-    header = ["index", "promptID", "sentence1", "sentence2", "gold_label"]
-    write(d / "train.tsv", header, *[["0", "1", "p", "h", s] for s in ("neutral", "entailment")])
-    for name, label in (("dev_matched", "contradiction"), ("dev_mismatched", "neutral")):
-        write(d / f"{name}.tsv", header[:4] + ["l1", "gold_label"], [*"01phx", label])
-    task = data.load_task(d)
-    assert (task.name, task.labels) == ("MNLI", ("contradiction", "entailment", "neutral"))
-    assert [part[0].label for part in (task.dev, task.dev_mismatched, task.train)] == [0, 2, 2]
-    header = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
-    for name in ("train", "dev"):
-        write(d / f"{name}.tsv", header, [*"123ab0"], [*"456"], [*"789cc1"])
-    assert [e.label for e in data.load_task(d).train] == [0, 1]
-
-
-@needs_glue
-@pytest.mark.parametrize("name, train, dev, positives", [
-    ("CoLA", 8551, 1043, 721), ("SST-2", 67349, 872, 444), ("MRPC", 3668, 408, 279),
-    ("RTE", 2490, 277, None), ("STS-B", 5749, 1500, None)])
-def test_real_files(name, train, dev, positives):
-    """Rows and labels of the official release."""
-    task = data.load_task(GLUE / name)
-    assert (task.name, len(task.train), len(task.dev)) == (name, train, dev)
-    assert positives is None or sum(e.label for e in task.dev) == positives
-    if name == "RTE":
-        assert sum(e.label == task.labels.index("entailment") for e in task.dev) == 146
-    if name == "STS-B":
-        assert round(np.mean([e.label for e in task.train]), 3) == 2.701
-    assert all(e.sentence1 and (e.sentence2 or name in ("CoLA", "SST-2")) for e in task.train)
-
-
-@needs_minilm
-@pytest.mark.parametrize("text, ids", [("Crème brûlée, naïve façade — Ångström",
-     [13675, 21382, 7987, 9307, 2063, 1010, 15743, 8508, 1517, 17076, 15687]),
-    ("東京 is 東京 and 한국어",
-     [1879, 1755, 2003, 1879, 1755, 1998, 1469, 30006, 30021, 29991, 30014, 30020, 29999, 30008]),
-    ("tab\there\0nul\u200bzero\u00a0nbsp\ufffd end\x07",
-     [21628, 2182, 11231, 23858, 10624, 1050, 5910, 2361, 2203]),
-    ("a" * 101 + " " + "b" * 100 + " unaffable",
-     [100, 22861] + [10322] * 49 + [14477, 20961, 3468]),
-    ("a [MASK] in [SEP] text [mask]", [1037, 103, 1999, 102, 3793, 1031, 7308, 1033]),
-    ("don't U.S.A. $1,000.50 e-mail@x.org",
-     [2123, 1005, 1056, 1057, 1012, 1055, 1012, 1037, 1012, 1002, 1015, 1010, 2199, 1012, 2753,
-      1041, 1011, 5653, 1030, 1060, 1012, 8917]),
-    ("  spaces   and \r\n newlines  ", [7258, 1998, 2047, 12735]),
-    ("Ⅻ ﬁne 😀 ½ İstanbul ß", [100, 1984, 2638, 100, 1092, 9960, 1096])])
-def test_wordpiece_ids(text, ids):
-    """Ids that transformers 5.23.0's BertTokenizer gives with the same vocabulary."""
-    assert data.encode([data.Example(text, None, 0)], MINILM, 128)[0].input_ids == [101, *ids, 102]
-
-
-def tiny_bert(directory, **changes):
-    """A BERT directory with random weights' configuration and a vocabulary of 12 words."""
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad not very Film the ##s".split()
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "vocab.txt").write_text("\n".join(words) + "\n")
-    fields = dict(vocab_size=12, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
-                  intermediate_size=24, max_position_embeddings=16, model_type="bert")
-    (directory / "config.json").write_text(json.dumps(fields | changes))
-    return directory
-
-
-def test_casing_pairs_and_truncation(tmp_path):
-    """A vocabulary with capitals is cased, unless tokenizer_config.json says otherwise."""
-    d, casing = tiny_bert(tmp_path), tmp_path / "tokenizer_config.json"
-    pair = [data.Example("Good films", "the Films", 1)]
-    assert data.encode(pair, d, 16)[0].input_ids == [2, 1, 1, 3, 10, 9, 11, 3]
-    casing.write_text('{"do_lower_case": true}')
-    e, = data.encode(pair, d, 16)
-    assert (e.input_ids, e.token_type_ids) == ([2, 5, 1, 3, 10, 1, 3], [0, 0, 0, 0, 1, 1, 1])
-    casing.write_text('{"do_lower_case": false}')
-    assert data.encode(pair, d, 16)[0].input_ids == [2, 1, 1, 3, 10, 9, 11, 3]
-    single = tiny_bert(tmp_path / "single", type_vocab_size=1)
-    for second in ("the film", ""):
-        with pytest.raises(UserError, match="only one token type"):
-            data.encode([data.Example("good", second, 1)], single, 16)
-    e, = data.encode([data.Example("bad bad bad bad bad bad", "not not", 1)], d, 8)
-    assert e.input_ids == [2, 6, 6, 6, 3, 7, 7, 3]      # longest first
-
-
-def test_batches():
-    """Every example once an epoch, lengths in a batch close; from any step on the same batches;
-    another seed or epoch, another order."""
-    rng = np.random.default_rng(0)
-    encoded = [data.Encoded([1] * n, [0] * n, i) for i, n in enumerate(rng.integers(3, 90, 1000))]
-
-    def cut(seed, first, count):
-        return list(itertools.islice(data.batches(encoded, 16, seed, first), count))
-    every = cut(1, 0, 189)                              # 3 epochs of 63 batches
-    for epoch in (every[:63], every[63:126], every[126:]):
-        assert sorted(i for batch in epoch for i in batch) == list(range(1000))
-    assert every[:63] != every[63:126] and every[:63] != cut(2, 0, 63)
-    for first in (1, 62, 63, 64, 130):
-        assert cut(1, first, 189 - first) == every[first:]
-    real = sum(len(e.input_ids) for e in encoded)
-    padded = sum(len(b) * max(len(encoded[i].input_ids) for i in b) for b in every[:63])
-    assert padded < 1.1 * real
-    parts = data.token_batches(encoded, 600)
-    lengths = [len(encoded[i].input_ids) for b in parts for i in b]
-    assert lengths == sorted(lengths, reverse=True) and len(lengths) == 1000
-    assert all(500 < len(b) * len(encoded[b[0]].input_ids) <= 600 for b in parts[:-1])
-    assert [len(b) for b in data.token_batches(encoded[:9], 1)] == [1] * 9
-    ids, types, mask, labels = data.collate(encoded, [3, 1])
-    assert mask.sum(1).tolist() == [len(encoded[i].input_ids) for i in labels.tolist()]
-    assert ids.shape == types.shape == mask.shape and mask.dtype == torch.bool
-
-
-def holdout(labels, share=0.1, seed=0):
-    """The labels that are held out, after a check that the two parts are the whole."""
-    examples = [data.Example(str(i), None, label) for i, label in enumerate(labels)]
-    kept, held = data.split_holdout(examples, share, seed)
-    assert sorted(kept + held) == sorted(examples)
-    assert held == data.split_holdout(examples, share, seed)[1]
-    assert not held or len(examples) < 3 or held != data.split_holdout(examples, share, seed + 1)[1]
-    return [e.label for e in held]
-
-
-def test_holdout():
-    """A tenth of everything, of each label its share by largest remainders, of scores one in every
-    ten neighbours: never silently nothing."""
-    held = holdout([int(i % 10 == 0) for i in range(1000)])
-    assert len(held) == 100 and sum(held) == 10
-    assert not holdout([0, 1] * 50, 0) and len(holdout([0, 1])) == 1    # of little at least one
-    scores = holdout([float(i) for i in range(1, 601)])
-    assert [math.ceil(score / 10) for score in sorted(scores)] == list(range(1, 61))
-    few = holdout([i % 40 for i in range(200)])         # 0.5 of each of 40: half of them get one
-    assert len(few) == 20 == len(set(few))
-    many = holdout([i % 150 for i in range(600)])       # 0.4 of each of 150
-    assert len(many) == 60 == len(set(many))
-    uneven = holdout([0] * 26 + [1] * 37 + [2] * 37)    # 2.6, 3.7, 3.7 of 10: 2 + 4 + 4
-    assert [uneven.count(label) for label in range(3)] == [2, 4, 4]
-
-
-def test_metrics():
-    """By hand: 3 true positives, 1 false positive, 2 false negatives, 4 true negatives."""
-    labels, predictions = [1] * 5 + [0] * 5, [1, 1, 1, 0, 0, 1, 0, 0, 0, 0]
-    assert data.accuracy(labels, predictions) == 0.7
-    assert np.isclose(data.f1(labels, predictions), 2 * 3 / (2 * 3 + 1 + 2))
-    assert np.isclose(data.matthews_corrcoef(labels, predictions),
-                      (3 * 4 - 1 * 2) / (4 * 5 * 5 * 6) ** 0.5)
-    assert data.f1([0, 0], [0, 0]) == data.matthews_corrcoef([1, 0], [1, 1]) == 0
-    assert np.isclose(data.pearson([1, 2, 3], [2, 4, 7]), 5 / (2 * 38 / 3) ** 0.5)
-    assert data.pearson([1, 2], [0.1, 0.1]) == 0
-    assert np.isclose(data.pearson([1, 2, 3], [3, 2, 1]), -1)
-    assert np.isclose(data.spearman([1, 2, 3, 4], [1, 100, 1000, 5000]), 1)
-    ties = 4.5 / (5 * 4.5) ** 0.5                       # the ranks are 1 2.5 2.5 4
-    assert np.isclose(data.spearman([1, 2, 3, 4], [1, 2, 2, 3]), ties)
-    logits = np.array([[0., 1], [1, 0], [0, 1], [1, 0]])
-    assert data.compute_metrics("accuracy+f1", np.array([1, 0, 0, 0]), logits) == {
-        "score": pytest.approx((75 + 200 / 3) / 2), "accuracy": 75, "f1": pytest.approx(200 / 3),
-        "matthews": pytest.approx(100 * 2 / 12 ** 0.5)}
-    assert set(data.compute_metrics("pearson+spearman", np.array([1., 2]), logits[:2, :1])) == {
-        "score", "pearson", "spearman"}
-
-
-@pytest.mark.parametrize("memory", [0, 3000, 2**30])
-def test_scorer(monkeypatch, memory):
-    """The scorer's accuracy is that of `forward`, in any order of architectures, whatever is kept;
-    with room, those that share their first layers compute them once."""
-    model, calls, rng = small_model(max_position_embeddings=24), [], np.random.default_rng(0)
-    encoded = [data.Encoded(rng.integers(5, 50, n).tolist(), [0] * n, int(rng.integers(3)))
-               for n in rng.integers(3, 20, 60)]
-    *inputs, labels = data.collate(encoded, range(60))
-    monkeypatch.setattr(data, "PREFIX_MEMORY", memory)
-    score = data.make_evaluator(model, [encoded], "accuracy", torch.device("cpu"), OFF)
-    for layer in model.layers:
-        layer.register_forward_hook(lambda *_: calls.append(1))
-    archs = [Arch((1, 4, 6), (8, 16, 48)), Arch((1, 4, 2, 6), (8, 16, 8, 48))]
-    for n, arch in enumerate(archs + some_archs(model.config, 8) * 2):
-        calls.clear()
-        found = score(arch)["accuracy"]
-        assert memory != 2**30 or n > 1 or len(calls) == (3, 2)[n]
-        right = (model(*inputs, arch).argmax(1) == labels).float().mean().item()
-        assert abs(found - 100 * right) < 1e-3
-
-
-# ---- yoco.py: the method -------------------------------------------------------------------------
-
-SIZES = (4,) + (12,) * 12         # of BERT-base's variables: depth, then one per layer
-
-
-def fisher(theta):
-    """The Fisher matrix of a categorical variable in its K - 1 free probabilities, written out."""
-    return np.diag(1 / theta[:-1]) + 1 / theta[-1]
-
-
-def test_inverse_fisher():
-    """one_hot - theta = F^-1 grad ln P, and the Fisher norm is the dense quadratic form."""
-    rng = np.random.default_rng(0)
-    for K in (2, 3, 12):
-        theta = rng.dirichlet(np.full(K, 2.0))
-        for choice in range(K):
-            score = np.where(np.arange(K - 1) == choice, 1 / theta[:-1], 0)    # d ln P / d theta_j
-            if choice == K - 1:
-                score = np.full(K - 1, -1 / theta[-1])
-            ours = yoco.natural_gradient([theta], [[choice]], [1.0])[0]
-            assert np.allclose(ours[:-1], np.linalg.solve(fisher(theta), score))
-            assert abs(ours.sum()) < 1e-12
-            dense = ours[:-1] @ fisher(theta) @ ours[:-1]
-            assert np.isclose(yoco.fisher_norm([theta], [ours]) ** 2, dense)
-
-
-def test_expected_gradient():
-    """E[natural gradient] is the natural gradient of the expected loss: enumerated, by autograd,
-    and as a Monte Carlo mean."""
-    rng, sizes = np.random.default_rng(1), (2, 3, 4)
-    theta, loss = [rng.dirichlet(np.full(n, 2.0)) for n in sizes], rng.normal(size=sizes)
-    free = [torch.tensor(t[:-1], requires_grad=True) for t in theta]
-    full = [torch.cat([f, 1 - f.sum(0, keepdim=True)]) for f in free]
-    torch.einsum("abc,a,b,c->", torch.tensor(loss), *full).backward()
-    truth = [np.linalg.solve(fisher(t), f.grad.numpy()) for t, f in zip(theta, free)]
-
-    every = list(np.ndindex(*sizes))
-    weight = [np.prod([t[c] for t, c in zip(theta, m)]) * loss[m] * len(every) for m in every]
-    exact = yoco.natural_gradient(theta, every, weight)
-    P = Categorical(sizes)
-    P.theta = theta
-    draws = [P.sample(rng) for _ in range(20000)]
-    sampled = yoco.natural_gradient(theta, draws, [loss[tuple(m)] for m in draws])
-    for e, s, t in zip(exact, sampled, truth):
-        assert np.allclose(e[:-1], t)
-        assert np.allclose(s[:-1], t, atol=5 * np.abs(loss).max() / 20000 ** 0.5)  # 5 sigma or more
-
-
-@pytest.mark.parametrize("losses, utilities", [
-    ([3.0], [0]), ([1, 2], [1, -1]), ([2, 2], [0, 0]), ([-2, -2], [0, 0]), ([-3, -1], [1, -1]),
-    ([4, 1, 3, 2], [-1, 1, 0, 0]), ([1, 1, 3, 2], [.5, .5, -1, 0]),
-    ([-1, -1, -1, -5], [-1/3] * 3 + [1]), ([1, 2, 3, 4, 5, 6], [.5, .5, 0, 0, -.5, -.5]),
-    ([1, 2, 2, 4, 5, 6], [.5, .25, .25, 0, -.5, -.5]), ([0.0, -0.0], [0, 0]),
-    ([7] * 12, [0] * 12),
-    (range(12), [1/3] * 3 + [0] * 6 + [-1/3] * 3)])
-def test_utilities(losses, utilities):
-    """By hand, for lambda = 1, 2, 4, 6, 12, with ties and negative losses."""
-    assert np.allclose(yoco.ranking_utility(losses), utilities, atol=0)
-
-
-def test_step_length():
-    """Away from theta_min a step is `delta` long in the Fisher matrix of where it starts, and goes
-    from the worse sample to the better one."""
-    rng, P = np.random.default_rng(3), Categorical((3, 4))
-    P.theta = [rng.dirichlet(np.full(n, 2.0)) for n in (3, 4)]
-    P.theta = [(t + 1) / (t + 1).sum() for t in P.theta]
-    old = [t.copy() for t in P.theta]
-    P.step([[0, 1], [2, 3]], [5.0, -1.0], delta=0.01)
-    moves = [new - t for new, t in zip(P.theta, old)]
-    length = sum(move[:-1] @ fisher(t) @ move[:-1] for move, t in zip(moves, old)) ** 0.5
-    assert np.isclose(length, 0.01)
-    assert np.allclose(moves[0] / moves[0][2], [-1, 0, 1])
-    assert np.allclose(moves[1] / moves[1][3], [0, -1, 0, 1])
-
-
-def test_theta_stays_a_distribution():
-    """Over thousands of random steps: sums 1, nothing under theta_min, closed categories stay
-    closed, inactive variables do not move at all, and ties move nothing."""
-    rng, P = np.random.default_rng(2), Categorical(SIZES)
-    closed = [np.arange(size) >= 3 for size in SIZES]
-    P.open([~c for c in closed])
-    for _ in range(2000):
-        samples = [[int(rng.integers(3)) for _ in SIZES] for _ in range(2)]
-        for s in samples:
-            s[5:] = [None] * 8
-        before = [t.copy() for t in P.theta]
-        P.step(samples, rng.normal(size=2), delta=rng.choice([0.1, 1, 5]))
-        for t, old, c in zip(P.theta, before, closed):
-            assert abs(t.sum() - 1) < 1e-9 and not t[c].any()
-            assert t[~c].min() >= 1 / (13 * 2) - 1e-9              # 13 variables, 3 open categories
-        assert all(np.array_equal(t, old) for t, old in zip(P.theta[5:], before[5:]))
-    before = [t.copy() for t in P.theta]
-    P.step([[0] * 13, [1] * 13], [-0.7, -0.7])                       # a tie
-    P.step([[2] * 13, [2] * 13], [0.1, 0.9])                         # the same sample twice
-    assert all(np.array_equal(t, old) for t, old in zip(P.theta, before))
-    two = Categorical([2])                              # 1 / 2K is the most that theta_min can be
-    for _ in range(50):
-        two.step([[0], [1]], [0, 1])
-    assert np.allclose(two.theta[0], [0.75, 0.25])
-
-
-def test_open_categories():
-    """What opens enters with a uniform share, the others shrink in proportion, what closes is 0."""
-    P = Categorical([4])
-    P.open([np.array([False, False, True, True])])
-    P.theta[0][:] = [0, 0, 0.2, 0.8]
-    P.open([np.array([False, True, True, True])])
-    assert np.allclose(P.theta[0], [0, 1 / 3, 0.2 * 2 / 3, 0.8 * 2 / 3])
-    P.open([np.array([True, True, False, False])])
-    assert np.allclose(P.theta[0], [1 / 2, 1 / 2, 0, 0])
-    drawn = {P.sample(np.random.default_rng(i))[0] for i in range(200)}
-    assert drawn == {0, 1}
-
-
-def test_controller():
-    """K at uniform, with everything collapsed (0.19 for BERT-base's whole space), with nothing
-    open; layers that all collapsed, each to something else, do not raise it."""
-    P = Categorical(SIZES)
-    assert yoco.exploit_probability(P) == 1
-    for i, (theta, size) in enumerate(zip(P.theta, SIZES)):
-        theta[:] = 1 / (13 * (size - 1))
-        theta[i % size] = 12 / 13
-    by_hand = -(12 / 13 * np.log(12 / 13) * 13 + 1 / 13 * np.log(1 / 39)
-                + 12 / 13 * np.log(1 / 143)) / (np.log(4) + 12 * np.log(12))
-    assert np.isclose(yoco.exploit_probability(P), by_hand) and round(by_hand, 2) == 0.19
-    assert np.isclose(yoco.min_exploit_probability(P), by_hand)
-    assert np.isclose(yoco.min_exploit_probability(Categorical(SIZES)), by_hand)
-    P.open([np.arange(size) == size - 1 for size in SIZES])
-    before = [t.copy() for t in P.theta]
-    P.step([[3] + [11] * 12] * 2, [1, 2])
-    assert yoco.exploit_probability(P) == yoco.min_exploit_probability(P) == 1
-    assert all(map(np.array_equal, P.theta, before))
-
-
-def test_worked_example():
-    """README's "One step by hand": two layers, lambda = 2, with fractions; README prints them."""
-    P, samples = Categorical([2, 4, 4]), [[1, 3, 0], [0, 1, None]]
-    root = math.sqrt(15)
-    # One half of (best - worst); layer 2 is inactive in the worse sample: (one_hot(0) - 1/4) / 2.
-    gradient = [[-1/2, 1/2], [0, -1/2, 0, 1/2], [3/8, -1/8, -1/8, -1/8]]
-    # Squares over theta: (1/4 + 1/4) * 2 + (1/4 + 1/4) * 4 + (9 + 3)/64 * 4 = 15/4.
-    norm = root / 2
-    # Depth: 1/2 - 1/root = 0.242 is lifted to theta_min = 1 / 2K = 1/4. Layer 1: 1/4 - 1/root < 0
-    # is lifted to 1 / (3 * 3), and the other three share the rest, 5/9, like their distances from
-    # 1/9: 5/36, 5/36 and 5/36 + 1/root. Layer 2 is above 1/9.
-    apart = [5/36, 0, 5/36, 5/36 + 1/root]
-    after = [[1/4, 3/4], [1/9 + 5/9 * a / sum(apart) for a in apart],
-             [1/4 + 3/(4*root)] + [1/4 - 1/(4*root)] * 3]
-    K = -sum(p * math.log(p) for theta in after for p in theta) / (5 * math.log(2))
-
-    assert [t.tolist() for t in P.theta] == [[1/2] * 2, [1/4] * 4, [1/4] * 4]
-    assert yoco.exploit_probability(P) == 1
-    found = yoco.natural_gradient(P.theta, samples, yoco.ranking_utility([0.4, 0.7]))
-    assert [g.tolist() for g in found] == gradient
-    assert np.isclose(yoco.fisher_norm(P.theta, found), norm)
-    P.step(samples, [0.4, 0.7], delta=1.0)
-    assert all(np.allclose(t, a) for t, a in zip(P.theta, after, strict=True))
-    assert np.isclose(yoco.exploit_probability(P), K)
-
-    section = re.split(r"^#+ .*One step by hand.*$", (ROOT / "README.md").read_text(), flags=re.M)
-    assert len(section) == 2, "README has no section One step by hand"
-    section = re.split(r"^#+ ", section[1], flags=re.M)[0].replace("\u2212", "-")
-    printed = set(re.findall(r"-?\d+\.\d{3}(?!\d)", section))
-    wanted = [1/2, 1/4, 0.4, 0.7, 1, *sum(gradient, []), norm, *sum(after, []), K]
-    assert {f"{value:.3f}" for value in wanted} <= printed
-
-
-def updates_to_find(target, lam, delta, sigma, seed, most=3000):
-    """Updates of P until every variable's mode is right; loss = mismatches + sigma * noise."""
-    rng, P = np.random.default_rng(seed), Categorical(SIZES)
-    for step in range(1, most + 1):
-        samples = [P.sample(rng) for _ in range(lam)]
-        losses = [sum(a != b for a, b in zip(s, target)) + sigma * rng.normal() for s in samples]
-        P.step(samples, losses, delta)
-        if P.most_likely() == target:
-            return step
-    return most
-
-
-@pytest.mark.parametrize("lam, delta, sigma, published", [
-    (2, 1, 0, 255), (6, 1, 0, 42), (6, 1, 1, 109), (2, 135 ** -0.5, 0, 186)])
-def test_optimizer_finds_thirteen_targets(lam, delta, sigma, published):
-    """About as many updates as measured for the authors' code (medians of ten seeds scatter)."""
-    rng = np.random.default_rng(7)
-    found = [updates_to_find([int(rng.integers(n)) for n in SIZES], lam, delta, sigma, seed)
-             for seed in range(10)]
-    assert published / 2 < np.median(found) < published * 2
-
-
-def test_noise_teaches_nothing():
-    """On random losses the modes hit a fixed target as often as chance does, 1/4 + 12 * 1/12 of the
-    13: whether the target is every variable's first category, its last, or one in the middle."""
-    modes = []
-    for seed in range(40):
-        rng, P = np.random.default_rng(seed), Categorical(SIZES)
-        for _ in range(150):
-            P.step([P.sample(rng) for _ in range(2)], rng.normal(size=2))
-        modes.append(P.most_likely())
-        assert np.mean([t.max() for t in P.theta[1:]]) > 2 / 12         # it did move
-    chance, variance = 1.25, 3 / 16 + 12 * 11 / 144
-    for target in ([0] * 13, [n - 1 for n in SIZES], [n // 2 for n in SIZES]):
-        hits = np.mean([sum(a == b for a, b in zip(mode, target)) for mode in modes])
-        assert abs(hits - chance) < 4 * (variance / 40) ** 0.5
-
-
-def test_stages():
-    """BERT-base's nine stages as the paper lists them, the epochs as in the authors' table;
-    --epochs counts epochs, in its proportions; `all` has two stages, equal, `largest` one."""
-    space = SearchSpace.for_config(BertConfig())
-    stages = yoco.make_stages(space, "MRPC", 100)
-    rows = [(s.depths, s.heads, s.ffn_sizes, s.steps // 100) for s in stages]
-    all_h, all_k = (12, 8, 4), (3072, 1024, 768, 512)
-    assert rows == [((12,), (12,), (3072,), 3), ((12,), (12, 8), (3072,), 5),
-                    ((12,), all_h, (3072,), 3), ((12,), all_h, (3072, 1024), 3),
-                    ((12,), all_h, (3072, 1024, 768), 3), ((12,), all_h, all_k, 3),
-                    ((12, 10), all_h, all_k, 3), ((12, 10, 8), all_h, all_k, 3),
-                    ((12, 10, 8, 6), all_h, all_k, 3)]
-    assert [s.first for s in stages] == [0, 300, 800, 1100, 1400, 1700, 2000, 2300, 2600]
-    sums = {"CoLA": 32, "MNLI": 10, "MRPC": 26, "QNLI": 33, "QQP": 10, "RTE": 11, "SST-2": 8}
-    for task, total in sums.items():                    # the sums of the authors' eight stages
-        assert sum(s.steps for s in yoco.make_stages(space, task, 10)[1:]) == 10 * total
-    P, rng, seen = Categorical(space.categories), np.random.default_rng(0), []
-    for stage in stages:                                # what is drawn lies in the open space
-        P.open(yoco.open_masks(space, stage))
-        archs = [space.arch(P.sample(rng)) for _ in range(300)]
-        seen.append([tuple(sorted(set(v), reverse=True)) for v in (
-            [a.depth for a in archs], [h for a in archs for h in a.heads],
-            [k for a in archs for k in a.ffn_sizes])])
-    assert [tuple(s) for s in seen] == [row[:3] for row in rows]
-
-    def steps(kind, epochs=0.0):
-        return [s.steps for s in yoco.make_stages(space, "MRPC", 100, kind, epochs)]
-    assert steps("progressive", 58) == [600, 1000] + [600] * 7      # twice the table's 29
-    assert abs(sum(steps("progressive", 4)) - 400) <= 9
-    assert steps("all") == [1450, 1450] and steps("all", 14.5) == [725, 725]
-    assert steps("largest") == [300] and steps("largest", 4) == [400]
-    largest, both = yoco.make_stages(space, "MRPC", 100, "all")
-    assert (largest.depths, largest.heads, largest.ffn_sizes) == ((12,), (12,), (3072,))
-    assert (both.depths, both.heads) == ((12, 10, 8, 6), (12, 8, 4)) and both.first == 1450
-
-
-def summed_by_hand(model, inputs, labels, archs, loss_of):
-    """The losses, and the mean gradient over extracted sub-BERTs, each laid into its corner."""
-    expected = {name: torch.zeros_like(w) for name, w in model.named_parameters()}
-    losses = []
-    for arch in archs:
-        sub = extract(model, arch)
-        loss, total = loss_of(sub(*inputs), labels, arch)
-        total.backward()
-        losses.append(loss.item())
-        index = [i for i, *_ in model.config.layers(arch)]
-        for name, w in sub.named_parameters():
-            there = name.split(".")
-            if there[0] == "layers":
-                there[1] = str(index[int(there[1])])
-            expected[".".join(there)][tuple(slice(n) for n in w.shape)] += w.grad / len(archs)
-    return losses, expected
-
-
-def check_gradient(model, losses, expected):
-    """Both ways of computing it are compared with what is expected."""
-    wanted, gradient = expected
-    assert np.allclose([float(loss) for loss in losses], wanted, atol=1e-5)
-    for name, w in model.named_parameters():
-        close(gradient[name] * 0 if w.grad is None else w.grad, gradient[name])
-
-
-LABELS = torch.tensor([0, 1, 2, 1, 0])
-
-
-@pytest.mark.parametrize("keeps", ["first", "even"])
-def test_weight_gradient(keeps):
-    """The mean over the architectures of each extracted sub-BERT's own gradient, laid into its
-    corner; one drawn twice weighs double; a layer that none has is not touched. By slices and by
-    masks."""
-    model, inputs = small_model(keep_layers=keeps, **NO_DROPOUT).train(), small_batch()
-    a, b = Arch((4, 2), (12, 48)), Arch((6, 2), (8, 16))
-
-    def cross_entropy(logits, labels, _):
-        loss = -logits.log_softmax(1)[torch.arange(5), labels].mean()
-        return loss, loss
-    for archs in ([a, b, a], [a], [model.config.arch, b]):
-        expected = summed_by_hand(model, inputs, LABELS, archs, cross_entropy)
-        losses = yoco.weight_gradient(model, (*inputs, LABELS), archs, OFF)
-        check_gradient(model, losses, expected)
-        used = {i for arch in archs for i, *_ in model.config.layers(arch)}
-        assert [layer.query.weight.grad is not None for layer in model.layers] == [
-            i in used for i in range(4)]
-        model.zero_grad()
-        sizes = archs_to_tensor(model.config, archs)
-        check_gradient(model, yoco.masked_gradient(model, (*inputs, LABELS), sizes, OFF), expected)
-
-
-@pytest.mark.parametrize("num_labels", [3, 1])
-def test_distillation(num_labels):
-    """The gradient is that of the mean of both losses, of labels and of the teacher, a model of its
-    own; the largest, when it is drawn itself, has no teacher. By slices and by masks."""
-    model, inputs = small_model(num_labels, **NO_DROPOUT).train(), small_batch()
-    teacher, full = small_model(num_labels, seed=5, **NO_DROPOUT), model.config.arch
-    labels = LABELS if num_labels > 1 else LABELS.float()
-    wanted = teacher(*inputs).detach()
-
-    def both(logits, labels, arch):
-        if num_labels == 1:
-            loss = ((logits[:, 0] - labels) ** 2).mean()
-            soft = ((logits - wanted) ** 2).mean()
-        else:
-            loss = -logits.log_softmax(1)[torch.arange(5), labels].mean()
-            soft = -(wanted.softmax(1) * logits.log_softmax(1)).sum(1).mean()
-        return loss, loss if arch == full else (loss + soft) / 2
-    small, middle = Arch((2, 4), (8, 48)), Arch((6, 6, 6, 6), (48, 48, 48, 16))
-    for archs in ([small], [full], [small, full, middle, small]):
-        expected = summed_by_hand(model, inputs, labels, archs, both)
-        batch = (*inputs, labels)
-        check_gradient(model, yoco.weight_gradient(model, batch, archs, OFF, teacher), expected)
-        model.zero_grad()
-        check_gradient(model, yoco.masked_gradient(model, batch, archs_to_tensor(model.config, archs),
-                                                   OFF, teacher), expected)
-    assert model.training and all(w.grad is None for w in teacher.parameters())
-
-
-def test_reorder():
-    """Permuted heads and neurons compute the same; the front is the most important part; the
-    importance is the change of the loss when a head's output is scaled, by finite differences."""
-    model, rng = small_model(**NO_DROPOUT, max_position_embeddings=24), np.random.default_rng(0)
-    examples = [data.Encoded(rng.integers(5, 50, n).tolist(), [0] * n, int(rng.integers(3)))
-                for n in (3, 5, 8, 8, 11, 17)]
-    *batch, labels = data.collate(examples, range(6))
-    settings = yoco.TrainSettings(batch_size=6)         # one batch
-    importance = yoco.importance(model, examples, settings, OFF)
-    model.eval()
-
-    def loss():
-        with torch.no_grad():
-            return F.cross_entropy(model(*batch).double(), labels).item()
-    for i, kind, unit in ((0, 0, 3), (2, 0, 5), (3, 0, 0), (0, 1, 7), (3, 1, 47)):
-        if kind == 0:                                   # a head, a neuron: their output weights
-            out = model.layers[i].attention_out.weight.data[:, 4 * unit:4 * unit + 4]
-        else:
-            out = model.layers[i].ffn_out.weight.data[:, unit:unit + 1]
-        before, values = out.clone(), []
-        for scale in (1.05, 0.95):
-            out.copy_(before * scale)
-            values.append(loss())
-        out.copy_(before)
-        assert np.isclose(importance[i][kind][unit], abs(values[0] - values[1]) / 0.1, rtol=0.02,
-                          atol=1e-5)
-    logits = model(*batch)
-    weights = model.layers[1].ffn_in.weight.clone()
-    sort_by_importance(model, importance)
-    torch.testing.assert_close(model(*batch), logits)
-    best = importance[1][1].argmax()
-    assert torch.equal(model.layers[1].ffn_in.weight[0], weights[best])
-    for heads, neurons in yoco.importance(model, examples, settings, OFF):
-        assert (heads.diff() <= 1e-6).all() and (neurons.diff() <= 1e-6).all()
-
-
-def test_reward():
-    def r(score, cost):
-        return yoco.reward(score, cost, 60, 100)
-    assert r(80, 59) == r(80, 60) == 80                 # continuous: the factor is 1 at the budget
-    assert abs(r(80, 60 + 1e-9) - 80) < 1e-6 and r(80, 100) == 0
-    assert r(80, 70) == 80 * 0.5625                     # (1 - 10/40)^2
-    assert r(80, 70) > r(80, 90) and r(79, 65) > r(80, 95)            # further over earns less
-    assert r(-20, 99) == -20                            # a negative score is never raised
-    assert yoco.reward(80, 100, 100, 100) == 80 and yoco.reward(80, 90, 200, 100) == 80
-    assert yoco.reward(80, 80, 60, 100, alpha=1) == 40
-
-
-def test_best_fit():
-    """Against a search by hand; the budget binds strictly, ties go to the cheaper one."""
-    a, b, c, d = (Arch((h,), (8,)) for h in (1, 2, 3, 4))
-    cost = {a: 10, b: 20, c: 30, d: 40}.get
-    assert yoco.best_fit({a: 1.0, b: 3.0, c: 3.0, d: 9.0}, cost, 40) == b
-    assert yoco.best_fit({a: 1.0, d: 9.0}, cost, 41) == d
-    assert yoco.best_fit({d: 9.0}, cost, 40) is None
-
-
-@pytest.mark.parametrize("words, values", [
-    ("60000000", [6e7]), ("60e6", [6e7]), ("60M", [6e7]), ("0.5x", [5e7]), (".5X", [5e7]),
-    ("22G", [22e9]), ("1.5k", [1500]), ("60 M", [6e7]), ("60 m 0.5 X 70", [6e7, 5e7, 70]),
-    ("30M 30m", [3e7])])
-def test_budgets(words, values, capsys):
-    """As words of the command line, in either case, with blanks or without, one or several."""
-    for typed in (words.split(), [words]):
-        kind, wishes = yoco.budgets_from_settings(yoco.SearchSettings(max_params=typed), "superbert")
-        assert kind == "params"
-        assert [yoco.parse_budget(wish, 10, 10**8, "parameters") for wish in wishes] == values
-    said = "bounds nothing" in capsys.readouterr().out
-    assert said == any(value > 10**8 for value in values)
-    for text, value in (("12", 12), ("12ms", 12), ("12 MS", 12), ("0.5x", 20)):
-        kind, (wish,) = yoco.budgets_from_settings(yoco.SearchSettings(max_latency=text.split()), "superbert")
-        assert kind == "latency" and yoco.parse_budget(wish, 1, 40, "ms") == value
-
-
-# ---- yoco.py: the commands -----------------------------------------------------------------------
-
-CPU = ["--device", "cpu", "--precision", "fp32"]
-TRAIN = ["train", "--data", "tiny", "--epochs", "4", "--lr", "1e-3", "--batch-size", "8", *CPU]
-SEARCH = ["search", "--max-params", "0.9x", "--evaluations", "12", *CPU]
-
-
-def sentences(rng, count):
-    rows = [HEAD]
-    for _ in range(count):
-        word, negated = rng.choice(["good", "bad"]), rng.random() < 0.5
-        label = int((word == "good") != negated)
-        rows.append([f"the film is {'not ' if negated else ''}very {word}", str(label)])
-    return rows
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A directory with a data set `tiny` that has its own BERT, a super-BERT trained on it, and a
-    sub-BERT of that. Nobody writes there: the fixtures below copy it."""
-    directory, rng, before = tmp_path_factory.mktemp("made"), np.random.default_rng(0), os.getcwd()
-    write(tiny_bert(directory / "tiny") / "train.tsv", *sentences(rng, 60))
-    write(directory / "tiny" / "dev.tsv", *sentences(rng, 20))
-    os.chdir(directory)
-    assert yoco.main(TRAIN) == yoco.main(SEARCH) == 0
-    os.chdir(before)
-    return directory
-
-
-@pytest.fixture
-def tiny(made, tmp_path, monkeypatch):
-    """A directory to work in, with the data set alone."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(made / "tiny", "tiny")
-    return tmp_path
-
-
-@pytest.fixture
-def trained(made, tiny):
-    """The same with the super-BERT in superbert/tiny."""
-    shutil.copytree(made / "superbert", "superbert")
-    return tiny
-
-
-def result_bytes(*directories):
-    return [(Path(d) / name).read_bytes() for d in directories
-            for name in ("model.safetensors", "config.json")]
-
-
-def log_of(out):
-    """The lines of a run's log, without times; the first has the settings."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    assert "settings" in lines[0]
-    return [{k: v for k, v in line.items() if k != "ms"} for line in lines[1:]]
-
-
-def facts_of(out):
-    """What a finished run says of itself, without times."""
-    facts = json.loads((Path(out) / "run.json").read_text())
-    return {k: v for k, v in facts.items() if k not in ("seconds", "finished", "peak_memory_mib")}
-
-
-def refused(capsys, words, *parts):
-    """The command ends with status 2 and one line on stderr that has all `parts`."""
-    capsys.readouterr()
-    assert yoco.main(words) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("yoco.py: error: "), lines
-    assert all(part in lines[0] for part in parts), (lines[0], parts)
-
-
-def test_command_line(tiny):
-    """train, search and eval as a user runs them; what they write stands alone."""
-    def run(*words):
-        done = subprocess.run([sys.executable, ROOT / "yoco.py", *words],
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-    trained, config = run(*TRAIN), BertConfig.load("tiny")
-    space = SearchSpace.for_config(config)
-    for name, arch in (("largest", space.largest()), ("smallest", space.smallest())):
-        assert re.search(rf"{name}\W.*\b{count_params(config, arch):,} parameters", trained)
-    assert {p.name for p in Path("superbert/tiny").iterdir()} == {
-        "config.json", "model.safetensors", "vocab.txt", "run.json", "log.jsonl"}
-    found = run(*SEARCH)
-    assert "superbert/tiny, the super-BERT finished last" in found and "12 asked" in found
-    out = Path("subbert/tiny-0.9x")
-    result = json.loads((out / "run.json").read_text())
-    shutil.rmtree("superbert")                          # the sub-BERT does not need it
-    assert f"score {result['dev']['score']:.2f}" in run("eval", "--model", str(out))
-    model, encode = data.load(out)                      # the two lines of use in Python
-    assert model.config.labels == ("0", "1") and model.config.arch == Arch(**result["arch"])
-    own = sum(w.numel() for n, w in model.named_parameters() if "classifier" not in n)
-    full = count_params(config, space.largest())
-    assert own == result["params"] < 0.9 * full == result["budget"] and result["full_cost"] == full
-    dev = data.load_task("tiny").dev
-    logits = model(*encode([e.sentence1 for e in dev]))
-    with pytest.raises(UserError, match="as many second texts"):
-        encode(["good", "bad"], "ab")                   # not a text and its letter
-    right = (logits.argmax(1) == torch.tensor([e.label for e in dev])).float().mean().item()
-    assert abs(100 * right - result["dev"]["accuracy"]) < 1e-3
-    named = list(data.predict(model, out, dev, OFF))
-    assert [name for name, _ in named] == [model.config.labels[i] for i in logits.argmax(1)]
-    assert all(abs(sum(p.values()) - 1) < 1e-5 and max(p, key=p.get) == name for name, p in named)
-
-
-def test_learning(tiny):
-    """On labels that a word decides, every size learns: the expected loss falls, and the largest,
-    the most likely and the smallest are right on what was held out."""
-    rows = [[f"the film is very {word}", str(int(word == "good"))] for word in ("good", "bad")] * 40
-    write(tiny / "tiny" / "train.tsv", HEAD, *rows)
-    assert yoco.main(TRAIN + ["--epochs", "42", "--lr", "1e-2"]) == 0
-    losses = [row["loss"] for row in log_of("superbert/tiny")]
-    assert np.mean(losses[-8:]) < 0.2 < 0.5 < losses[0]
-    holdout = facts_of("superbert/tiny")["holdout"]
-    assert {name: score["accuracy"] for name, score in holdout.items()} == {
-        "largest": 100, "most likely": 100, "smallest": 100}
-
-
-def test_one_seed_one_result(made, tiny):
-    """The same seed gives the same bytes, another seed other weights and another theta."""
-    assert yoco.main(TRAIN) == yoco.main(SEARCH) == 0
-    assert yoco.main(TRAIN + ["--out", "other", "--seed", "4"]) == 0
-    outs = ("superbert/tiny", "subbert/tiny-0.9x")
-    assert result_bytes(*outs) == result_bytes(*[made / out for out in outs])
-    thetas = [facts_of(out)["theta"] for out in (outs[0], made / outs[0], "other")]
-    assert thetas[0] == thetas[1] != thetas[2] and result_bytes("other") != result_bytes(outs[0])
-
-
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo to compare with")
-def test_precision_is_recorded(tiny):
-    """run.json says in what was computed, also where `auto` decided: by the processor's flags."""
-    units = {"amx_bf16", "avx512_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
-    for asked, used in (("bf16", "bf16"), ("fp32", "fp32"), ("auto", "bf16" if units else "fp32")):
-        assert yoco.main(TRAIN + ["--precision", asked, "--out", asked]) == 0
-        assert facts_of(asked)["precision"] == used
-
-
-@pytest.mark.parametrize("extra", [
-    "--strategy explore", "--strategy exploit", "--strategy noise", "--stages all",
-    "--recipe best", "--keep-layers even", "--holdout 0"])
-def test_variants(made, tiny, capsys, extra):
-    """explore leaves theta uniform, the others move it; each is another result than the default."""
-    assert yoco.main(TRAIN + extra.split()) == 0
-    facts = facts_of("superbert/tiny")
-    tops = [max(t) * len(t) for t in facts["theta"]]
-    assert np.allclose(tops, 1) if "explore" in extra else max(tops) > 1.01
-    always = {"--strategy explore": 0.0, "--strategy exploit": 1.0}.get(extra)
-    assert always is None or {row["K"] for row in log_of("superbert/tiny")} == {always}
-    assert result_bytes("superbert/tiny") != result_bytes(made / "superbert/tiny")
-    if extra == "--recipe best":
-        assert dict(stages="all", reorder=True, distill=True, keep_layers="even").items() <= facts[
-            "settings"].items() and BertConfig.load("superbert/tiny").keep_layers == "even"
-    if extra == "--holdout 0":
-        refused(capsys, ["search", "--max-params", "0.9x"], "--select-on dev")
-        assert yoco.main(SEARCH + ["--select-on", "dev"]) == 0
-        assert "optimistic" in capsys.readouterr().out
-
-
-def test_largest_alone(tiny, capsys):
-    """--stages largest is plain fine-tuning: one stage, K = 1, nothing to search; another training
-    on the same train.tsv keeps its hold-out, so that nothing selects on what was trained on."""
-    words = TRAIN + ["--stages", "largest"]
-    refused(capsys, words + ["--distill"], "one architecture")
-    assert yoco.main(words) == 0
-    assert {(row["stage"], row["K"]) for row in log_of("superbert/tiny")} == {("largest", 1.0)}
-    refused(capsys, SEARCH + ["--model", "superbert/tiny"], "nothing to search")
-    refused(capsys, SEARCH, "no finished super-BERT")
-    again = TRAIN + ["--bert", "superbert/tiny", "--seed", "5"]
-    assert yoco.main(again + ["--out", "second"]) == 0
-    with open("tiny/train.tsv", "a") as file:           # other data, another split
-        file.write("the film\t1\n")
-    assert yoco.main(again + ["--out", "third"]) == 0
-    assert [facts_of(d)["held_out"] for d in ("superbert/tiny", "second", "third")] == [
-        [0.1, 0], [0.1, 0], [0.1, 5]]
-
-
-@pytest.mark.parametrize("extra", [[], ["--stages", "all", "--reorder"]])
-def test_frozen_teacher(tiny, monkeypatch, extra):
-    """The teacher says what the largest said when smaller sub-BERTs opened, while that moves on."""
-    original, said, (ids, types_, mask) = yoco.weight_gradient, [], small_batch()
-
-    def spy(model, batch, archs, autocast, teacher=None):
-        if teacher:
-            with torch.no_grad():
-                said.append([m.eval()(ids % model.config.vocab_size, types_, mask)
-                             for m in (model, teacher)])
-            model.train()
-        return original(model, batch, archs, autocast, teacher)
-    monkeypatch.setattr(yoco, "weight_gradient", spy)
-    assert yoco.main(TRAIN + ["--distill", *extra]) == 0
-    assert len(said) > 4 and all(torch.equal(teacher, said[0][1]) for _, teacher in said)
-    assert torch.equal(*said[0]) and not torch.allclose(*said[-1])
-
-
-def test_many_budgets(tiny, monkeypatch, capsys):
-    """One sub-BERT per budget, each fitting and the best that is known; no architecture is scored
-    twice, and the logs tell all that were."""
-    tiny_bert(tiny / "tiny", num_hidden_layers=4, num_attention_heads=6)
-    assert yoco.main(TRAIN) == 0
-    scored, original = [], data.make_evaluator
-
-    def make_evaluator(model, parts, *args):
-        score = original(model, parts, *args)
-        return lambda arch: scored.append((len(parts[0]), arch)) or score(arch)
-    monkeypatch.setattr(data, "make_evaluator", scorer)
-    words = ["search", "--evaluations", "20", *CPU]
-    assert yoco.main([*words, "--max-params", "0.9x", "0.6", "X", "0.7x"]) == 0
-    held = [arch for n, arch in scored if n == 6]       # the others are the three of dev
-    assert len(scored) == len(held) + 3 and len(set(held)) == len(held)
-    names, shares = [f"subbert/tiny-{share}x" for share in (0.9, 0.6, 0.7)], (0.9, 0.6, 0.7)
-    config, known = BertConfig.load("tiny"), {}
-    space, printed = SearchSpace.for_config(config), capsys.readouterr().out
-    for name, share in zip(names, shares):
-        known |= {space.arch(row["choices"]): (row["score"], -row["cost"]) for row in log_of(name)}
-        fitting = {m: rank for m, rank in known.items()
-                   if -rank[1] < share * count_params(config, config.arch)}
-        facts = facts_of(name)
-        assert (facts["selection_score"], -facts["params"]) == max(fitting.values())
-        assert Arch(**facts["arch"]) in fitting and name in printed
-        assert facts["evaluations_run"] == len(log_of(name)) and facts["evaluations_asked"] == 20
-    assert set(known) == set(held)
-
-
-def test_search_by_latency(trained, monkeypatch, capsys):
-    """Every new architecture is timed once, the winner again: down the list until one keeps the
-    budget twice. A clock that is slow the second time for all but the fewest heads decides."""
-    asked = []
-
-    def clock(model, T, autocast):
-        m = model.config.arch
-        asked.append(m)
-        assert T == 16
-        return sum(m.heads) + 100 * (asked.count(m) > 1 and sum(m.heads) > 2)
-    monkeypatch.setattr(yoco, "latency", clock)
-    monkeypatch.setattr(data, "make_evaluator", lambda *_: lambda m: {"score": float(sum(m.heads))})
-    words = ["search", "--evaluations", "40", *CPU]
-    assert yoco.main([*words, "--max-latency", "4.5 MS"]) == 0
-    found = facts_of("subbert/tiny-4.5ms-latency")
-    assert sum(found["arch"]["heads"]) == 2 == found["cost"] and found["unit"] == "ms"
-    known = [Arch(*archs) for archs in {(m.heads, m.ffn_sizes) for m in asked}]
-    again = {m for m in known if 2 < sum(m.heads) <= 4}
-    assert {m for m in known if asked.count(m) > 1} >= again and again
-    assert facts_of("subbert/tiny-4.5ms-latency")["full_cost"] == 6
-
-
-def make_regression(directory, train=40):
-    """A data set in STS-B's format."""
-    rng = np.random.default_rng(0)
-    for name, count in (("train", train), ("dev", 12)):
-        rows = [["good film", rng.choice(["good", "bad", "not"]), f"{rng.uniform(0, 5):.3f}"]
-                for _ in range(count)]
-        write(directory / f"{name}.tsv", ["sentence1", "sentence2", "score"], *rows)
-
-
-def test_regression(tiny):
-    """STS-B's format from train to search: one logit, no labels, correlations, scores."""
-    make_regression(tiny / "tiny")
-    assert yoco.main(TRAIN) == 0 and yoco.main(SEARCH) == 0
-    assert set(facts_of("subbert/tiny-0.9x")["dev"]) == {"score", "pearson", "spearman"}
-    model, encode = data.load("subbert/tiny-0.9x")
-    found, = data.predict(model, "subbert/tiny-0.9x", [data.Example("good film", "bad", 0)], OFF)
-    assert found == (pytest.approx(model(*encode("good film", "bad")).item(), abs=1e-6), {})
-
-
-def test_mnli_and_flops(tiny):
-    """Two dev sets from train to search: the score is the mean of both; a FLOPs budget binds."""
-    rng = np.random.default_rng(0)
-    for name in ("train", "dev_matched", "dev_mismatched"):
-        rows = [[rng.choice(["good", "bad"]), "film", rng.choice(["entailment", "neutral"])]
-                for _ in range(40)]
-        write(tiny / "tiny" / f"{name}.tsv", ["sentence1", "sentence2", "gold_label"], *rows)
-    assert yoco.main(TRAIN) == 0
-    assert yoco.main(["search", "--max-flops", "0.5x", "--evaluations", "20"] + CPU) == 0
-    result = facts_of("subbert/tiny-0.5x-flops")
-    dev, config = result["dev"], BertConfig.load("tiny")
-    assert np.isclose(dev["score"], (dev["accuracy"] + dev["accuracy_mismatched"]) / 2)
-    assert result["flops"] < count_flops(config, config.arch) / 2
-
-
-def test_positions_that_padding_exceeds(tiny):
-    """A BERT of 13 positions takes texts of 13 tokens, though batches are padded to multiples."""
-    tiny_bert(tiny / "tiny", max_position_embeddings=13)
-    write(tiny / "tiny" / "train.tsv", HEAD, *[["good " * 20, "1"], ["bad " * 20, "0"]] * 20)
-    assert yoco.main(TRAIN) == 0 and yoco.main(SEARCH) == 0
-
-
-@pytest.mark.parametrize("files, parts", [
-    ({}, ["train.tsv does not exist"]), ({"train": b""}, ["train.tsv is empty"]),
-    ({"train": b"sentence\tlabel\n"}, ["no rows"]),
-    ({"train": b"sentence\tlabel\na\t1\nb\n"}, ["train.tsv, line 3: 1 columns, expected 2"]),
-    ({"train": b"sentence\tlabel\n" + b"good " * 200_001}, ["line 2", "more than 1,000,000"]),
-    ({"train": b"sentence\tlabel\ngo\0od\t1"}, ["train.tsv, line 2: a NUL"]),
-    ({"train": b"sentence\tlabel\n\xff\xfe\t1\n"}, ["line 2: not UTF-8"]),
-    ({"train": b"sentence\tlabel\tlabel\na\t1\t0\n"}, ["two columns of one name"]),
-    ({"train": b"sentence\tsentence1\tlabel\na\tb\t0\n"}, ["column sentence1: leave one out"]),
-    ({"train": b"sentence\tlabel\na\t1\nb\t1\n"}, ["only one label"]),
-    ({"train": b"sentence\tlabel\na\t1\nb\t0\n", "dev": b"sentence\tlabel\na\t2\n"},
-     ["dev.tsv, line 2", "'2'", "0, 1"]),
-    ({"train": b"sentence\tlabel\na\t1\nb\t0\n",
-      "dev": b"sentence1\tsentence2\tlabel\nq\ta\t1\n"}, ["dev.tsv has other columns"]),
-    ({"train": b"Quality\t#1 String\t#2 String\n1\ta\tb\n2\ta\tb\n"}, ["line 3: label '2'"]),
-    ({"train": b"sentence1\tsentence2\tscore\na\tb\t1\na\tb\tnan\n"},
-     ["line 3: label 'nan' is not a number"])])
-def test_bad_data_is_refused(tmp_path, monkeypatch, capsys, files, parts):
-    monkeypatch.chdir(tmp_path)
-    tiny_bert(tmp_path / "d")
-    for name, content in files.items():
-        (tmp_path / "d" / f"{name}.tsv").write_bytes(content)
-    refused(capsys, ["train", "--data", "d"], *parts)
-    assert not Path("superbert").exists()
-
-
-def change(directory, name, tensor):
-    """Replace, add or (None) remove one tensor of a weights file."""
-    tensors = load_file(directory / "model.safetensors") | {name: tensor}
-    save_file({n: t for n, t in tensors.items() if t is not None}, directory / "model.safetensors")
-
-
-@pytest.mark.parametrize("spoil, parts", [
-    (lambda d: (d / "config.json").unlink(), ["config.json does not exist"]),
-    (lambda d: (d / "config.json").write_text("{"), ["config.json is not a JSON object"]),
-    (lambda d: tiny_bert(d, num_attention_heads=5), ["5 heads do not divide the hidden size 12"]),
-    (lambda d: tiny_bert(d, hidden_size="12"), ["hidden_size is '12', not a whole number"]),
-    (lambda d: tiny_bert(d, model_type="roberta"), ["model_type is 'roberta'"]),
-    (lambda d: tiny_bert(d, problem_type="multi_label_classification"), ["problem_type is"]),
-    (lambda d: tiny_bert(d, rope_theta=1e4), ["unknown field 'rope_theta'"]),
-    (lambda d: tiny_bert(d, id2label={"1": "a"}), ["id2label is {'1': 'a'}, not"]),
-    (lambda d: tiny_bert(d, position_embedding_type="relative_key"), ["position_embedding_type"]),
-    (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), ["save_pretrained"]),
-    (lambda d: os.truncate(d / "model.safetensors", 99), ["not a complete safetensors file"]),
-    (lambda d: change(d, "classifier.bias", None), ["classifier.bias is missing"]),
-    (lambda d: change(d, "bert.pooler.dense.bias", None), ["bert.pooler.dense.bias is missing"]),
-    (lambda d: change(d, "bert.extra.weight", torch.ones(1)), ["unknown tensor bert.extra.weight"]),
-    (lambda d: change(d, "bert.pooler.dense.bias", torch.ones(13)), ["shape [13], expected [12]"]),
-    (lambda d: change(d, "bert.pooler.dense.bias", torch.full((12,), np.nan)), ["finite"]),
-    (lambda d: change(d, "pooler.dense.bias", torch.ones(12)), ["two tensors bert.pooler.dense.b"]),
-    (lambda d: tiny_bert(d, tokenizer_class="BertJapaneseTokenizer"), ["'BertJapaneseTokenizer'"]),
-    (lambda d: (d / "vocab.txt").write_text("[CLS]\n[UNK]\n"), ["vocab.txt is", "sep_token"]),
-    (lambda d: (d / "vocab.txt").unlink(), ["vocab.txt does not exist"]),
-    (lambda d: (d / "vocab.txt").write_text("[CLS]\n[SEP]\n"), ["vocab.txt has no [UNK]"]),
-    (lambda d: (d / "vocab.txt").write_bytes((d / "vocab.txt").read_bytes() + b"more\n"),
-     ["the id 12", "vocab_size is 12"]),
-    *[(lambda d, name=name, text=text: (d / name).write_text(text), [name]) for name, text in (
-        ("tokenizer_config.json", '{"do_lower_case": "false"}'),
-        ("tokenizer_config.json", '{"truncation_side": "left"}'),
-        ("tokenizer_config.json", '{"tokenizer_class": "T5Tokenizer"}'),
-        ("tokenizer_config.json", '{"cls_token": {"content": "<s>"}}'),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"12": 5}}'),
-        ("special_tokens_map.json", '{"additional_special_tokens": "<e>"}'),
-        ("added_tokens.json", '{"<e>": [12]}'), ("tokenizer.json", '{"model": 5}'))]])
-def test_bad_weights_are_refused(tiny, capsys, spoil, parts):
-    bert = tiny_bert(tiny / "bert")
-    model = ElasticBert(BertConfig.load(bert), 2)
-    model.config.id2label = {"0": "0", "1": "1"}
-    save_bert(model, bert)
-    spoil(bert)
-    refused(capsys, ["train", "--data", "tiny", "--bert", "bert"], *parts)
-    assert not Path("superbert").exists()
-
-
-S = ["search", "--max-params"]
-
-
-@pytest.mark.parametrize("words, parts", [([], ["required"]), (["fit"], ["invalid choice"]),
-    (["train", "--epoch", "1"], ["unknown", "--epochs"]),
-    (["train", "--batch-size", "0"], ["at least 1"]), (["train", "--batch-size", "1.5"], ["int"]),
-    (["train", "--epochs", "nan"], ["--epochs"]), (["train", "--epochs", "-1"], ["--epochs"]),
-    (["train", "--lr", "inf"], ["--lr"]), (["train", "--holdout", "1"], ["--holdout"]),
-    (["train", "--strategy", "greedy"], ["'ee', 'exploit', 'explore', 'noise'"]),
-    (["train", "--data", "glue/MRPC"], ["python -m glue.download MRPC"]),
-    (["train", "--data", "tiny", "--bert", "bert-base-uncased", "--out", "new"],
-     ["python -m glue.download bert-base-uncased"]),
-    (["train", "--data", "tiny", "--bert", "subbert/tiny-0.9x", "--out", "new"], ["sub-BERT"]),
-    (["train", "--data", "tiny"], ["holds a finished result", "--overwrite"]),
-    ([*TRAIN, "--resume", "--seed", "5"], ["started with seed = 0, not 5"]),
-    (["train", "--data", "tiny", "--out", "tiny"], ["is what the command reads"]),
-    ([*TRAIN, "--bert", "superbert/tiny", "--out", "superbert/tiny", "--overwrite"], ["reads"]),
-    ([*TRAIN, "--out", "/proc/x"], ["/proc/x"]), ([*TRAIN, "--out", "tiny/dev.tsv"], ["dev.tsv"]),
-    (["search"], ["--max-params, --max-flops"]), ([*S, "1M", "--method", "evolution"], ["unknown"]),
-    ([*S, "0.9x", "9", "--out", "sub"], ["smallest has"]), ([*TRAIN, "--out", "loop"], ["loop"]),
-    *[([*S, budget], ["budget"]) for budget in (
-        "0", "0x", "many", "nan", "inf", "1e999", "12ms", "", "-5", "M 60")],
-    (["search", "--max-latency", "60M"], ["'60m' is not a positive"]),
-    ([*S, "0.5x", "--model", "tiny"], ["run.json does not exist"]),
-    ([*S, "0.5x", "--model", "moved"], ["gone/train.tsv does not exist"]),
-    ([*S, "0.5x", "--model", "subbert/tiny-0.9x"], ["nothing to search"]),
-    ([*S, "0.9x", "--out", "superbert/tiny", "--overwrite"], ["is what the command reads"]),
-    ([*S, "0.9x"], ["holds a finished result"]), (["eval"], ["name a model with --model"]),
-    (["eval", "--model", "tiny"], ["run.json does not exist"]),
-    (["eval", "--model", "superbert/tiny", "--data", "names"], ["('0', '1')", "('no', 'yes')"])])
-def test_bad_commands_are_refused(made, trained, capsys, words, parts):
-    shutil.copytree(made / "subbert", "subbert")
-    run = Path(shutil.copytree("superbert/tiny", "moved"), "run.json")      # but not its data
-    run.write_text(run.read_text().replace('"data": "tiny"', '"data": "gone"'))
-    os.symlink("loop", "loop")
-    write(trained / "names" / "train.tsv", HEAD, ["good", "yes"], ["bad", "no"])
-    write(trained / "names" / "dev.tsv", HEAD, ["good", "yes"])
-    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
-    refused(capsys, words, *parts)
-    assert all(p.read_bytes() == content for p, content in before.items())
-    assert not Path("sub").exists()                     # no unfinished run to stand in the way
-
-
-RESUME = TRAIN + ["--checkpoint-every", "2", "--out", "part", "--resume"]
-SUPER = "superbert/tiny/run.json"
-
-
-@pytest.mark.parametrize("name, spoil, words, parts", [
-    ("part/checkpoint.safetensors", lambda b: b[:-1], RESUME, ["checkpoint.safetensors is damag"]),
-    ("part/checkpoint.safetensors", lambda b: b.replace(b'theta', b'thetb'), RESUME, ["damaged"]),
-    ("part/log.jsonl", lambda b: b"{}\n" + b, RESUME, ["log.jsonl"]),
-    ("part/log.jsonl", lambda b: b"\0\n" + b, RESUME, ["log.jsonl is damaged"]),
-    ("part/log.jsonl", lambda b: b"", RESUME, ["log.jsonl is damaged"]),
-    ("part/log.jsonl", lambda b: b[:b.index(b"\n") + 1], RESUME, ["the log is shorter"]),
-    ("sub/log.jsonl", lambda b: b + b'{"choices": [9, 9, 9], "score": 1, "cost": 1}\n',
-     [*SEARCH, "--out", "sub", "--resume"], ["log.jsonl is damaged"]),
-    (SUPER, lambda b: b"{", [*SEARCH], ["run.json is not a JSON object"]),
-    (SUPER, lambda b: b"{}", [*SEARCH, "--model", "superbert/tiny"], ["was not written by train"]),
-    ("tiny/train.tsv", lambda b: b + b"the film\t1\n", RESUME, ["changed since part was started"]),
-    ("tiny/train.tsv", lambda b: b + b"the film\t1\n", SEARCH, ["train.tsv has changed"]),
-    ("superbert/tiny/model.safetensors", lambda b: b[:-1] + b"\1", SEARCH, ["is not what its"])])
-def test_damaged_files_are_refused(trained, capsys, monkeypatch, name, spoil, words, parts):
-    """A run's own files, damaged or exchanged; with the file as it was, the command ends well."""
-    stop_after(monkeypatch, 12)
-    assert yoco.main(RESUME[:-1]) == 128 + signal.SIGTERM
-    stop_after(monkeypatch, 3)
-    assert yoco.main([*SEARCH, "--out", "sub"]) == 128 + signal.SIGTERM
-    monkeypatch.undo()
-    monkeypatch.chdir(trained)
-    path = Path(name)
-    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
-    path.write_bytes(spoil(path.read_bytes()))
-    refused(capsys, words, *parts)
-    path.write_bytes(before[path])
-    if hasattr(os, "mkfifo") and path.suffix != ".jsonl":
-        path.unlink()
-        os.mkfifo(path)                                 # whoever opens it waits for ever
-        refused(capsys, words, f"{path} is not a file")
-        path.unlink()
-        path.write_bytes(before[path])
-    for log in ("part/log.jsonl", "sub/log.jsonl"):     # cut to the checkpoint before it was read
-        assert before[Path(log)].startswith(Path(log).read_bytes())
-        Path(log).write_bytes(before[Path(log)])
-    words = [word for word in words if words[0] != "eval"] or SEARCH
-    assert yoco.main(words if "--out" in words else [*words, "--out", "new"]) == 0
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no locks on Windows")
-def test_two_runs_one_directory(tiny, capsys):
-    """The second run refuses, whatever it was told, and spoils nothing."""
-    first = yoco.Run(yoco.resolve_defaults(yoco.parse(TRAIN + ["--out", "out"])[0]), "tiny", "tiny")
-    first.open()
-    first.log(step=1)
-    refused(capsys, TRAIN + ["--out", "out"], "holds an unfinished run")
-    for word in ("--overwrite", "--resume"):
-        refused(capsys, TRAIN + ["--out", "out", word], "another run is writing out")
-    assert log_of("out")[-1] == {"step": 1}
-
-
-# ---- Interruptions, after which a run ends as if nobody had interrupted it, and ranks ------------
-
-def stop_after(monkeypatch, steps, number=signal.SIGTERM):
-    """Send this process a signal in step `steps` of the next command, once."""
-    count, report, show = itertools.count(1), yoco.report, yoco.Progress.show
-
-    def train_step(*args):
-        if next(count) == steps:
-            os.kill(os.getpid(), number)
-        return report(*args)
-
-    def search_step(self, done, text):
-        if text.startswith("asked") and next(count) == steps:
-            os.kill(os.getpid(), number)
-        return show(self, done, text)
-    monkeypatch.setattr(yoco, "report", train_step)
-    monkeypatch.setattr(yoco.Progress, "show", search_step)
-
-
-def start(words, patch="", **environment):
-    """A command in a process of its own, as python runs it, with a few lines of code before."""
-    script = (f"import itertools, os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-              f"import torch, yoco; torch.set_num_threads(1)\n{patch}\n"
-              f"sys.exit(yoco.main({list(map(str, words))!r}))")
-    return subprocess.Popen([sys.executable, "-c", script], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, **environment})
-
-
-# Kills the process itself, with no chance to clean up, at call number {1} of {0}: before it, or
-# (True) after half of what it should write.
-KILL = """
-original, calls = {0}, itertools.count(1)
-def replaced(*args, **more):
-    if next(calls) == {1}:
-        if {2}:
-            where, what = args
-            where = getattr(where, "log_file", None) or open(os.path.join(os.path.dirname(where),
-                "." + os.path.basename(where) + ".9.tmp"), "wb", buffering=0)
-            where.write(bytes(what[:len(what) // 2]))
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **more)
-{0} = replaced
-"""
-HALF_A_LINE = """
-def log(self, **record):
-    import json
-    if len(record) > 2 and next(calls) == 4:
-        self.log_file.write(json.dumps(record).encode()[:20])
-        os.kill(os.getpid(), signal.SIGKILL)
-    original(self, **record)
-original, calls, yoco.Run.log = yoco.Run.log, itertools.count(1), log
-"""
-BEST = ["--recipe", "best", "--delta", "0.5", "--archs-per-step", "3"]
-SEVERAL = ["--max-params", "0.9x", "0.5x"]
-
-
-@pytest.mark.parametrize("command, extra, way, moment", [
-    ("train", [], "kill", ("yoco.report", 1, False)),          # before the first checkpoint
-    ("train", BEST, "kill", ("yoco.report", 12, False)),       # in the second stage
-    ("train", [], "kill", ("yoco.write_file", 3, True)),       # while a checkpoint is written
-    ("train", BEST, "kill", ("yoco.save_bert", 1, False)),
-    ("train", [], "kill", ("yoco.write_json", 1, False)),      # before run.json
-    ("train", ["--strategy", "noise"], signal.SIGINT, 3),
-    ("train", BEST, signal.SIGTERM, 14),
-    ("train", ["--stages", "all", "--distill"], signal.SIGINT, 9),
-    ("search", [], "kill", ("yoco.Run.log", 1, False)),        # before the log has a line
-    ("search", [], "kill", "half a line"),
-    ("search", SEVERAL, "kill", ("yoco.save_bert", 2, False)),
-    ("search", [], "kill", ("yoco.write_json", 1, False)),
-    ("search", [], signal.SIGINT, 3),
-    ("search", SEVERAL, signal.SIGTERM, 8),                    # in the second budget
+@pytest.mark.parametrize("memory", [
+    pytest.param(0, id="no-cache"),
+    pytest.param(3000, id="small-cache"),
+    pytest.param(2**30, id="large-cache"),
 ])
-def test_interrupted_equals_whole(trained, monkeypatch, capsys, command, extra, way, moment):
-    """Killed, or stopped by Ctrl-C (130) or SIGTERM (143), and resumed: the same bytes, the same
-    log apart from times, and the same facts as of the run that nobody interrupted."""
-    words = {"train": TRAIN + ["--checkpoint-every", "2"],
-             "search": SEARCH + ["--model", "superbert/tiny"]}[command] + extra
-    outs = ["0.9x", "0.5x"] if extra == SEVERAL else ["."]
-    assert yoco.main(words + ["--out", "whole"]) == 0
-    part = words + ["--out", "part"]
-    if way == "kill":
-        patch = HALF_A_LINE if moment == "half a line" else KILL.format(*moment)
-        process = start(part, patch)
-        printed = process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL, printed
-    else:
-        stop_after(monkeypatch, moment, way)
-        assert yoco.main(part) == 128 + way
-        assert "--resume goes on" in capsys.readouterr().err.splitlines()[-1]
-    if Path("part", outs[-1], "log.jsonl").exists() and moment != ("yoco.Run.log", 1, False):
-        refused(capsys, part, "part", "holds")          # not overwritten by accident
-    assert yoco.main(part + ["--resume"]) == 0
-    for out in outs:
-        whole, again = Path("whole", out), Path("part", out)
-        assert result_bytes(whole) == result_bytes(again) and log_of(whole) == log_of(again)
-        assert facts_of(whole) == facts_of(again)
-        assert {p.name for p in whole.iterdir()} == {p.name for p in again.iterdir()}
-    assert yoco.main(part + ["--resume"]) == 0          # finished: nothing to do, no error
-    assert "is finished" in capsys.readouterr().out
+def test_evaluator_with_prefix_cache(monkeypatch, memory):
+    """Compare the evaluator's accuracy with that of `forward`, whatever is in its cache.
+
+    With room, architectures that share their first layers compute them once.
+    """
+    model = small_model(max_position_embeddings=24)
+    rng = np.random.default_rng(0)
+    examples = [random_example(rng, n) for n in rng.integers(3, 20, 60)]
+    *inputs, labels = data.collate(examples, range(60))
+    monkeypatch.setattr(data, "PREFIX_MEMORY", memory)
+    evaluate = data.make_evaluator(
+        model, [examples], "accuracy", torch.device("cpu"), NO_AUTOCAST)
+    layer_calls = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda *_: layer_calls.append(1))
+
+    # The second architecture shares its first two layers with the first, and has four.
+    archs = [Arch((1, 4, 6), (8, 16, 48)), Arch((1, 4, 2, 6), (8, 16, 8, 48))]
+    num_calls = []
+    for arch in archs + some_archs(model.config, 8) * 2:
+        layer_calls.clear()
+        accuracy = evaluate(arch)["accuracy"]
+        num_calls.append(len(layer_calls))
+        expected = (model(*inputs, arch).argmax(1) == labels).float().mean().item()
+        assert abs(accuracy - 100 * expected) < 1e-3
+    if memory == 2**30:
+        assert num_calls[:2] == [3, 2]
 
 
-def test_second_signal_stops_at_once(tiny, monkeypatch):
-    """The second does not wait for the step's end; an ignored one, of a background job, is none."""
-    original, kill = yoco.weight_gradient, lambda: os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(yoco, "weight_gradient", lambda *args: kill() or kill() or original(*args))
-    assert yoco.main(TRAIN) == 130 and not list(Path("superbert/tiny").glob("checkpoint*"))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    assert yoco.main(TRAIN + ["--resume"]) == 0
-    signal.signal(signal.SIGINT, before)
+# ---- --help --------------------------------------------------------------------------------------
 
-
-def begun(words):
-    """A command in a process of its own, and its log has begun."""
-    run = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True)
-    log, deadline = Path("superbert/tiny/log.jsonl"), time.monotonic() + 90
-    while run.poll() is None and time.monotonic() < deadline and not (
-            log.exists() and log.read_bytes().count(b"\n") > 1):
-        time.sleep(0.05)
-    return run
-
-
-@pytest.mark.parametrize("deaf", [False, True])
-def test_signal_to_a_process(tiny, deaf):
-    """The same from outside, to a process of its own, also when nobody reads what it prints (as
-    after Ctrl-C with `2>&1 | tee log`, which ends tee)."""
-    run = begun([ROOT / "yoco.py", *TRAIN, "--epochs", "9999"])
-    if deaf:
-        run.stdout.close()
-        run.stderr.close()
-    run.terminate()
-    told = "" if deaf else run.communicate()[1]
-    assert run.wait() == 143 and Path("superbert/tiny/checkpoint.safetensors").exists(), told
-    assert deaf or "--resume goes on" in told and "Traceback" not in told
-
-
-@pytest.mark.parametrize("room", [1, 2000])
-def test_full_disk(tiny, room):
-    """No file may grow beyond `room` bytes more than the log has: one line, status 2, the last good
-    checkpoint is still there, and with room again the run ends as if nothing had been."""
-    pytest.importorskip("resource", reason="no limits of files on Windows")
-    words = TRAIN + ["--checkpoint-every", "2", "--out", "part"]
-    assert yoco.main(words[:-1] + ["whole"]) == 0
-    process = start(words, f"""
-import resource
-original, calls = yoco.report, itertools.count(1)
-def report(*args):
-    if next(calls) == 7:
-        limit = os.path.getsize("part/log.jsonl") + {room}
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    original(*args)
-yoco.report = report""")
-    error = process.communicate(timeout=60)[1].strip()
-    assert process.returncode == 2 and re.fullmatch(
-        "yoco.py: error: part/.*File too large", error), error
-    with safe_open("part/checkpoint.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["state"])["t"] == 6
-    assert not list(Path("part").glob(".*.tmp"))
-    assert yoco.main(words + ["--resume"]) == 0
-    assert result_bytes("part") == result_bytes("whole") and log_of("part") == log_of("whole")
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_divergence(tiny, capsys, monkeypatch, what):
-    """A loss or a gradient that is not finite ends the run; the checkpoint is from before."""
-    original, count = yoco.weight_gradient, itertools.count(1)
-
-    def spoilt(model, *args):
-        losses = original(model, *args)
-        if next(count) == 6:
-            (losses[1] if what == "loss" else model.pooler.bias.grad[:1]).fill_(np.nan)
-        return losses
-    monkeypatch.setattr(yoco, "weight_gradient", spoilt)
-    words = TRAIN + ["--checkpoint-every", "2", "--out", "out"]
-    refused(capsys, words, "diverged", "step 6", "stage ", "learning rate 0.001", "layers, heads")
-    assert all(w.isfinite().all() for w in load_file("out/checkpoint.safetensors").values())
-    assert yoco.main(words + ["--resume"]) == 0         # it happens once
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="no /proc to read the size from")
-def test_memory_does_not_grow(tiny, monkeypatch):
-    """1,000 steps: the process after the last is hardly larger than after the 300th."""
-    sizes, original = {}, yoco.report
-
-    def report(run, progress, done, *args):
-        status = Path("/proc/self/status").read_text()
-        sizes[done] = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
-        original(run, progress, done, *args)
-    monkeypatch.setattr(yoco, "report", report)
-    assert yoco.main(TRAIN + ["--epochs", "145"]) == 0
-    assert max(sizes) >= 1000 and sizes[1000] - sizes[300] < 20, (sizes[300], sizes[1000])
-
-
-def on_ranks(words, patches=("", "")):
-    """A command in two processes with the environment that torchrun gives, and before it a few
-    lines of code in each. [(exit status, or minus the signal, and what it printed)] of both."""
-    with socket.socket() as found:                      # a port that is free
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    environment = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    ranks = [start(words, patch, **environment, RANK=str(rank), LOCAL_RANK=str(rank))
-             for rank, patch in enumerate(patches)]
-    printed = ["".join(rank.communicate(timeout=120)) for rank in ranks]
-    return [(rank.returncode, text) for rank, text in zip(ranks, printed)]
-
-
-@pytest.mark.parametrize("regression, extra", [
-    (False, ["--distill", "--reorder", "--archs-per-step", "3"]),
-    (True, ["--distill", "--stages", "all"])])
-def test_ranks_equal_one_process(tiny, regression, extra):
-    """Two ranks train what one process trains on the same batches: weights and losses to 1e-5,
-    theta to the bit. Without dropout, whose random numbers differ, and from weights so large that
-    no two losses differ by rounding alone. The batches of 7 are uneven, and the last of an epoch, a
-    single example, leaves rank 1 none. (Keys' biases cancel in a softmax: their gradients are
-    rounding errors, which Adam blows up to full steps.)"""
-    tiny_bert(tiny / "tiny", **NO_DROPOUT, initializer_range=0.3)
-    write(tiny / "tiny" / "train.tsv", *sentences(np.random.default_rng(0), 57))
-    if regression:
-        make_regression(tiny / "tiny", 57)
-    words = TRAIN + ["--holdout", "0", "--lr", "3e-4", "--batch-size", "7"] + extra
-    assert yoco.main(words + ["--out", "one"]) == 0
-    # A thread of the group that outlives it may abort the process at its end.
-    left = ("import atexit, pathlib; atexit.register(lambda: [os._exit(9) for name in pathlib.Path("
-            "'/proc/self/task').glob('*/comm') if 'gloo' in name.read_text()])")
-    ranks = on_ranks(words + ["--out", "two"], (left, left))
-    assert [status for status, _ in ranks] == [0, 0], ranks
-    one, two = (load_file(f"{out}/model.safetensors") for out in ("one", "two"))
-    for name in [name for name in one if not name.endswith("key.bias")]:
-        assert (two[name] - one[name]).abs().max() < 1e-5, name
-    assert facts_of("one")["theta"] == facts_of("two")["theta"]
-    for alone, shared in zip(log_of("one"), log_of("two"), strict=True):
-        assert abs(alone.pop("loss") - shared.pop("loss")) < 1e-5 and alone == shared
-
-
-def test_ranks_stop_together_and_resume(tiny, capsys):
-    """A signal that reaches one rank alone stops both after the same step; with as many ranks, not
-    with another number, --resume gives the bytes and the log of the run that nobody stopped."""
-    words = TRAIN + ["--epochs", "2"]
-    assert on_ranks(words + ["--out", "whole"])[0][0] == 0
-    part = words + ["--out", "part"]
-    signalled = KILL.format("yoco.report", 9, False).replace("SIGKILL", "SIGTERM")
-    ranks = on_ranks(part, ("", signalled))
-    assert [status for status, _ in ranks] == [143, 143], ranks
-    assert "--resume goes on" in ranks[0][1].splitlines()[-1] and not ranks[1][1]
-    refused(capsys, part + ["--resume"], "was started with world_size = 2, not 1")
-    assert [status for status, _ in on_ranks(part + ["--resume"])] == [0, 0]
-    assert result_bytes("part") == result_bytes("whole") and log_of("part") == log_of("whole")
-    (status, told), (other, silent) = on_ranks(SEARCH)  # which shares nothing
-    assert status == other == 2 and not silent and len(told.splitlines()) == 1
-    assert "only train shares its work" in told
-
-
-def test_torchrun(tiny):
-    """The real torchrun: SIGTERM to it stops the ranks after a step, with a checkpoint."""
-    run = begun(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                 ROOT / "yoco.py", *TRAIN, "--epochs", "9999"])
-    run.terminate()                                     # it ends its ranks, after 30 s by force
-    printed, told = run.communicate(timeout=60)
-    assert [printed.count("texts to train on"), told.count("stopping after this step"),
-            told.count("--resume goes on")] == [1, 1, 1], told
-    assert Path("superbert/tiny/checkpoint.safetensors").exists()
-
-
-# ---- A GPU: YOCO_TEST_GPU=1 ----------------------------------------------------------------------
-
-@needs_gpu
-@pytest.mark.parametrize("keeps", ["first", "even"])
-def test_gpu_masks_equal_slices(keeps):
-    """Graphs, masks and slices: one gradient, in which layers that no architecture has rest; the
-    same graph serves other architectures and batches."""
-    model = small_model(keep_layers=keeps, **NO_DROPOUT).cuda().train()
-    teacher = small_model(keep_layers=keeps, seed=5, **NO_DROPOUT).cuda()
-    graphed = yoco.graphed_gradient()
-    for seed in range(4):
-        batch = [t.cuda() for t in (*small_batch(seed=seed), LABELS)]
-        archs = random_archs(model.config, 3, seed)
-        for taught in (None, teacher):
-            losses, grads = [], []
-            for function in (yoco.weight_gradient, graphed):
-                losses.append(torch.stack(list(function(model, batch, archs, OFF, taught))).cpu())
-                grads.append([None if w.grad is None else w.grad.clone()
-                              for w in model.parameters()])
-            close(*losses)
-            for one, two in zip(*grads):
-                assert one is two is None or (one - two).abs().max() < 1e-4
-
-
-@needs_gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gpu_commands(tiny, precision):
-    """train, search and eval; killed with -9 and resumed: the same scores within rounding."""
-    words = [word.replace("cpu", "cuda") for word in TRAIN] + [
-        "--precision", precision, "--checkpoint-every", "2", "--distill"]
-    assert yoco.main(words + ["--out", "whole"]) == 0
-    process = start(words + ["--out", "part"], KILL.format("yoco.report", 15, False))
-    printed = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, printed
-    assert yoco.main(words + ["--out", "part", "--resume"]) == 0
-    whole, part = (facts_of(out) for out in ("whole", "part"))
-    assert whole["precision"] == part["precision"] == precision
-    for name in ("largest", "smallest"):                # of six examples one may lie on the edge
-        assert abs(whole["holdout"][name]["score"] - part["holdout"][name]["score"]) < 17
-    losses = [[row["loss"] for row in log_of(out)] for out in ("whole", "part")]
-    assert np.allclose(*losses, rtol=1e-2, atol=1e-2)
-    search = ["search", "--model", "whole", "--max-params", "0.9x", "--evaluations", "12",
-              "--device", "cuda", "--precision", precision]
-    assert yoco.main(search) == 0
-    for device in ("cuda", "cpu"):
-        assert yoco.main(["eval", "--model", "subbert/whole-0.9x", "--device", device]) == 0
+@pytest.mark.parametrize("command", ["train", "search", "eval"])
+def test_help_explains_every_setting(capsys, command):
+    """--help lists every setting of a command, with a sentence on each."""
+    with pytest.raises(SystemExit) as stop:
+        yoco.main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    flags = re.findall(r"^  (--[a-z-]+)(.*(?:\n {20,}.*)*)", text, re.M)
+    settings, _ = yoco.COMMANDS[command]
+    assert len(flags) == len(dataclasses.fields(settings))
+    for name, explanation in flags:
+        assert re.search(r"[a-z]{2,} [a-z]", explanation), name
 
 
 # ---- The project itself --------------------------------------------------------------------------
 
-def test_help_explains_every_setting(capsys):
-    for command in ("train", "search", "eval"):
-        with pytest.raises(SystemExit) as stop:
-            yoco.main([command, "--help"])
-        assert stop.value.code == 0
-        text = capsys.readouterr().out
-        flags = re.findall(r"^  (--[a-z-]+)(.*(?:\n {20,}.*)*)", text, re.M)
-        assert len(flags) == len(dataclasses.fields(yoco.COMMANDS[command][0]))
-        for flag in flags:
-            assert re.search(r"[a-z]{2,} [a-z]", flag[1]), flag
-
-
-@pytest.mark.parametrize("module, examples", [(model_module, 4), (data, 0), (yoco, 3)])
-def test_docstring_examples(module, examples):
+@pytest.mark.parametrize("module, num_examples", [
+    pytest.param(model_module, 4, id="model"),
+    pytest.param(data, 0, id="data"),
+    pytest.param(yoco, 3, id="yoco"),
+])
+def test_docstring_examples(module, num_examples):
+    """Compare the examples in the docstrings with the output that is printed there."""
     result = doctest.testmod(module)
-    assert result.failed == 0 and result.attempted >= examples
+    assert result.failed == 0
+    assert result.attempted >= num_examples
 
 
 def tags_in_code():
-    """{(function, tag)} of every DIFFERS, CHOICE and AUTHORS comment in the three files."""
+    """Return {(function, tag)} of the DIFFERS, CHOICE and AUTHORS comments."""
     found = set()
     for path in (ROOT / name for name in ("yoco.py", "model.py", "data.py")):
         text = path.read_text()
@@ -1780,7 +3218,7 @@ def tags_in_code():
 
 
 def test_readme_lists_every_departure():
-    """README's list of differences names exactly the tags in the code, by function."""
+    """Compare README's list of differences with the tags in the code, by function."""
     section = (ROOT / "README.md").read_text().split("## Differences")[1].split("\n## ")[0]
     listed = {(name, tag) for name, tags in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.M)
               for tag in tags.strip().split(", ")}
@@ -1788,7 +3226,7 @@ def test_readme_lists_every_departure():
 
 
 def test_equation_ledger():
-    """Every test and function that the ledger names exists; every line of Alg. 1 is marked."""
+    """The ledger's tests and functions exist, and Algorithm 1's lines are marked."""
     ledger = yoco.__doc__.split("the test that checks it:")[1].split("Symbols")[0]
     tests = re.findall(r"(test_\w+)", ledger)
     assert len(tests) == 9 and all(name in globals() for name in tests)
