@@ -1361,7 +1361,7 @@ def masked_gradient(model, batch, sizes, autocast, teacher=None):
         is_full = (sizes[..., 0] == heads) & (sizes[..., 1] == ffn_size)     # [lambda, L]
         distilled = torch.stack([task_loss(of_arch, targets) for of_arch in logits])
         total_losses = torch.where(is_full.all(1), label_losses, (label_losses + distilled) / 2)
-    total_losses.mean().backward()                                               # Eq. 5
+    total_losses.mean().backward()
     return label_losses.detach()
 
 
