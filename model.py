@@ -170,7 +170,7 @@ class SearchSpace:
     """Write the search space of Sec. 3.2 as categorical variables that can be sampled.
 
     The first variable is the depth. Then there is one variable for each layer of the
-    super-BERT. It chooses a pair: the FFN size and the number of heads of that layer.
+    super-BERT. It chooses a pair: the number of heads and the FFN size of that layer.
     The pairs are numbered row by row. For the example at the end:
 
                      1 head   2 heads
@@ -245,8 +245,8 @@ class SearchSpace:
         """Turn a list of choices into an Arch. Choices of inactive layers are not read."""
         depth = self.depths[choices[0]]
         kept = kept_layer_indices(self.keep_layers, self.depths[-1], depth)
-        heads, ffn_sizes = zip(*(self.pairs[choices[1 + i]] for i in kept))
-        return Arch(heads, ffn_sizes)
+        pairs = [self.pairs[choices[1 + i]] for i in kept]          # choices[0] is the depth
+        return Arch([n_heads for n_heads, _ in pairs], [size for _, size in pairs])
 
     def choices(self, arch):
         """Turn an Arch into a list of choices, with None for each inactive layer."""

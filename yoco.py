@@ -17,6 +17,7 @@ Symbols of the paper, and their names here:
     K          the controller: rho divided by its largest value                  K
     lambda     the number of architectures in one step: 2, a better and a worse  archs_per_step
     delta      the length of one step of theta: 1                                delta
+    I          the steps between two updates of K: 5% of an epoch                interval
     T, Omega   the cost of an architecture, and the budget                       cost, budget
 
 Algorithm 1 (EE-SNG). `train` carries these line numbers in its right margin.
@@ -103,7 +104,7 @@ class Categorical:
     """
 
     def __init__(self, sizes):
-        self.theta = [np.full(size, 1 / size) for size in sizes]     # all open, uniform
+        self.theta = [np.full(size, 1 / size) for size in sizes]     # all open at first
         self.num_free = sum(size > 1 for size in sizes)              # variables with a choice
 
     def uniform(self):
@@ -122,7 +123,7 @@ class Categorical:
 
     def entropy(self):
         """Return rho, the entropy in nats: the sum over the variables, which are independent."""
-        # AUTHORS: they average the layers first, so layers that settled differently look undecided.
+        # AUTHORS: the entropy of the layers' mean theta, which is high even if every layer settled.
         return float(-sum((t[t > 0] * np.log(t[t > 0])).sum() for t in self.theta))
 
     def set_open(self, masks):
@@ -131,7 +132,7 @@ class Categorical:
         A category that has just been opened gets the uniform probability, 1 / (number open). The
         categories that were open before share the rest in their old proportions.
         """
-        # AUTHORS: they leave probability on closed categories, and the lower bound drains it.
+        # AUTHORS: closed categories keep some probability.
         for theta, is_open in zip(self.theta, masks):
             was_open = is_open & (theta > 0)
             old = theta[was_open]
@@ -142,10 +143,10 @@ class Categorical:
         """Move theta one step of length `delta` along the natural gradient (Eq. 5).
 
         samples: one category per variable, None for a layer that the depth leaves out. losses: one
-        number per sample. theta does not change if all losses are equal or all samples identical.
+        number per sample. If all losses are equal, theta does not change.
         """
-        # DIFFERS from Eq. 5: we use the ranks of the losses, not the losses. The best sample has
-        # the utility +1, so this is an ascent, and the scale of the loss does not matter.
+        # DIFFERS from Eq. 5: we use the ranks of the losses, not the losses. Better samples have
+        # positive utilities, so this is an ascent, and the scale of the loss does not matter.
         utilities = ranking_utility(losses)
         gradient = natural_gradient(self.theta, samples, utilities)
         length = fisher_norm(self.theta, gradient)
@@ -160,14 +161,14 @@ class Categorical:
 def natural_gradient(theta, samples, utilities):
     """Return the mean of utility * (one_hot(m) - theta) over the samples, one array per variable.
 
-    This estimates the natural gradient of the expected utility, and no matrix is inverted. For one
-    categorical variable, write the ordinary gradient, multiply by the inverse Fisher matrix:
+    This is the ordinary gradient, multiplied by the inverse Fisher matrix. No matrix is inverted,
+    because for a categorical variable the inverse is known. It is the covariance of one_hot:
 
         gradient of ln P_theta(m)     one_hot(m) / theta
-        inverse Fisher matrix         diag(theta) - theta theta'
+        inverse Fisher matrix         diag(theta) - theta theta'      (where the changes sum to 0)
         their product                 one_hot(m) - theta
 
-    If the utilities sum to zero, theta cancels for every variable that is active in all samples.
+    Our utilities sum to zero, so theta cancels for every variable that is active in all samples.
     With lambda = 2 the gradient is then (one_hot(best) - one_hot(worst)) / 2.
 
     >>> natural_gradient([np.array([.5, .5])], [[0], [1]], [1, -1])
@@ -177,7 +178,7 @@ def natural_gradient(theta, samples, utilities):
     for sample, utility in zip(samples, utilities):
         for g, t, choice in zip(gradient, theta, sample):
             # CHOICE: a layer that the depth leaves out contributes nothing.
-            # AUTHORS: they use a random choice of that layer.
+            # AUTHORS: a random choice of that layer.
             if choice is not None:
                 direction = np.eye(len(t))[choice] - t                           # below Eq. 5
                 g += utility * direction / len(samples)                          # Eq. 5
@@ -188,7 +189,7 @@ def fisher_norm(theta, gradient):
     """Return the length of a step `gradient` in the Fisher metric of P_theta.
 
     The length measures how much the distribution changes, not how far the numbers move. Its square
-    is g' F g with the Fisher matrix F. For categorical variables that is the sum of g^2 / theta.
+    is g' F g with the Fisher matrix F. As g sums to 0, that is the sum of g^2 / theta.
     """
     squares = [(g[t > 0] ** 2 / t[t > 0]).sum() for t, g in zip(theta, gradient)]
     return math.sqrt(sum(squares))
@@ -202,7 +203,7 @@ def raise_to_minimum(theta, num_free):
     num_open = len(theta)
     if num_open == 1:
         return theta
-    # ASNG's bound, but never more than half of the uniform probability.
+    # ASNG's bound. It is too high for very few variables, so never more than half of uniform.
     theta_min = min(1 / (num_free * (num_open - 1)), 1 / (2 * num_open))
     theta = np.maximum(theta, theta_min)
     # The sum may exceed 1 now. Take the excess from each category in proportion to its surplus over
@@ -218,8 +219,8 @@ def ranking_utility(losses):
     worse one -1. Equal losses share their utilities. Otherwise the order of sampling would decide
     between them, and theta would take a full step for no reason.
 
-    >>> ranking_utility([0.3, 0.1, 0.2, 0.2])
-    array([-1.,  1.,  0.,  0.])
+    >>> ranking_utility([0.3, 0.1, 0.1, 0.2])
+    array([-1. ,  0.5,  0.5,  0. ])
     """
     losses = np.asarray(losses, float)
     mu = math.ceil(len(losses) / 4)
@@ -227,7 +228,7 @@ def ranking_utility(losses):
     utilities = np.zeros(len(losses))
     utilities[order[:mu]] += 1
     utilities[order[-mu:]] -= 1
-    # AUTHORS: they find ties among positive values only, and in a search all values are negative.
+    # AUTHORS: ties among positive values only. A search has none: its losses are -reward.
     for value in np.unique(losses):
         tied = losses == value
         utilities[tied] = utilities[tied].mean()
@@ -331,22 +332,21 @@ def train(settings):
 
     W and theta move to minimise the expected loss of an architecture of P_theta (Eq. 1, Eq. 3).
     """
-    settings = resolve_defaults(settings)
-    run = RunDirectory(settings, settings.data, settings.bert)
-    device, autocast = select_device_and_precision(settings.device, settings.precision)
     # Set up the data, the weights W, the distribution P_theta, and the stages.
     task = data.load_task(settings.data)
+    settings = resolve_defaults(settings, task.name)
+    run = RunDirectory(settings, settings.data, settings.bert)
+    device, autocast = select_device_and_precision(settings.device, settings.precision)
     torch.manual_seed(settings.seed)
     model = initial_model(settings, task).to(device).train()                     # 1
     space = SearchSpace.for_config(model.config)
     P, rng = Categorical(space.categories), np.random.default_rng(settings.seed)     # 1
     state = TrainState(model, new_adam(model), P, rng)
     sets = split_and_tokenize(task, settings, model.config)
-    lr = settings.lr or LEARNING_RATES.get(task.name, LEARNING_RATES["default"])
     stages = make_stages(space, task.name, sets.steps_per_epoch, settings.stages, settings.epochs)
     num_steps = stages[-1].first_step + stages[-1].num_steps
     interval = max(1, sets.steps_per_epoch // 20)        # I: 5% of an epoch, as the authors
-    gradient = fastest_gradient(device)                  # weight_gradient, or the same, faster
+    forward_backward = fastest_gradient(device)          # weight_gradient, or the same, faster
     if not start_or_resume(run, state, num_steps, sets.steps_per_epoch):     # finished before
         return read_run(run.path)
     batches = data.batches(sets.train, settings.batch_size, settings.seed, first=state.step)
@@ -355,11 +355,12 @@ def train(settings):
     for t in range(state.step, num_steps):                                       # 2
         stage = stage_at(stages, t)
         if t == stage.first_step:
-            # A new stage: more of the search space is open, and Adam starts afresh.
+            # The stage before is over. Open more of the search space, and start Adam afresh.
             P.set_open(open_masks(space, stage))                                 # 11
             state.adam = new_adam(model)
             prepare_for_sub_berts(state, stages, sets, settings, autocast)   # --recipe best
         if t == stage.first_step or t % interval == 0:                           # 3
+            # K = exploit_probability(P), or a constant under --strategy exploit or explore.
             state.K = controller(P, settings.strategy)                           # 4, 5
         batch = data.collate(sets.train, next(batches), device, sets.max_length)     # 6
 
@@ -368,11 +369,12 @@ def train(settings):
         archs = [space.arch(source.sample(rng)) for _ in range(settings.archs_per_step)]     # 8
 
         # Compute the loss of every architecture, and the gradient of W in every .grad.
-        losses = gradient(model, batch, archs, autocast, state.teacher)          # 9
+        losses = forward_backward(model, batch, archs, autocast, state.teacher)  # 9
 
-        # Move W with Adam. The learning rate falls to 0 within each stage.
-        losses = clip_and_check(model, losses, f"step {t + 1} of stage {stage.name}", lr, archs)
-        state.adam.param_groups[0]["lr"] = lr * (1 - (t - stage.first_step) / stage.num_steps)
+        # Clip the gradient, stop at a NaN, and move W. The learning rate falls to 0 in each stage.
+        rate = settings.lr * (1 - (t - stage.first_step) / stage.num_steps)
+        losses = clip_and_check(model, losses, f"step {t + 1} of stage {stage.name}", rate, archs)
+        state.adam.param_groups[0]["lr"] = rate
         state.adam.step()                                                        # 10
 
         # Move theta. Samples of pi move it too, as Algorithm 1 prints it, although Eq. 5 expects
@@ -384,7 +386,7 @@ def train(settings):
             P.step(choices, losses, settings.delta)                              # 10
         state.step = t + 1
         log_and_checkpoint(run, state, stage, losses, num_steps, settings.checkpoint_every)
-    return finish_training(run, state, task, sets, device, autocast, lr=lr, steps=num_steps)
+    return finish_training(run, state, task, sets, device, autocast, steps=num_steps)
 
 
 def weight_gradient(model, batch, archs, autocast, teacher=None):
@@ -532,9 +534,11 @@ def controller(P, strategy):
 
 # ---- What a training begins with -----------------------------------------------------------------
 
-def resolve_defaults(settings):
-    """Return the settings of `train` with the defaults filled in that depend on other settings."""
+def resolve_defaults(settings, task_name):
+    """Return the settings of `train`, with those filled in that depend on the task or on others."""
     changes = {}
+    if settings.lr == 0:
+        changes["lr"] = LEARNING_RATES.get(task_name, LEARNING_RATES["default"])
     if not settings.bert:
         data_has_bert = Path(settings.data, "config.json").exists()
         changes["bert"] = settings.data if data_has_bert else "bert-base-uncased"
@@ -744,7 +748,7 @@ def finish_training(run, state, task, sets, device, autocast, **facts):
     result = run.write_result(
         device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
         data=run.settings.data, train=sets.train_file, held_out=sets.holdout_split,
-        max_length=sets.max_length, theta=theta, holdout=scores, **facts)
+        lr=run.settings.lr, max_length=sets.max_length, theta=theta, holdout=scores, **facts)
     for name, score in scores.items():
         print_line(f"hold-out, {name}: {format_scores(model.config, archs[name], score)}")
     return result

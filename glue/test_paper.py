@@ -282,7 +282,7 @@ def test_failed_training_does_not_stop_other_cells(work, tmp_path):
     flags = [*work.flags, "--work", str(tmp_path), "--results", str(tmp_path), "--seeds", "0"]
     assert paper.main(["run", *flags, "--variants", "plain lr=1e30 epochs=1", "plain"]) == 2
     assert [path.name for path in tmp_path.glob("*.json")] == ["paper-TOY-plain-0.json"]
-    assert yoco.SIGNALS == []
+    assert yoco.received_signals == []
 
 
 @pytest.mark.parametrize("variant", [

@@ -151,6 +151,6 @@ def test_refusals(runs_dir, tmp_path, capsys, monkeypatch):
     assert_refused(capsys, plot, [superbert, "--out", "no/a.svg"], "no")
     # The last line is not finished, so it does not count.
     Path("log.jsonl").write_text('{"settings": {}}\n{"step": 10, "stage"')
-    assert_refused(capsys, plot, ["."], "no finished train or search")
+    assert_refused(capsys, plot, ["."], "train or search has finished")
     Path("log.jsonl").write_text('{"settings": {}}\n{"step": 10}\n')
     assert_refused(capsys, plot, ["."], "lines that neither train nor search wrote")
