@@ -499,7 +499,8 @@ def best_fit(scores, cost, budget):
 
 # ---- The authors' schedule -----------------------------------------------------------------------
 
-# Epochs per stage. Each number opens one more choice: of heads, of FFN sizes, of depths.
+# The epochs of every stage. The three groups open heads, then FFN sizes, then depths.
+# Each number is one stage, which opens one more choice.
 STAGE_EPOCHS = {
     "CoLA": ((4, 4), (4, 4, 4), (4, 4, 4)),
     "MNLI": ((3, 1), (1, 1, 1), (1, 1, 1)),
@@ -511,15 +512,25 @@ STAGE_EPOCHS = {
     "TOY": ((2, 2), (2, 2, 2), (2, 2, 6)),
     "default": ((3, 3), (3, 3, 3), (3, 3, 3)),
 }
-# The paper's rates, for BERT-base. Small BERTs need a higher one: use --lr 1e-4 for
-# MiniLM.
+# The paper's learning rates, for BERT-base. Small BERTs need a higher rate:
+# use --lr 1e-4 for MiniLM.
 # AUTHORS: 1e-5 for SST-2, and 1e-10 in QNLI's depth stages, which freezes W there.
 LEARNING_RATES = {"MNLI": 1e-5, "QNLI": 1e-5, "TOY": 1e-3, "default": 2e-5}
 
-# What --recipe sets, unless a flag sets it.
+# The settings that a --recipe chooses. A flag on the command line overrides its recipe.
 RECIPES = {
-    "paper": {"stages": "progressive", "reorder": False, "distill": False, "keep_layers": "first"},
-    "best": {"stages": "all", "reorder": True, "distill": True, "keep_layers": "even"},
+    "paper": {
+        "stages": "progressive",
+        "reorder": False,
+        "distill": False,
+        "keep_layers": "first",
+    },
+    "best": {
+        "stages": "all",
+        "reorder": True,
+        "distill": True,
+        "keep_layers": "even",
+    },
 }
 
 
@@ -535,7 +546,12 @@ def controller(P, strategy):
 # ---- What a training begins with -----------------------------------------------------------------
 
 def resolve_defaults(settings, task_name):
-    """Return the settings of `train`, with those filled in that depend on the task or on others."""
+    """Return the settings of `train` with every default filled in.
+
+    Some defaults depend on the task, and some on other settings. The default of --out
+    depends on --data, for example. Raises UserError if --reorder or --distill is used
+    with a single architecture.
+    """
     changes = {}
     if settings.lr == 0:
         changes["lr"] = LEARNING_RATES.get(task_name, LEARNING_RATES["default"])
@@ -549,8 +565,8 @@ def resolve_defaults(settings, task_name):
             changes[name] = value
     settings = dataclasses.replace(settings, **changes)
     if settings.stages == "largest" and (settings.reorder or settings.distill):
-        raise UserError("--stages largest trains a single architecture: leave --reorder and "
-                        "--distill out")
+        raise UserError("--stages largest trains a single architecture: leave --reorder "
+                        "and --distill out")
     return settings
 
 
@@ -561,9 +577,11 @@ def initial_model(settings, task):
     then starts from random weights.
     """
     bert = Path(settings.bert)
-    weights = [path for path in bert.glob("*") if re.search(r"\.(safetensors|bin|h5)", path.name)]
-    if bert == Path(settings.data) and not weights:
-        print_line(f"{bert} has a config.json but no weights: the weights start at random")
+    suffixes = r"\.(safetensors|bin|h5)"
+    has_weights = any(re.search(suffixes, path.name) for path in bert.glob("*"))
+    if bert == Path(settings.data) and not has_weights:
+        print_line(f"{bert} has a config.json but no weights: "
+                   "the weights start at random")
         model = ElasticBert(BertConfig.load(bert), task.num_labels)
         model.config.name_labels(task.labels)
     else:
@@ -574,34 +592,44 @@ def initial_model(settings, task):
 
 @dataclasses.dataclass
 class TrainingSets:
-    """The two parts of train.tsv, tokenized."""
+    """The training set and the hold-out set that train.tsv was split into, tokenized."""
     train: list
     holdout: list
-    holdout_split: list         # [share, seed], from which the same split can be made again
+    holdout_split: list         # [share, seed], which is enough to repeat the split
     train_file: str             # the fingerprint of train.tsv
     max_length: int             # tokens per example
     steps_per_epoch: int
 
 
 def split_and_tokenize(task, settings, config):
-    """Split train into a training and a hold-out set, and tokenize both. Print a summary."""
+    """Split train.tsv into a training set and a hold-out set, and tokenize both.
+
+    Print a summary of the task.
+    """
     train_file = fingerprint(f"{settings.data}/train.tsv")
     holdout_split = choose_holdout(settings, train_file)
     train_examples, holdout_examples = data.split_holdout(task.train, *holdout_split)
     max_length = min(settings.max_length, config.max_position_embeddings)
     encode = data.make_encoder(settings.bert, max_length)
-    sets = TrainingSets(encode(train_examples), encode(holdout_examples), holdout_split, train_file,
-                        max_length, math.ceil(len(train_examples) / settings.batch_size))
-    print_line("\n".join(data.summarize_task(task, train_examples, holdout_examples, sets.train,
-                                             settings.bert, max_length)))
+    sets = TrainingSets(
+        train=encode(train_examples),
+        holdout=encode(holdout_examples),
+        holdout_split=holdout_split,
+        train_file=train_file,
+        max_length=max_length,
+        steps_per_epoch=math.ceil(len(train_examples) / settings.batch_size))
+    summary = data.summarize_task(task, train_examples, holdout_examples, sets.train,
+                                  settings.bert, max_length)
+    print_line("\n".join(summary))
     return sets
 
 
 def choose_holdout(settings, train_file):
-    """Return the [share, seed] of the hold-out set.
+    """Return the share and the seed of the hold-out set, as [share, seed].
 
-    If --bert was itself fine-tuned on this train.tsv, its hold-out set is used again.
-    Otherwise the search would select on examples that the BERT was trained on.
+    If the BERT of --bert was fine-tuned on this train.tsv before, we keep the hold-out
+    set of that run. A new one would contain examples that the BERT has already been
+    trained on, and the search would select on them.
     """
     path = Path(settings.bert) / "run.json"
     earlier_run = read_json(path) if path.exists() else {}
@@ -613,15 +641,16 @@ def choose_holdout(settings, train_file):
 # ---- --recipe best: sort by importance, then distil ----------------------------------------------
 
 def prepare_for_sub_berts(state, stages, sets, settings, autocast):
-    """Sort heads and neurons by importance, and freeze a teacher, if the settings ask for it.
+    """Sort the heads and neurons, and freeze a teacher, if the settings ask for it.
 
-    `train` calls this in every stage. It acts once, at the end of the first stage, when
-    the largest architecture has been trained and smaller ones open.
+    `train` calls this function at the start of every stage. It acts only at the start
+    of the second stage, when the largest architecture is trained and smaller ones open.
     """
     if state.step != stages[0].num_steps:
         return
     if settings.reorder:
-        sort_by_importance(state.model, importance(state.model, sets.train, settings, autocast))
+        totals = importance(state.model, sets.train, settings, autocast)
+        sort_by_importance(state.model, totals)
     if settings.distill:
         state.teacher = copy.deepcopy(state.model).eval()
 
@@ -629,24 +658,28 @@ def prepare_for_sub_berts(state, stages, sets, settings, autocast):
 def importance(model, examples, settings, autocast):
     """Return the importance of the heads [H] and of the neurons [F] of every layer.
 
-    The importance is |sum of w * dL/dw| over the output weights of a head or neuron
-    (Molchanov et al. 2019). It is measured on the largest architecture, over at most 32
-    batches.
+    The importance of a head or a neuron is |sum of w * dL/dw| over its output weights
+    (Molchanov et al. 2019). We measure it on the largest architecture, and add it up
+    over at most 32 batches.
     """
     steps_per_epoch = math.ceil(len(examples) / settings.batch_size)
     batches = data.batches(examples, settings.batch_size, settings.seed)
-    device, gradient = model.pooler.weight.device, share_among_processes(weight_gradient)
+    device, max_length = model.pooler.weight.device, model.config.max_position_embeddings
+    gradient = share_among_processes(weight_gradient)
     totals = [[0, 0] for _ in model.layers]
-    model.eval()                                             # no dropout
+    # Dropout would only add noise to the gradients.
+    model.eval()
     for _ in range(min(steps_per_epoch, 32)):
-        batch = data.collate(examples, next(batches), device, model.config.max_position_embeddings)
+        batch = data.collate(examples, next(batches), device, max_length)
         gradient(model, batch, [model.config.arch], autocast)
         for layer, total in zip(model.layers, totals):
-            w = layer.attention_out.weight                   # [C, H*D]
-            per_column = (w * w.grad).detach().sum(0)
-            total[0] = total[0] + per_column.view(-1, model.config.head_size).sum(1).abs()
-            w = layer.ffn_out.weight                         # [C, F]
-            total[1] = total[1] + (w * w.grad).detach().sum(0).abs()
+            w = layer.attention_out.weight                           # [C, H*D]
+            per_column = (w * w.grad).detach().sum(0)                # [H*D]
+            per_head = per_column.view(-1, model.config.head_size).sum(1)    # [H]
+            total[0] = total[0] + per_head.abs()
+            w = layer.ffn_out.weight                                 # [C, F]
+            per_neuron = (w * w.grad).detach().sum(0)                # [F]
+            total[1] = total[1] + per_neuron.abs()
     model.train()
     return totals
 
@@ -654,7 +687,7 @@ def importance(model, examples, settings, autocast):
 def teacher_targets(teacher, inputs, autocast):
     """Return the teacher's soft targets for a batch, or None without a teacher.
 
-    They are probabilities [B, num_labels], or for a regression the logit [B, 1].
+    The targets are probabilities [B, num_labels], or logits [B, 1] for a regression.
     """
     if teacher is None:
         return None
@@ -677,24 +710,27 @@ def task_loss(logits, targets):
 # ---- What a training reports ---------------------------------------------------------------------
 
 def clip_and_check(model, losses, where, lr, archs):
-    """Clip the gradient at norm 1. Return the losses as numbers.
+    """Clip the gradient at norm 1, and return the losses as numbers.
 
-    Raises UserError if a loss or the norm is NaN or infinite, before either reaches the
-    weights.
+    Raises UserError if a loss or the norm is NaN or infinite. Adam has not used the
+    gradient by then, so the weights are still good. where: the step and the stage, for
+    the message.
     """
     # CHOICE: the gradient is clipped at 1, as in the authors' code. The paper does not
-    # mention it.
+    # mention clipping.
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    *losses, norm = torch.stack([*losses, norm]).tolist()    # waits for the device once
+    # Fetch all numbers at once, because every fetch waits for the device.
+    *losses, norm = torch.stack([*losses, norm]).tolist()
     if not np.isfinite([*losses, norm]).all():
         sampled = ", ".join(f"[{arch}]" for arch in archs)
-        raise UserError(f"diverged at {where}, learning rate {lr:g}: losses {losses}, gradient norm "
-                        f"{norm}, architectures {sampled}. Try a lower --lr")
+        raise UserError(f"diverged at {where}, learning rate {lr:g}: losses {losses}, "
+                        f"gradient norm {norm}, architectures {sampled}. "
+                        "Try a lower --lr")
     return losses
 
 
 def log_and_checkpoint(run, state, stage, losses, num_steps, checkpoint_every):
-    """Finish one step: log it, save a checkpoint if one is due, stop if a signal has arrived."""
+    """Log a step, save a checkpoint if one is due, and stop if a signal has arrived."""
     report(run, state, stage, losses, num_steps)
     signal_number = any_signal()
     is_due = state.step % checkpoint_every == 0 or state.step == num_steps
@@ -705,27 +741,35 @@ def log_and_checkpoint(run, state, stage, losses, num_steps, checkpoint_every):
 
 
 def report(run, state, stage, losses, num_steps):
-    """Log every tenth step, and theta at most about fifty times. Show the progress."""
+    """Log every tenth step and the last one, and show the progress.
+
+    theta is long, so it is logged only about fifty times.
+    """
     if state.step % 10 and state.step < num_steps:
         return
-    P, config, loss = state.P, state.model.config, float(np.mean(losses))
+    P, config = state.P, state.model.config
+    loss = float(np.mean(losses))
     floor = min_exploit_probability(P)
-    top_probabilities = [theta.max() for theta in P.theta if (theta > 0).sum() > 1] or [1.0]
+    # A variable with one open category has nothing to decide, so it is left out here.
+    top_probabilities = [theta.max() for theta in P.theta if (theta > 0).sum() > 1]
     most_likely = SearchSpace.for_config(config).arch(P.most_likely())
     facts = dict(step=state.step, stage=stage.name, loss=loss, K=state.K, floor=floor,
-                 entropy=P.entropy(), top_probability=float(np.mean(top_probabilities)),
+                 entropy=P.entropy(),
+                 top_probability=float(np.mean(top_probabilities or [1.0])),
                  most_likely_params=count_params(config, most_likely))
     theta_interval = 10 * math.ceil(num_steps / 500)
     if state.step % theta_interval == 0 or state.step == num_steps:
         facts["theta"] = [theta.round(4).tolist() for theta in P.theta]
     run.log(**facts)
-    run.progress.show(state.step, f"stage {stage.name}, loss {loss:.3f}, K {state.K:.2f} "
-                                  f"(at least {floor:.2f})")
+    text = f"stage {stage.name}, loss {loss:.3f}, K {state.K:.2f} (at least {floor:.2f})"
+    run.progress.show(state.step, text)
 
 
 def min_exploit_probability(P):
-    """Return the smallest K that can occur: one category of every variable has all that theta_min
-    leaves to it.
+    """Return the smallest K that theta_min allows.
+
+    K is smallest when every variable has settled on one category. The other open
+    categories are then at theta_min.
     """
     collapsed = P.uniform()
     for theta in collapsed.theta:
@@ -735,14 +779,20 @@ def min_exploit_probability(P):
 
 
 def finish_training(run, state, task, sets, device, autocast, **facts):
-    """Evaluate the reference architectures on the hold-out set, and write the super-BERT."""
+    """Evaluate the reference architectures, and write the super-BERT.
+
+    They are evaluated on the hold-out set. facts: further fields of run.json. Return
+    the contents of run.json, or None in every process except process 0.
+    """
     if PROCESS_INDEX > 0:
         return None
-    model, theta = state.model, [variable.tolist() for variable in state.P.theta]
+    model = state.model
+    theta = [variable.tolist() for variable in state.P.theta]
     archs = reference_archs(SearchSpace.for_config(model.config), theta)
     scores = {}
     if sets.holdout:
-        evaluate_arch = data.make_evaluator(model, [sets.holdout], task.metric, device, autocast)
+        evaluate_arch = data.make_evaluator(model, [sets.holdout], task.metric, device,
+                                            autocast)
         scores = {name: evaluate_arch(arch) for name, arch in archs.items()}
     save_bert(model, run.path, tokenizer_files(run.settings.bert))
     result = run.write_result(
@@ -750,7 +800,8 @@ def finish_training(run, state, task, sets, device, autocast, **facts):
         data=run.settings.data, train=sets.train_file, held_out=sets.holdout_split,
         lr=run.settings.lr, max_length=sets.max_length, theta=theta, holdout=scores, **facts)
     for name, score in scores.items():
-        print_line(f"hold-out, {name}: {format_scores(model.config, archs[name], score)}")
+        text = format_scores(model.config, archs[name], score)
+        print_line(f"hold-out, {name}: {text}")
     return result
 
 
@@ -758,10 +809,14 @@ class Progress:
     """Print a progress line to stderr at most every ten seconds, and one at the end."""
 
     def __init__(self, done, total):
-        self.done, self.total, self.last_shown = done, total, time.perf_counter()
+        self.done, self.total = done, total
+        self.last_shown = time.perf_counter()
 
     def show(self, done, text):
-        """Print how many steps are done, the time per step since the last line, and `text`."""
+        """Print how many steps are done, `text`, and the time, if a line is due.
+
+        The time per step is the mean since the last line.
+        """
         seconds = time.perf_counter() - self.last_shown
         if seconds > 10 or done == self.total:
             ms = 1000 * seconds / max(1, done - self.done)
@@ -777,7 +832,8 @@ def print_progress(text):
     Ignore failures (a closed pipe, a full disk): a progress line is not worth losing a
     run.
     """
-    with contextlib.suppress(OSError, RuntimeError):         # RuntimeError: a signal while printing
+    # Python raises RuntimeError if a signal handler prints during another print.
+    with contextlib.suppress(OSError, RuntimeError):
         print(escape_control_chars(text), file=sys.stderr, flush=True)
 
 
@@ -785,7 +841,7 @@ def print_progress(text):
 
 @dataclasses.dataclass
 class SearchSetup:
-    """The super-BERT that is searched, its data, and every score and cost that is known."""
+    """A super-BERT to be searched, its data, and all scores and costs known so far."""
     settings: "SearchSettings"
     superbert: str              # its directory
     superbert_run: dict         # its run.json
@@ -794,7 +850,7 @@ class SearchSetup:
     evaluate: object            # architecture -> ACC(m) on the data that selects, in %
     evaluate_on_dev: object     # architecture -> every metric on dev, in %
     measure: object             # architecture -> T(m)
-    unit: str                   # of T(m)
+    unit: str                   # the unit of T(m)
     runs: list                  # [(RunDirectory, Omega)], one pair per budget
     scores: dict                # {architecture: ACC(m)}
     costs: dict                 # {architecture: T(m)}
@@ -810,35 +866,38 @@ def open_search(settings):
     model = data.load_trained(superbert, task).to(device)
     space = SearchSpace.for_config(model.config)
 
-    # Two evaluators: one on the data that selects, one on dev.
+    # Make two evaluators. The search selects with one and reports with the other.
     encode = data.make_encoder(superbert)
     _, holdout = data.split_holdout(task.train, *superbert_run["held_out"])
     dev_sets = [encode(examples) for examples in task.devs]
     selection_sets = dev_sets
     if settings.select_on == "holdout":
         if not holdout:
-            raise UserError(f"{superbert} was trained without a hold-out set: use --select-on dev")
+            raise UserError(f"{superbert} was trained without a hold-out set: "
+                            "use --select-on dev")
         selection_sets = [encode(holdout)]
     select = data.make_evaluator(model, selection_sets, task.metric, device, autocast)
     evaluate_on_dev = data.make_evaluator(model, dev_sets, task.metric, device, autocast)
 
-    # One run per budget. Scores and costs that an interrupted search has logged are
-    # read back.
+    # Open one run per budget. Read back the scores and costs that an interrupted search
+    # has logged.
     kind, settings_per_budget = budgets_from_settings(settings, superbert)
-    runs = [RunDirectory(one_budget, superbert_run["data"], superbert)
-            for one_budget in settings_per_budget.values()]
+    runs = [RunDirectory(run_settings, superbert_run["data"], superbert)
+            for run_settings in settings_per_budget.values()]
     measure = cost_function(kind, model, autocast)
     scores, logged_costs = read_logged_scores(runs, space)
-    costs = {arch: measure(arch) for arch in (space.largest(), space.smallest())} | logged_costs
-    budgets = [parse_budget(text, costs[space.smallest()], costs[space.largest()], UNITS[kind])
+    largest, smallest = space.largest(), space.smallest()
+    costs = {largest: measure(largest), smallest: measure(smallest)} | logged_costs
+    budgets = [parse_budget(text, costs[smallest], costs[largest], UNITS[kind])
                for text in settings_per_budget]
     for run in runs:
         run.lock_and_clear()
     return SearchSetup(
         settings=settings, superbert=superbert, superbert_run=superbert_run, model=model,
-        space=space, evaluate=lambda arch: select(arch)["score"], evaluate_on_dev=evaluate_on_dev,
-        measure=measure, unit=UNITS[kind], runs=list(zip(runs, budgets)), scores=scores,
-        costs=costs, device=device, autocast=autocast)
+        space=space, evaluate=lambda arch: select(arch)["score"],
+        evaluate_on_dev=evaluate_on_dev, measure=measure, unit=UNITS[kind],
+        runs=list(zip(runs, budgets)), scores=scores, costs=costs, device=device,
+        autocast=autocast)
 
 
 def best_within(setup, budget):
@@ -849,10 +908,10 @@ def best_within(setup, budget):
     while True:
         best = best_fit(setup.scores, setup.costs.get, budget)
         if best is None:
-            raise UserError(f"no sub-BERT met the budget of {budget:.4g} {setup.unit} when it was "
-                            "measured a second time: choose a larger budget")
-        # Latency is noisy. Measure the winner once more, and if it fails take the next
-        # best.
+            raise UserError(f"no sub-BERT met the budget of {budget:.4g} {setup.unit} "
+                            "when it was measured a second time: choose a larger budget")
+        # Latency is noisy, so measure the winner once more. If it no longer fits, its
+        # new cost rules it out, and the loop takes the next best.
         setup.costs[best] = max(setup.costs[best], setup.measure(best))
         if setup.costs[best] < budget:
             return best
@@ -864,23 +923,30 @@ def write_sub_bert(setup, run, budget, best):
     dev = setup.evaluate_on_dev(best)
     save_bert(extract(setup.model, best), run.path, tokenizer_files(setup.superbert))
     inherited = ("task", "metric", "pairs", "data", "train", "held_out", "max_length")
+    # The first line of the log is its header. Every other line is an evaluation.
+    evaluations_run = len(read_log(run.path)) - 1
     run.write_result(
         setup.device, setup.autocast, **{name: trained[name] for name in inherited},
-        superbert=setup.superbert, unit=setup.unit, budget=budget, cost=setup.costs[best],
-        full_cost=setup.costs[setup.space.largest()], arch=best._asdict(),
-        selected_on=setup.settings.select_on, params=count_params(config, best),
-        flops=count_flops(config, best), selection_score=setup.scores[best], dev=dev,
-        evaluations_asked=setup.settings.evaluations,
-        evaluations_run=len(read_log(run.path)) - 1)
+        superbert=setup.superbert, unit=setup.unit, budget=budget,
+        cost=setup.costs[best], full_cost=setup.costs[setup.space.largest()],
+        arch=best._asdict(), selected_on=setup.settings.select_on,
+        params=count_params(config, best), flops=count_flops(config, best),
+        selection_score=setup.scores[best], dev=dev,
+        evaluations_asked=setup.settings.evaluations, evaluations_run=evaluations_run)
 
 
 def read_logged_scores(runs, space):
-    """Return {architecture: ACC(m)} and {architecture: T(m)} from the logs of resumed searches."""
+    """Return the scores and the costs that resumed searches have logged.
+
+    Both are dicts: {architecture: ACC(m)} and {architecture: T(m)}.
+    """
     scores, costs = {}, {}
     for run in runs:
+        if not run.resumed:
+            continue
         with user_errors_for(run.log_path):
-            lines = read_log(run.path)[1:] if run.resumed else []
-            for line in lines:
+            # The first line is the header.
+            for line in read_log(run.path)[1:]:
                 arch = space.arch(line["choices"])
                 scores[arch], costs[arch] = float(line["score"]), line["cost"]
     return scores, costs
@@ -892,14 +958,17 @@ UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
 
 
 def budgets_from_settings(settings, superbert):
-    """Return the kind of budget, and {budget as typed: settings of a search for that budget}.
+    """Return the kind of budget, and the settings of one search per budget.
 
-    The settings per budget name its directory. Budgets are in small letters.
+    The settings are a dict. Its keys are the budgets as typed, but in small letters.
+    The settings of each search name the directory that it writes.
     """
     kinds = [kind for kind in UNITS if getattr(settings, f"max_{kind}")]
     if len(kinds) != 1:
-        raise UserError("name one kind of budget: --max-params, --max-flops or --max-latency")
-    kind, name = kinds[0], os.path.basename(os.path.realpath(superbert))
+        raise UserError("name one kind of budget: "
+                        "--max-params, --max-flops or --max-latency")
+    kind = kinds[0]
+    name = os.path.basename(os.path.realpath(superbert))
     texts = [text.lower() for text in getattr(settings, f"max_{kind}")]
     settings_per_budget = {}
     for text in texts:
@@ -913,31 +982,36 @@ def budgets_from_settings(settings, superbert):
 
 
 def parse_budget(text, smallest_cost, full_cost, unit):
-    """Return Omega for a budget such as '60000000', '60e6', '60m' or '0.5x' (of the full model).
+    """Return Omega for a budget as typed: '60000000', '60e6', '60m' or '0.5x'.
 
-    A latency may also be '12ms'. Raises UserError if no sub-BERT fits the budget.
+    '0.5x' is half of the full model's cost. A latency may also be '12ms'. Raises
+    UserError if no sub-BERT fits the budget.
     """
-    scales, example = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "x": full_cost}, "6e7 or 0.5x"
+    scales = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "x": full_cost}
+    example = "6e7 or 0.5x"
     if unit == "ms":
-        scales, example = {"": 1, "ms": 1, "x": full_cost}, "12ms or 0.5x"
+        scales = {"": 1, "ms": 1, "x": full_cost}
+        example = "12ms or 0.5x"
     match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?)([a-z]*)", text)
     if not match or match[2] not in scales or float(match[1]) == 0:
-        raise UserError(f"{text!r} is not a positive budget in {unit}: write it like {example}")
+        raise UserError(f"{text!r} is not a positive budget in {unit}: "
+                        f"write it like {example}")
     budget = float(match[1]) * scales[match[2]]
     if smallest_cost >= budget:
-        raise UserError(f"no sub-BERT fits the budget of {budget:,.12g} {unit}: the smallest has "
-                        f"{smallest_cost:,.12g} ({smallest_cost / full_cost:.3f}x)")
+        share = smallest_cost / full_cost
+        raise UserError(f"no sub-BERT fits the budget of {budget:,.12g} {unit}: "
+                        f"the smallest has {smallest_cost:,.12g} ({share:.3f}x)")
     if budget > full_cost:
-        print_line(f"warning: the budget of {budget:,.12g} {unit} exceeds the full model's "
-                   f"{full_cost:,.12g}, so every sub-BERT fits")
+        print_line(f"warning: the budget of {budget:,.12g} {unit} exceeds the full "
+                   f"model's {full_cost:,.12g}, so every sub-BERT fits")
     return budget
 
 
 def cost_function(kind, model, autocast):
-    """Return T(m), a function of an architecture: its parameters, its FLOPs or its latency.
+    """Return T, the function that maps an architecture to its cost.
 
-    A latency is the time of one sequence through the extracted model, measured in every
-    call.
+    kind: params, flops or latency. The latency is the time that the extracted model
+    takes for one sequence. Every call measures it again.
     """
     config = model.config
     if kind == "params":
@@ -949,7 +1023,10 @@ def cost_function(kind, model, autocast):
 
 
 def evaluate(settings):
-    """Print architecture, parameters, FLOPs, latency and dev metrics of a trained model."""
+    """Print the size, the latency and the dev scores of a trained model.
+
+    For a super-BERT, print them for each of the reference architectures.
+    """
     if not settings.model:
         raise UserError("name a model with --model, for example subbert/MRPC-60000000")
     device, autocast = select_device_and_precision(settings.device, settings.precision)
@@ -965,37 +1042,48 @@ def evaluate(settings):
     for name, arch in archs.items():
         print_line(f"{name}: {arch}\n"
                    f"  {format_scores(model.config, arch, evaluate_arch(arch))}\n"
-                   f"  latency {measure(arch):.2f} ms for one sequence of at most 128 tokens on "
-                   f"{device_name(device)}")
+                   f"  latency {measure(arch):.2f} ms for one sequence of at most "
+                   f"128 tokens on {device_name(device)}")
     print_line(f"on dev of {task.name}. Always giving the most frequent answer scores "
                f"{data.majority_baseline(task):.2f}")
 
 
 def reference_archs(space, theta):
     """Return the three sub-BERTs that train and eval report, by name."""
-    most_likely = space.arch([int(np.argmax(variable)) for variable in theta])
-    return {"largest": space.largest(), "most likely": most_likely, "smallest": space.smallest()}
+    return {
+        "largest": space.largest(),
+        "most likely": space.arch([int(np.argmax(variable)) for variable in theta]),
+        "smallest": space.smallest(),
+    }
 
 
 def format_scores(config, arch, scores):
-    """Return one line with parameters, FLOPs and {metric: %}, with shares of the full model."""
+    """Return one line with the parameters, the FLOPs and the scores of a sub-BERT.
+
+    The line also gives both sizes as shares of the full model. scores: {metric: %}.
+    """
     params, flops = count_params(config, arch), count_flops(config, arch)
     params_share = params / count_params(config, config.arch)
     flops_share = flops / count_flops(config, config.arch)
     metrics = "  ".join(f"{name} {value:.2f}" for name, value in scores.items())
-    return (f"{params:,} parameters ({params_share:.3f}x)  {flops / 1e9:.3g} GFLOPs "
-            f"({flops_share:.3f}x)  {metrics}")
+    return (f"{params:,} parameters ({params_share:.3f}x)  "
+            f"{flops / 1e9:.3g} GFLOPs ({flops_share:.3f}x)  {metrics}")
 
 
 def format_result(config, path, result):
-    """Return what a search has found, in two lines. result: its run.json."""
+    """Return two lines about the sub-BERT that a search has found.
+
+    result: the contents of its run.json.
+    """
     arch, selected_on = Arch(**result["arch"]), result["selected_on"]
     dev = "dev"
     if selected_on == "dev":
         dev = "dev (optimistic, because the search selected on it)"
-    return (f"found: {arch}, {result['cost']:,.6g} of {result['budget']:,.6g} {result['unit']}, in "
-            f"{path} ({selected_on} score {result['selection_score']:.2f}, "
-            f"{result['evaluations_asked']} sampled, {result['evaluations_run']} evaluated)\n"
+    return (f"found: {arch}, {result['cost']:,.6g} of {result['budget']:,.6g} "
+            f"{result['unit']}, in {path} "
+            f"({selected_on} score {result['selection_score']:.2f}, "
+            f"{result['evaluations_asked']} sampled, "
+            f"{result['evaluations_run']} evaluated)\n"
             f"  {dev}: {format_scores(config, arch, result['dev'])}")
 
 
@@ -1005,22 +1093,27 @@ class RunDirectory:
     """The directory that a command writes.
 
     The log grows by whole lines, the checkpoint is replaced as a whole, and run.json
-    comes last. A directory with a run.json is finished. With several processes only
+    comes last. A directory with a run.json is finished. With several processes, only
     process 0 writes.
     """
 
     def __init__(self, settings, *inputs):
-        """Check that the command may write settings.out. inputs: the directories that it reads.
+        """Check that the command may write the directory settings.out.
 
-        Raises UserError if the directory holds results that must not be overwritten, or
-        a run that cannot be resumed with these settings.
+        inputs: the directories that the command reads. Raises UserError if settings.out
+        holds results that must not be overwritten, or a run that cannot be resumed with
+        these settings.
         """
-        self.settings, self.path, self.started = settings, Path(settings.out), time.perf_counter()
+        self.settings = settings
+        self.path = Path(settings.out)
+        self.started = time.perf_counter()
         self.log_path = self.path / "log.jsonl"
         self.checkpoint = self.path / "checkpoint.safetensors"
         self.finished = (self.path / "run.json").exists() and not settings.overwrite
         self.header = dict(settings=dataclasses.asdict(settings),
-                           inputs=fingerprint_directories(*inputs), num_processes=NUM_PROCESSES)
+                           inputs=fingerprint_directories(*inputs),
+                           num_processes=NUM_PROCESSES)
+        # These three flags do not change the results, so a resumed run may change them.
         for name in ("out", "overwrite", "resume"):
             del self.header["settings"][name]
         self.check_can_write(inputs)
@@ -1031,95 +1124,113 @@ class RunDirectory:
         elif settings.resume and (self.finished or self.checkpoint.exists()):
             raise UserError(f"{self.log_path} is damaged: start over with --overwrite")
         if NUM_PROCESSES > 1:
-            dist.barrier()               # wait until every process has checked the directory
+            # Process 0 writes next. Wait until every process has checked the directory.
+            dist.barrier()
 
     def check_can_write(self, inputs):
-        """Raise UserError if the directory holds something that must not be overwritten."""
+        """Raise UserError if the command must not write this directory."""
         settings = self.settings
         if os.path.realpath(self.path) in map(os.path.realpath, inputs):
-            raise UserError(f"--out {self.path} is a directory that the command reads: choose "
-                            "another --out")
+            raise UserError(f"--out {self.path} is a directory that the command reads: "
+                            "choose another --out")
         if settings.resume and settings.overwrite:
-            raise UserError("--resume and --overwrite are mutually exclusive: leave one out")
+            raise UserError("--resume and --overwrite are mutually exclusive: "
+                            "leave one out")
         if settings.overwrite or (settings.resume and self.log_path.exists()):
             return
-        for name, contents in (("run.json", "a finished result"), ("log.jsonl", "an unfinished run"),
-                               ("config.json", "another model")):
+        refused = {"run.json": "a finished result", "log.jsonl": "an unfinished run",
+                   "config.json": "another model"}
+        for name, contents in refused.items():
             if (self.path / name).exists():
-                raise UserError(f"{self.path} holds {contents}: choose another --out, replace it "
-                                "with --overwrite, or continue an unfinished run with --resume")
+                raise UserError(f"{self.path} holds {contents}: choose another --out, "
+                                "replace it with --overwrite, or continue an unfinished "
+                                "run with --resume")
 
     def check_can_resume(self, old_header, inputs):
-        """Raise UserError if the run in the directory was started on other files or settings."""
+        """Raise UserError if the run was started with other files or settings."""
         with user_errors_for(self.log_path):
             old_settings, old_inputs = old_header["settings"], old_header.get("inputs")
             started_with = {"--nproc_per_node": old_header.get("num_processes")}
             started_with |= {f"--{name.replace('_', '-')}": old_settings.get(name)
                              for name in self.header["settings"]}
         if old_inputs != self.header["inputs"]:
-            raise UserError(f"the files in {' or '.join(inputs)} have changed since {self.path} was "
-                            "started: put them back, or start over with --overwrite")
+            raise UserError(f"the files in {' or '.join(inputs)} have changed since "
+                            f"{self.path} was started: put them back, or start over "
+                            "with --overwrite")
         given = {"--nproc_per_node": NUM_PROCESSES}
         given |= {f"--{name.replace('_', '-')}": value
                   for name, value in self.header["settings"].items()}
         for flag, value in given.items():
-            if started_with[flag] != value:
-                raise UserError(f"{self.path} was started with {flag} {started_with[flag]}, but you "
-                                f"gave {value}: pass {flag} {started_with[flag]}, or start over "
-                                "with --overwrite")
+            old_value = started_with[flag]
+            if old_value != value:
+                raise UserError(f"{self.path} was started with {flag} {old_value}, but "
+                                f"you gave {value}: pass {flag} {old_value}, or start "
+                                "over with --overwrite")
 
     def lock_and_clear(self):
-        """Lock the directory. Remove old results unless a run is resumed, and begin the log."""
+        """Lock the directory, and clear it and begin the log unless a run is resumed."""
         if PROCESS_INDEX > 0:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: a full disk must be noticed in `log`, not when Python exits.
+        # Write without a buffer. Otherwise a full disk would be noticed only when Python
+        # exits.
         self.log_file = open(self.log_path, "ab", buffering=0)
         try:
-            import fcntl                                     # not on Windows
-            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # until the process ends
+            # Windows has no fcntl. The lock holds until the process ends.
+            import fcntl
+            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run is writing {self.path}: wait until it ends, or choose "
-                            "another --out") from None
-        except (ImportError, OSError):                       # some network disks have no locks
+            raise UserError(f"another run is writing {self.path}: wait until it ends, "
+                            "or choose another --out") from None
+        except (ImportError, OSError):
+            # Some network disks have no locks either. We go on without a lock.
             pass
-        for path in self.path.glob(".*.tmp"):                # left by a run that was killed
+        # A run that was killed may have left temporary files.
+        for path in self.path.glob(".*.tmp"):
             path.unlink()
         if self.resumed:
             # A crash may have left half a line.
             self.log_file.truncate(self.log_path.read_bytes().rindex(b"\n") + 1)
         else:
-            for name in ("run.json", "checkpoint.safetensors", "config.json", "model.safetensors",
-                         "model.safetensors.index.json", *TOKENIZER_FILES):
+            for name in ("run.json", "checkpoint.safetensors", "config.json",
+                         "model.safetensors", "model.safetensors.index.json",
+                         *TOKENIZER_FILES):
                 (self.path / name).unlink(missing_ok=True)
             self.log_file.truncate(0)
             self.log(**self.header)
         if self.finished:
             print_line(f"{self.path} is finished")
-            self.checkpoint.unlink(missing_ok=True)          # if it was killed just before that
+            # The run may have been killed before it could remove its checkpoint.
+            self.checkpoint.unlink(missing_ok=True)
 
     def log(self, **facts):
         """Append one line to log.jsonl at once."""
         line = json.dumps(facts).encode() + b"\n"
         try:
             while line and PROCESS_INDEX == 0:
-                written = self.log_file.write(line)          # a full disk may take part of the line
+                # A nearly full disk may take only the beginning of the line.
+                written = self.log_file.write(line)
                 line = line[written:]
         except OSError as error:
+            # The error does not know the name of the file, and the message needs it.
             error.filename = str(self.log_path)
             raise
 
     def write_result(self, device, autocast, **facts):
         """Write run.json, which makes the result final, and remove the checkpoint."""
+        # --precision auto does not say which precision was used, so ask torch.
         with autocast():
-            is_bf16 = torch.is_autocast_enabled(device.type)     # also if "auto" has decided
+            is_bf16 = torch.is_autocast_enabled(device.type)
         packages = ("torch", "numpy", "tokenizers", "safetensors")
-        facts |= dict(**self.header, seconds=round(time.perf_counter() - self.started, 1),
-                      peak_memory_mib=round(peak_memory(device)), hardware=device_name(device),
-                      precision="bf16" if is_bf16 else "fp32",
-                      wrote=fingerprint_directories(self.path),
-                      versions={name: metadata.version(name) for name in packages},
-                      finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        facts |= dict(
+            **self.header,
+            seconds=round(time.perf_counter() - self.started, 1),
+            peak_memory_mib=round(peak_memory(device)),
+            hardware=device_name(device),
+            precision="bf16" if is_bf16 else "fp32",
+            wrote=fingerprint_directories(self.path),
+            versions={name: metadata.version(name) for name in packages},
+            finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         write_json(self.path / "run.json", **facts)
         self.checkpoint.unlink(missing_ok=True)
         print_line(f"wrote {self.path} ({facts['seconds']:.0f} s, peak memory "
@@ -1128,9 +1239,9 @@ class RunDirectory:
 
 
 def fingerprint_directories(*directories):
-    """Return one fingerprint of the data, weights and tokenizer files in some directories."""
-    names = ("train.tsv", "dev.tsv", "dev_matched.tsv", "dev_mismatched.tsv", "config.json",
-             *TOKENIZER_FILES)
+    """Return one fingerprint of the data, weights and tokenizers in `directories`."""
+    names = ("train.tsv", "dev.tsv", "dev_matched.tsv", "dev_mismatched.tsv",
+             "config.json", *TOKENIZER_FILES)
     paths = []
     for directory in directories:
         paths += [Path(directory, name) for name in names] + weight_files(directory)
@@ -1141,14 +1252,17 @@ def read_log(directory):
     """Return the complete lines of a run's log as dicts, or [] if there is no log."""
     path = Path(directory, "log.jsonl")
     with user_errors_for(path):
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        if not path.exists():
+            return []
+        # A crash may have left half a line after the last newline.
+        lines = path.read_bytes().split(b"\n")[:-1]
         return [json.loads(line) for line in lines]
 
 
 def start_or_resume(run, state, num_steps, steps_per_epoch):
     """Open the run directory, and restore `state` if a run is resumed.
 
-    Return False if the run was finished before.
+    Return False if the run was finished before, and True otherwise.
     """
     run.lock_and_clear()
     if run.finished:
@@ -1157,13 +1271,13 @@ def start_or_resume(run, state, num_steps, steps_per_epoch):
         restore(run, state)
     run.progress = Progress(state.step, num_steps)
     num_archs = SearchSpace.for_config(state.model.config).size()
-    print_line(f"{num_steps} steps, {num_steps / steps_per_epoch:.3g} epochs, {num_archs:.1e} "
-               "architectures")
+    print_line(f"{num_steps} steps, {num_steps / steps_per_epoch:.3g} epochs, "
+               f"{num_archs:.1e} architectures")
     return True
 
 
 def save(run, state):
-    """Write `state` to the checkpoint. `restore` reads it back."""
+    """Write `state` to the checkpoint, from which `restore` reads it back."""
     if PROCESS_INDEX > 0:
         return
     groups = {"model": state.model.state_dict(), "rng": {"cpu": torch.get_rng_state()}}
@@ -1173,12 +1287,19 @@ def save(run, state):
         groups[f"adam {i}"] = moments
     if torch.cuda.is_available():
         groups["rng"]["cuda"] = torch.cuda.get_rng_state()
-    tensors = {f"{group}/{name}": tensor.cpu()
-               for group, members in groups.items() for name, tensor in members.items()}
-    os.fsync(run.log_file.fileno())      # the log must be on disk before the checkpoint names it
-    numbers = dict(step=state.step, K=state.K, theta=[theta.tolist() for theta in state.P.theta],
-                   rng=state.rng.bit_generator.state, log_bytes=run.log_path.stat().st_size,
-                   seconds=time.perf_counter() - run.started)
+    tensors = {}
+    for group, members in groups.items():
+        for name, tensor in members.items():
+            tensors[f"{group}/{name}"] = tensor.cpu()
+    # The checkpoint contains the length of the log, so the log must be on disk first.
+    os.fsync(run.log_file.fileno())
+    numbers = dict(
+        step=state.step,
+        K=state.K,
+        theta=[theta.tolist() for theta in state.P.theta],
+        rng=state.rng.bit_generator.state,
+        log_bytes=run.log_path.stat().st_size,
+        seconds=time.perf_counter() - run.started)
     content = safetensors.torch.save(tensors, {"state": json.dumps(numbers)})
     write_file(run.checkpoint, content)
 
@@ -1214,9 +1335,11 @@ def restore_tensors(groups, state):
     state.model.load_state_dict(groups["model"])
     moments = {}
     for i, weight in enumerate(state.model.parameters()):
-        if f"adam {i}" not in groups:                        # Adam has never moved this weight
+        if f"adam {i}" not in groups:
+            # Adam has never moved this weight, so it has no moments.
             continue
         moments[i] = groups[f"adam {i}"]
+        # Adam's step count is a scalar. Both moments have the shape of the weight.
         if any(m.dim() and m.shape != weight.shape for m in moments[i].values()):
             raise ValueError(f"Adam's moments of weight {i} have another shape")
     state.adam.load_state_dict(state.adam.state_dict() | {"state": moments})
@@ -1231,29 +1354,34 @@ def restore_tensors(groups, state):
 def read_run(directory):
     """Return the run.json of a finished train or search.
 
-    Raises UserError if the files beside it have changed since it was written.
+    Raises UserError if there is none, or if the files beside it have changed since it
+    was written.
     """
     path = Path(directory) / "run.json"
-    run = read_json(path, "does not exist: name a directory that train or search has finished")
+    run = read_json(path, "does not exist: name a directory that train or search has "
+                          "finished")
     if not {"data", "max_length", "held_out", "wrote", "train", "settings"} <= set(run):
-        raise UserError(f"{path} was not written by train or search of this version: run the "
-                        "command again")
+        raise UserError(f"{path} was not written by train or search of this version: "
+                        "run the command again")
     if run["wrote"] != fingerprint_directories(directory):
-        raise UserError(f"files in {directory} have changed since run.json was written: run the "
-                        "command again")
+        raise UserError(f"files in {directory} have changed since run.json was written: "
+                        "run the command again")
     return run
 
 
 def read_superbert(directory):
-    """Return the run.json and the task of a super-BERT that can be searched."""
+    """Return the run.json and the task of a super-BERT that can be searched.
+
+    Raises UserError if it is a single architecture, or if train.tsv has changed.
+    """
     run = read_run(directory)
     if run["settings"].get("stages", "largest") == "largest":
-        raise UserError(f"{directory} is a single architecture, so there is nothing to search: name "
-                        "a super-BERT")
+        raise UserError(f"{directory} is a single architecture, so there is nothing to "
+                        "search: name a super-BERT")
     task = data.load_task(run["data"])
     if run["train"] != fingerprint(f"{run['data']}/train.tsv"):
-        raise UserError(f"{run['data']}/train.tsv has changed since {directory} was trained, so its "
-                        "hold-out set is lost: train again")
+        raise UserError(f"{run['data']}/train.tsv has changed since {directory} was "
+                        "trained, so its hold-out set is lost: train again")
     return run, task
 
 
@@ -1266,7 +1394,8 @@ def latest_superbert():
         if run.get("settings", {}).get("stages", "largest") != "largest":
             finished.append((run["finished"], str(path.parent)))
     if not finished:
-        raise UserError("no finished super-BERT in superbert/: train one, or name one with --model")
+        raise UserError("no finished super-BERT in superbert/: train one, or name one "
+                        "with --model")
     directory = max(finished)[1]
     print_line(f"using {directory}, the super-BERT finished last")
     return directory
@@ -1275,31 +1404,32 @@ def latest_superbert():
 # ---- Several processes, started by torchrun ------------------------------------------------------
 
 def share_among_processes(gradient):
-    """Return a function like `gradient` that shares each batch among torchrun's processes."""
+    """Return a function like `gradient` that splits each batch among the processes."""
     if NUM_PROCESSES == 1:
         return gradient
 
     def shared_gradient(model, batch, archs, autocast, teacher=None):
-        """Compute the part of this process, and add up the parts of all."""
-        # CHOICE: every process trains the same architectures. theta needs the loss of
-        # each on the same batch, and a layer that no architecture uses has no gradient
-        # in any process.
-        part = [tensor[PROCESS_INDEX::NUM_PROCESSES] for tensor in batch]
-        fraction = len(part[0]) / len(batch[0])
+        """Compute the gradient on this process's examples, and sum over all processes."""
+        # CHOICE: every process trains the same architectures, because theta needs the
+        # loss of each on the same batch. A layer that no architecture uses then has no
+        # gradient in any process, so all processes reduce the same tensors.
+        local_batch = [tensor[PROCESS_INDEX::NUM_PROCESSES] for tensor in batch]
+        fraction = len(local_batch[0]) / len(batch[0])
         if fraction == 0:
-            # Fewer examples than processes. Compute any example with weight 0, because
-            # every process must take part in the all-reduce.
-            part = [tensor[:1] for tensor in batch]
-        losses = gradient(model, part, archs, autocast, teacher)
+            # There are fewer examples than processes. Compute any example with weight
+            # 0, because every process must take part in the all-reduce.
+            local_batch = [tensor[:1] for tensor in batch]
+        losses = gradient(model, local_batch, archs, autocast, teacher)
         return all_reduce_gradients(model, losses, fraction)
 
     return shared_gradient
 
 
 def all_reduce_gradients(model, losses, fraction):
-    """Replace every .grad by the weighted sum over the processes. Return the losses' sums.
+    """Replace every .grad by its weighted sum over the processes.
 
-    fraction: the part of the batch that this process has computed, its weight.
+    Return the weighted sums of the losses. fraction: the weight of this process, which
+    is the share of the batch that it has computed.
     """
     losses = torch.stack(losses)
     gradients = [w.grad for w in model.parameters() if w.grad is not None]
@@ -1313,18 +1443,22 @@ def any_signal():
     number = max(received_signals, default=0)
     if NUM_PROCESSES == 1:
         return number
+    # All processes must stop after the same step, so they share the number.
     number = torch.tensor(number)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
 
 def join_process_group():
-    """Join the process group if torchrun has started this process. Only process 0 prints."""
+    """Join the process group if torchrun has started this process.
+
+    Afterwards only process 0 prints.
+    """
     if NUM_PROCESSES == 1:
         return
-    # Adam imports torch._dynamo anyway. Imported after the group is made, it keeps the
-    # group alive, and a thread of the group that still holds a tensor when Python ends
-    # aborts the process.
+    # Import torch._dynamo before the group is made. Adam would import it later, and it
+    # would then keep the group alive. A thread of the group that still holds a tensor
+    # when Python ends aborts the process.
     import torch._dynamo                                     # noqa: F401
     backend = "gloo"
     if torch.cuda.is_available():
@@ -1346,51 +1480,63 @@ def fastest_gradient(device):
 
 
 def masked_gradient(model, batch, sizes, autocast, teacher=None):
-    """Compute `weight_gradient` in one pass whose tensor shapes do not depend on the architectures.
+    """Compute `weight_gradient` in one pass of fixed tensor shapes.
 
-    A GPU can record this pass as a CUDA graph. sizes: the architectures as
-    `archs_to_tensor` gives them, [lambda, L, 2]. Return the losses on the labels,
-    [lambda].
+    The shapes do not depend on the architectures, so a GPU can record this pass as a
+    CUDA graph. sizes: the architectures as `archs_to_tensor` gives them,
+    [lambda, L, 2]. Return the losses on the labels, [lambda].
     """
     *inputs, labels = batch
     targets = teacher_targets(teacher, inputs, autocast)
     with autocast():
-        logits = forward_many(model, *inputs, sizes).float()         # [lambda, B, num_labels]
-    label_losses = torch.stack([task_loss(of_arch, labels) for of_arch in logits])
+        logits = forward_many(model, *inputs, sizes).float()   # [lambda, B, num_labels]
+    label_losses = torch.stack([task_loss(arch_logits, labels)
+                                for arch_logits in logits])
     total_losses = label_losses
     if teacher:
-        # Compare with numbers: a graph that is being recorded takes no new tensor from
-        # the host.
-        heads, ffn_size = model.config.num_attention_heads, model.config.intermediate_size
-        is_full = (sizes[..., 0] == heads) & (sizes[..., 1] == ffn_size)     # [lambda, L]
-        distilled = torch.stack([task_loss(of_arch, targets) for of_arch in logits])
-        total_losses = torch.where(is_full.all(1), label_losses, (label_losses + distilled) / 2)
+        # Compare with Python numbers. A graph that is being recorded cannot take a new
+        # tensor from the host.
+        config = model.config
+        has_all_heads = sizes[..., 0] == config.num_attention_heads      # [lambda, L]
+        has_full_ffn = sizes[..., 1] == config.intermediate_size         # [lambda, L]
+        is_largest = (has_all_heads & has_full_ffn).all(1)               # [lambda]
+        teacher_losses = torch.stack([task_loss(arch_logits, targets)
+                                      for arch_logits in logits])
+        mean_losses = (label_losses + teacher_losses) / 2
+        total_losses = torch.where(is_largest, label_losses, mean_losses)
     total_losses.mean().backward()
     return label_losses.detach()
 
 
 def graphed_gradient():
-    """Return a function like `weight_gradient` that replays CUDA graphs of `masked_gradient`.
+    """Return a function like `weight_gradient` that replays CUDA graphs.
 
-    Launching the kernels takes a GPU longer than computing them. One graph is recorded
-    for every shape of a batch, and replayed afterwards.
+    Launching the kernels of `masked_gradient` takes longer than a GPU needs to compute
+    them. We record one graph for every shape of a batch, and replay it when that shape
+    comes again.
     """
-    graphs = {}                          # shape -> (static inputs, graph, losses, gradients)
+    # The key of a graph is the shape of the batch, the number of architectures, and
+    # whether there is a teacher. The value is what `record` returns.
+    graphs = {}
 
     def record(model, batch, sizes, autocast, teacher):
+        """Record a graph, and return its inputs, the graph, its losses and gradients."""
         static_inputs = [tensor.clone() for tensor in (*batch, sizes)]
+        *static_batch, static_sizes = static_inputs
 
         def compute():
             model.zero_grad()
-            return masked_gradient(model, static_inputs[:-1], static_inputs[-1], autocast, teacher)
+            return masked_gradient(model, static_batch, static_sizes, autocast, teacher)
 
         graph, losses = capture_graph(compute)
         return static_inputs, graph, losses, [w.grad for w in model.parameters()]
 
     def gradient(model, batch, archs, autocast, teacher=None):
-        """Leave the gradient in every .grad. Return the losses."""
-        all_equal = len(set(archs)) == 1                     # then one pass is enough
-        sizes = archs_to_tensor(model.config, archs[:1] if all_equal else archs, batch[0].device)
+        """Leave the gradient in every .grad, and return the losses."""
+        # If all samples are the same architecture, one pass is enough.
+        all_equal = len(set(archs)) == 1
+        archs_to_compute = archs[:1] if all_equal else archs
+        sizes = archs_to_tensor(model.config, archs_to_compute, batch[0].device)
         key = batch[0].shape, len(sizes), teacher is not None
         if key not in graphs:
             graphs[key] = record(model, batch, sizes, autocast, teacher)
@@ -1400,10 +1546,12 @@ def graphed_gradient():
         graph.replay()
         for w, w_gradient in zip(model.parameters(), gradients):
             w.grad = w_gradient
+        # Reset the gradients of unused layers to None, as in `weight_gradient`. Adam
+        # then skips these layers.
         used = {i for arch in archs for i, *_ in model.config.layers(arch)}
         for i, layer in enumerate(model.layers):
             if i not in used:
-                layer.zero_grad()                            # to None, as in weight_gradient
+                layer.zero_grad()
         if all_equal:
             return list(losses) * len(archs)
         return list(losses)
@@ -1414,9 +1562,12 @@ def graphed_gradient():
 # ---- The command line ----------------------------------------------------------------------------
 
 def setting(default, text, low=None, high=2**32):
-    """Return a dataclass field with its default, its --help text, and the legal range of a number.
+    """Return a dataclass field that describes one setting of a command.
+
+    text: the --help text. low, high: the legal range of a number.
     """
-    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high))
+    metadata = dict(help=text, low=low, high=high)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
@@ -1425,8 +1576,8 @@ class Settings:
     device: Literal["auto", "cpu", "cuda", "mps"] = setting(
         "auto", "The device to compute on. auto takes the fastest one.")
     precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "The number format. bf16 is autocast over fp32 weights. auto takes bf16 if the "
-                "hardware has units for it, otherwise fp32.")
+        "auto", "The number format. bf16 is autocast over fp32 weights. auto takes bf16 "
+                "if the hardware has units for it, otherwise fp32.")
 
 
 @dataclasses.dataclass
@@ -1436,43 +1587,50 @@ class RunSettings(Settings):
     resume: bool = setting(False, "Continue an interrupted run.")
     archs_per_step: int = setting(
         2, "Architectures sampled per step (lambda). With 1, theta never changes.", 1)
-    delta: float = setting(1.0, "Length of a step of theta, in the Fisher norm (delta).", 0)
+    delta: float = setting(
+        1.0, "Length of a step of theta, in the Fisher norm (delta).", 0)
     seed: int = setting(0, "The seed of everything random.", 0)
 
+
+# The docstrings of the next three classes are also the --help texts of their commands.
 
 @dataclasses.dataclass
 class TrainSettings(RunSettings):
     """Fine-tune a super-BERT on a data directory."""
     data: str = setting("glue/TOY", "The directory with train.tsv and dev.tsv.")
     bert: str = setting(
-        "", "The directory of the pretrained BERT. Default: the data directory if it has a "
-            "config.json, otherwise bert-base-uncased.")
+        "", "The directory of the pretrained BERT. Default: the data directory if it "
+            "has a config.json, otherwise bert-base-uncased.")
     out: str = setting(
         "", "The directory to write. Default: superbert/<name of the data directory>.")
     recipe: Literal["paper", "best"] = setting(
         "paper", "paper follows the paper. best means --stages all --reorder --distill "
                  "--keep-layers even.")
     strategy: Literal["ee", "exploit", "explore", "noise"] = setting(
-        "ee", "How a step samples architectures. ee: the controller decides. exploit: always from "
-              "the learned distribution (P_theta). explore: always uniformly (pi), and theta never "
-              "moves. noise: like ee, but theta learns from shuffled losses, as a control.")
+        "ee", "How a step samples architectures. ee: the controller decides. exploit: "
+              "always from the learned distribution (P_theta). explore: always "
+              "uniformly (pi), and theta never moves. noise: like ee, but theta learns from "
+              "shuffled losses, as a control.")
     stages: Literal["progressive", "all", "largest"] = setting(
-        None, "progressive: train the largest architecture, then open the search space step by "
-              "step. all: train the largest for half of the epochs, then open everything. largest: "
-              "train only the largest, which is plain fine-tuning.")
+        None, "progressive: train the largest architecture, then open the search space "
+              "step by step. all: train the largest for half of the epochs, then open "
+              "everything. largest: train only the largest, which is plain fine-tuning.")
     reorder: bool = setting(
         None, "After the first stage, sort heads and neurons by importance.")
     distill: bool = setting(
-        None, "Also learn from a frozen copy of the largest architecture, taken after the first "
-              "stage.")
+        None, "Also learn from a frozen copy of the largest architecture, taken after "
+              "the first stage.")
     keep_layers: Literal["first", "even"] = setting(
-        None, "The layers that a sub-BERT keeps: the first ones, or evenly spaced ones up to the "
-              "last.")
+        None, "The layers that a sub-BERT keeps: the first ones, or evenly spaced ones "
+              "up to the last.")
     epochs: float = setting(
-        0.0, "Total epochs, divided among the stages (0: the authors' number for the task).", 0)
+        0.0, "Total epochs, divided among the stages (0: the authors' number for the "
+             "task).", 0)
     lr: float = setting(
-        0.0, "Learning rate at the start of each stage (0: the paper's). MiniLM needs 1e-4.", 0)
-    # CHOICE: 32, because the paper does not print the batch size.  AUTHORS: 8
+        0.0, "Learning rate at the start of each stage (0: the paper's). MiniLM needs "
+             "1e-4.", 0)
+    # CHOICE: 32, because the paper does not print the batch size.
+    # AUTHORS: 8.
     batch_size: int = setting(32, "Examples per step, over all processes together.", 1)
     max_length: int = setting(128, "Tokens per example. Longer texts are cut.", 8)
     holdout: float = setting(
@@ -1484,32 +1642,37 @@ class TrainSettings(RunSettings):
 class SearchSettings(RunSettings):
     """Find the best sub-BERT for a budget, and write it as a model that needs nothing else."""
     model: str = setting(
-        "", "The super-BERT's directory. Default: the one in superbert/ that was finished last.")
+        "", "The super-BERT's directory. Default: the one in superbert/ that was "
+            "finished last.")
     out: str = setting(
-        "", "The directory to write. With several budgets, each gets a directory in it. Default: "
-            "subbert/<name>-<budget>.")
+        "", "The directory to write. With several budgets, each gets a directory in it. "
+            "Default: subbert/<name>-<budget>.")
     max_params: list = setting(
-        None, "One or more budgets in parameters of embeddings, encoder and pooler: 60000000, "
-              "60e6, 60M, or 0.5x for half of the full model.")
+        None, "One or more budgets in parameters of embeddings, encoder and pooler: "
+              "60000000, 60e6, 60M, or 0.5x for half of the full model.")
     max_flops: list = setting(
-        None, "One or more budgets in FLOPs of encoder and pooler at 128 tokens: 10e9, 10G or 0.5x.")
+        None, "One or more budgets in FLOPs of encoder and pooler at 128 tokens: 10e9, "
+              "10G or 0.5x.")
     max_latency: list = setting(
-        None, "One or more budgets in milliseconds for one sequence of 128 tokens on this machine: "
-              "12, 12ms or 0.5x.")
-    evaluations: int = setting(1000, "The number of architectures to sample per budget.", 1)
+        None, "One or more budgets in milliseconds for one sequence of 128 tokens on "
+              "this machine: 12, 12ms or 0.5x.")
+    evaluations: int = setting(
+        1000, "The number of architectures to sample per budget.", 1)
     select_on: Literal["holdout", "dev"] = setting(
-        "holdout", "The data that selects the winner. dev follows the paper, but makes the reported "
-                   "dev score optimistic.")
+        "holdout", "The data that selects the winner. dev follows the paper, but makes "
+                   "the reported dev score optimistic.")
 
 
 @dataclasses.dataclass
 class EvalSettings(Settings):
     """Evaluate a trained model on a dev set.
 
-    Of a super-BERT, evaluate the largest, the most likely and the smallest architecture.
+    Of a super-BERT, evaluate the largest, the most likely and the smallest
+    architecture.
     """
     model: str = setting("", "The directory that train or search wrote.")
-    data: str = setting("", "The data directory. Default: the one that the model was trained on.")
+    data: str = setting(
+        "", "The data directory. Default: the one that the model was trained on.")
 
 
 COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
@@ -1518,7 +1681,7 @@ RENAMED_FLAGS = {"--depth-keeps": "--keep-layers"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """An argument parser that reports an error in one line."""
 
     def error(self, message):
         """Raise UserError instead of printing the usage."""
@@ -1546,12 +1709,13 @@ def add_flag(parser, field):
 
 
 def parse(argv):
-    """Return the settings that the command line gives, and the function of its command."""
+    """Return the settings on the command line, and the function of the command."""
     parser = Parser("yoco.py", description=__doc__.split("\n\n")[1])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (settings_class, _) in COMMANDS.items():
-        command = commands.add_parser(name, help=settings_class.__doc__.split("\n")[0],
-                                      description=settings_class.__doc__, allow_abbrev=False)
+        description = settings_class.__doc__
+        command = commands.add_parser(name, help=description.split("\n")[0],
+                                      description=description, allow_abbrev=False)
         for field in dataclasses.fields(settings_class):
             add_flag(command, field)
     options, unknown = parser.parse_known_args(argv)
@@ -1561,14 +1725,16 @@ def parse(argv):
     if unknown:
         refuse_unknown_flags(parser, unknown, [flag_of(field) for field in fields])
     for field in fields:
-        value, low, high = options[field.name], field.metadata["low"], field.metadata["high"]
+        value = options[field.name]
+        low, high = field.metadata["low"], field.metadata["high"]
         if low is not None and not low <= value <= high:
-            parser.error(f"{flag_of(field)} {value}: it must be at least {low} and at most {high}")
+            parser.error(f"{flag_of(field)} {value}: it must be at least {low} and at "
+                         f"most {high}")
     return settings_class(**options), function
 
 
 def refuse_unknown_flags(parser, unknown, flags):
-    """Raise UserError with the flags that are unknown and the ones that may be meant."""
+    """Raise UserError with the unknown flags and the flags that may be meant."""
     first = unknown[0].partition("=")[0]
     if first in RENAMED_FLAGS:
         parser.error(f"{first} is called {RENAMED_FLAGS[first]} now")
@@ -1577,37 +1743,48 @@ def refuse_unknown_flags(parser, unknown, flags):
 
 
 def on_signal(number, _):
-    """Note a Ctrl-C or SIGTERM. `train` and `search` stop after the current step."""
+    """Remember a Ctrl-C or SIGTERM. `train` and `search` stop after the current step."""
     received_signals.append(number)
     print_progress("\nstopping after this step")
-    # torchrun passes a Ctrl-C on, so its processes may receive the same signal twice.
+    # A second signal stops at once. With torchrun it does not, because torchrun passes
+    # a Ctrl-C on, and its processes may receive the same signal twice.
     if NUM_PROCESSES == 1:
-        signal.signal(number, signal.default_int_handler)    # the next one stops at once
+        signal.signal(number, signal.default_int_handler)
 
 
 def main(argv=None):
-    """Run one command. Return the exit status.
+    """Run one command, and return the exit status.
 
-    The status is 0 if the command ends well, 2 after an error, 130 after Ctrl-C, 143
-    after SIGTERM.
+    The status is 0 if the command ends well, 2 after an error, 130 after Ctrl-C, and
+    143 after SIGTERM.
     """
-    if hasattr(sys.stdout, "reconfigure"):                   # stdout is None if it was closed
-        sys.stdout.reconfigure(errors="backslashreplace")    # stderr has this by default
+    # Escape a character that the terminal cannot show, as stderr does by default.
+    # stdout is None if it was closed.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     received_signals.clear()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         join_process_group()
         settings, function = parse(argv)
         if function is not train and NUM_PROCESSES > 1:
-            raise UserError("only train can use several processes: start this without torchrun")
+            raise UserError("only train can use several processes: "
+                            "start this without torchrun")
         for number, handler in handlers.items():
-            if function is not evaluate and handler != signal.SIG_IGN:   # nohup ignores them
+            # A signal that is ignored already stays ignored, for example in a job that
+            # a shell script has started in the background.
+            if function is not evaluate and handler != signal.SIG_IGN:
                 signal.signal(number, on_signal)
         function(settings)
     except KeyboardInterrupt as stop:
-        hint = ": run the same command with --resume to continue" if stop.args else ""
+        hint, signal_number = "", signal.SIGINT
+        if stop.args:
+            # `train` or `search` has stopped after a step, and its work is saved.
+            hint = ": run the same command with --resume to continue"
+            signal_number = stop.args[0]
         print_progress(f"\nstopped{hint}")
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        return 128 + signal_number
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         print_progress(f"yoco.py: error: {error_line(error)}")
         return 2
@@ -1620,11 +1797,17 @@ def main(argv=None):
 
 
 def error_line(error):
-    """Return one line for an error that the user can mend. Raise every other error again."""
+    """Return one line about an error that the user can mend.
+
+    Any other error is raised again.
+    """
     text = str(error)
+    is_memory_error = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if isinstance(error, OSError):
-        text = (f"{error.filename}: " if error.filename else "") + (error.strerror or text)
-    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        text = error.strerror or text
+        if error.filename:
+            text = f"{error.filename}: {text}"
+    elif is_memory_error or "allocate memory" in text:
         text = "out of memory: a training needs less with a smaller --batch-size"
     elif not isinstance(error, UserError):
         raise error
