@@ -47,8 +47,8 @@ Where each equation is, and the test that checks it:
 Eq. 5 estimates the two expectations of Eq. 4 from lambda samples. The paper takes the length of a
 step and the lower bound of theta from ASNG (Akimoto et al. 2019) without repeating them.
 
-`# DIFFERS` marks a departure from the paper, `# CHOICE` a decision where the paper is silent, and
-`# AUTHORS` a difference from the authors' code. README.md lists them all.
+Departures from the paper are tagged `# DIFFERS`, decisions where it is silent `# CHOICE`, and
+differences from the authors' code `# AUTHORS`. README.md lists them all.
 """
 
 import argparse
@@ -198,7 +198,7 @@ def fisher_norm(theta, gradient):
 def raise_to_minimum(theta, num_free):
     """Raise the open categories of one variable to theta_min, and keep their sum at 1.
 
-    The bound is ASNG's. It keeps every open category alive, and so it keeps K above 0.
+    The bound is ASNG's. It keeps every open category alive, and K above 0.
     """
     num_open = len(theta)
     if num_open == 1:
@@ -314,10 +314,7 @@ def open_masks(space, stage):
 
 @dataclasses.dataclass
 class TrainState:
-    """Everything that a training step depends on. A checkpoint holds these fields.
-
-    It also holds the state of torch's random generator, which draws the dropout masks.
-    """
+    """Everything that a training step depends on. A checkpoint holds it, with torch's generator."""
     model: ElasticBert                      # the weights W
     adam: torch.optim.Adam
     P: Categorical                          # theta
