@@ -2325,7 +2325,7 @@ SEARCH_PARAMS = ["search", "--max-params"]
         id="train-into-a-finished-result"),
     pytest.param(
         [*TRAIN, "--resume", "--seed", "5"],
-        ["started with --seed 0, but you gave 5", "pass --seed 0"],
+        ["started with --seed 0, but you gave --seed 5", "pass --seed 0"],
         id="resume-with-another-seed"),
     pytest.param(
         [*TRAIN_TINY, "--out", "tiny"],
@@ -2925,7 +2925,7 @@ def test_processes_stop_together_and_resume(in_data_dir, capsys):
     # Only the first process prints.
     assert not results[1][1]
 
-    assert_refused(capsys, part + ["--resume"], "was started with --nproc_per_node 2, but you gave 1")
+    assert_refused(capsys, part + ["--resume"], "was started with 2 processes, but now there are 1")
     results = run_two_processes(part + ["--resume"])
     assert [status for status, _ in results] == [0, 0], results
     assert read_results("part") == read_results("whole")

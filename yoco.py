@@ -1146,23 +1146,24 @@ class RunDirectory:
     def check_can_resume(self, old_header, inputs):
         """Raise UserError if the run was started with other files or settings."""
         with user_errors_for(self.log_path):
-            old_settings, old_inputs = old_header["settings"], old_header.get("inputs")
-            started_with = {"--nproc_per_node": old_header.get("num_processes")}
-            started_with |= {f"--{name.replace('_', '-')}": old_settings.get(name)
-                             for name in self.header["settings"]}
-        if old_inputs != self.header["inputs"]:
+            old_settings = old_header["settings"]
+            same_inputs = old_header["inputs"] == self.header["inputs"]
+            old_num_processes = old_header.get("num_processes", 1)
+        if not same_inputs:
             raise UserError(f"the files in {' or '.join(inputs)} have changed since "
                             f"{self.path} was started: put them back, or start over "
                             "with --overwrite")
-        given = {"--nproc_per_node": NUM_PROCESSES}
-        given |= {f"--{name.replace('_', '-')}": value
-                  for name, value in self.header["settings"].items()}
-        for flag, value in given.items():
-            old_value = started_with[flag]
+        if old_num_processes != NUM_PROCESSES:
+            raise UserError(f"{self.path} was started with {old_num_processes} processes, "
+                            f"but now there are {NUM_PROCESSES}: start as many, or start "
+                            "over with --overwrite")
+        for name, value in self.header["settings"].items():
+            old_value = old_settings.get(name)
             if old_value != value:
-                raise UserError(f"{self.path} was started with {flag} {old_value}, but "
-                                f"you gave {value}: pass {flag} {old_value}, or start "
-                                "over with --overwrite")
+                raise UserError(f"{self.path} was started with {as_typed(name, old_value)}, "
+                                f"but you gave {as_typed(name, value)}: pass "
+                                f"{as_typed(name, old_value)}, or start over with "
+                                "--overwrite")
 
     def lock_and_clear(self):
         """Lock the directory, and clear it and begin the log unless a run is resumed."""
@@ -1688,6 +1689,18 @@ class Parser(argparse.ArgumentParser):
 def flag_of(field):
     """Return the flag that sets a field of the settings."""
     return "--" + field.name.replace("_", "-")
+
+
+def as_typed(name, value):
+    """Return a setting as a user types it: --seed 5, --distill or --no-distill."""
+    words = name.replace("_", "-")
+    if value is True:
+        return f"--{words}"
+    if value is False:
+        return f"--no-{words}"
+    if isinstance(value, list):
+        value = " ".join(value)
+    return f"--{words} {value}"
 
 
 def add_flag(parser, field):
