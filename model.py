@@ -179,16 +179,15 @@ class SearchSpace:
         FFN size 32     4        5
 
     A list of `choices` has one index per variable. `arch(choices)` turns it into an Arch,
-    and `choices(arch)` turns an Arch into a list.
+    and `choices(arch)` turns an Arch into a list. In the example, [0, 3, 5] has the smaller
+    depth, 1, and pair 3 in the first layer, 2 heads and 16 neurons.
 
-    A sample has an index for every layer, but its depth keeps only some of the layers. The
-    others are *inactive*. An Arch does not contain them, so `choices(arch)` has None in
-    their places. The update of theta needs these None: the loss of a sub-BERT says nothing
-    about a layer that it does not run.
+    A sample has an index for every layer, but its depth keeps only some of the layers, by
+    default the first ones. The others are *inactive*, like the second layer of [0, 3, 5]. An
+    Arch does not contain them, so `choices(arch)` has None in their places. The update of
+    theta needs these None: the loss says nothing about a layer that was not run.
 
     >>> space = SearchSpace(depths=[1, 2], heads=[1, 2], ffn_sizes=[8, 16, 32])
-    >>> space.categories, space.size()
-    ((2, 6, 6), 42)
     >>> space.arch([0, 3, 5])
     Arch(heads=(2,), ffn_sizes=(16,))
     >>> space.choices(space.arch([0, 3, 5]))

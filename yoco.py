@@ -4,7 +4,7 @@ We fine-tune one elastic BERT per task, the *super-BERT*. Smaller BERTs, the *su
 of its weights and need no further training. `search` finds the best sub-BERT for a budget of
 parameters, FLOPs or latency.
 
-    python yoco.py train  --data glue/MRPC             -> superbert/MRPC       (default: glue/TOY)
+    python yoco.py train  --data glue/MRPC             -> superbert/MRPC
     python yoco.py search --max-params 60000000        -> subbert/MRPC-60000000
     python yoco.py eval   --model subbert/MRPC-60000000
 
@@ -44,8 +44,8 @@ Where each equation is, and the test that checks it:
     Eq. 7        the reward                          reward               test_reward
     Alg. 1       EE-SNG, stage by stage              train, make_stages   test_stages
 
-Eq. 5 estimates the two expectations of Eq. 4 from lambda samples. The paper takes the length of a
-step and the lower bound of theta from ASNG (Akimoto et al. 2019) without repeating them.
+Eq. 5 estimates the two expectations of Eq. 4 from lambda samples. The length of a step and the
+lower bound of theta come from ASNG, to which the paper only refers.
 
 Departures from the paper are tagged `# DIFFERS`, decisions where it is silent `# CHOICE`, and
 differences from the authors' code `# AUTHORS`. README.md lists them all.
@@ -104,8 +104,10 @@ class Categorical:
     """
 
     def __init__(self, sizes):
-        self.theta = [np.full(size, 1 / size) for size in sizes]     # all open at first
-        self.num_free = sum(size > 1 for size in sizes)              # variables with a choice
+        # All categories are open. `train` closes all but the largest before its first step.
+        self.theta = [np.full(size, 1 / size) for size in sizes]
+        # The number of variables that have more than one category, open or closed.
+        self.num_free = sum(size > 1 for size in sizes)
 
     def uniform(self):
         """Return pi, the uniform distribution over the open categories of every variable."""
@@ -123,16 +125,18 @@ class Categorical:
 
     def entropy(self):
         """Return rho, the entropy in nats: the sum over the variables, which are independent."""
-        # AUTHORS: the entropy of the layers' mean theta, which is high even if every layer settled.
+        # AUTHORS: they average theta over the layers first. Layers that have settled on different
+        # choices then look undecided.
         return float(-sum((t[t > 0] * np.log(t[t > 0])).sum() for t in self.theta))
 
     def set_open(self, masks):
         """Open exactly the categories in `masks`, one bool array per variable.
 
         A category that has just been opened gets the uniform probability, 1 / (number open). The
-        categories that were open before share the rest in their old proportions.
+        categories that were open before share the rest in their old proportions. For example,
+        (0.8, 0.2, closed) becomes (0.533, 0.133, 0.333).
         """
-        # AUTHORS: closed categories keep some probability.
+        # AUTHORS: they leave some probability on closed categories.
         for theta, is_open in zip(self.theta, masks):
             was_open = is_open & (theta > 0)
             old = theta[was_open]
@@ -162,11 +166,12 @@ def natural_gradient(theta, samples, utilities):
     """Return the mean of utility * (one_hot(m) - theta) over the samples, one array per variable.
 
     This is the ordinary gradient, multiplied by the inverse Fisher matrix. No matrix is inverted,
-    because for a categorical variable the inverse is known. It is the covariance of one_hot:
+    because for a categorical variable each factor is known:
 
         gradient of ln P_theta(m)     one_hot(m) / theta
-        inverse Fisher matrix         diag(theta) - theta theta'      (where the changes sum to 0)
-        their product                 one_hot(m) - theta
+        Fisher matrix                 diag(1 / theta)
+        its inverse                   diag(theta) - theta theta'     (for changes that sum to 0)
+        inverse times gradient        one_hot(m) - theta
 
     Our utilities sum to zero, so theta cancels for every variable that is active in all samples.
     With lambda = 2 the gradient is then (one_hot(best) - one_hot(worst)) / 2.
@@ -178,7 +183,7 @@ def natural_gradient(theta, samples, utilities):
     for sample, utility in zip(samples, utilities):
         for g, t, choice in zip(gradient, theta, sample):
             # CHOICE: a layer that the depth leaves out contributes nothing.
-            # AUTHORS: a random choice of that layer.
+            # AUTHORS: they use a random one_hot of that layer.
             if choice is not None:
                 direction = np.eye(len(t))[choice] - t                           # below Eq. 5
                 g += utility * direction / len(samples)                          # Eq. 5
@@ -189,7 +194,7 @@ def fisher_norm(theta, gradient):
     """Return the length of a step `gradient` in the Fisher metric of P_theta.
 
     The length measures how much the distribution changes, not how far the numbers move. Its square
-    is g' F g with the Fisher matrix F. As g sums to 0, that is the sum of g^2 / theta.
+    is g' F g with the Fisher matrix F = diag(1 / theta), so it is the sum of g^2 / theta.
     """
     squares = [(g[t > 0] ** 2 / t[t > 0]).sum() for t, g in zip(theta, gradient)]
     return math.sqrt(sum(squares))
@@ -198,12 +203,12 @@ def fisher_norm(theta, gradient):
 def raise_to_minimum(theta, num_free):
     """Raise the open categories of one variable to theta_min, and keep their sum at 1.
 
-    The bound is ASNG's. It keeps every open category alive, and K above 0.
+    The bound is from ASNG (Akimoto et al. 2019). It keeps every open category alive, and K above 0.
     """
     num_open = len(theta)
     if num_open == 1:
         return theta
-    # ASNG's bound. It is too high for very few variables, so never more than half of uniform.
+    # ASNG's bound. It is 1 for a single variable of two choices, so we cap it at half of uniform.
     theta_min = min(1 / (num_free * (num_open - 1)), 1 / (2 * num_open))
     theta = np.maximum(theta, theta_min)
     # The sum may exceed 1 now. Take the excess from each category in proportion to its surplus over
@@ -228,7 +233,7 @@ def ranking_utility(losses):
     utilities = np.zeros(len(losses))
     utilities[order[:mu]] += 1
     utilities[order[-mu:]] -= 1
-    # AUTHORS: ties among positive values only. A search has none: its losses are -reward.
+    # AUTHORS: they look for ties among positive values only. In a search all values are negative.
     for value in np.unique(losses):
         tied = losses == value
         utilities[tied] = utilities[tied].mean()
@@ -275,8 +280,8 @@ def progressive_rows(space, task):
 def make_stages(space, task, steps_per_epoch, schedule="progressive", epochs=0.0):
     """Return the stages of a training.
 
-    "progressive" trains the largest architecture, then opens one more choice per stage. "all" spends
-    half of the epochs on the largest, then opens everything. "largest" is plain fine-tuning.
+    "progressive" trains the largest architecture, then opens one more choice per stage. "all"
+    spends half of the epochs on the largest, then opens everything. "largest" is plain fine-tuning.
     epochs: the total over all stages, 0 for the table's.
     """
     rows = progressive_rows(space, task)
@@ -344,8 +349,8 @@ def train(settings):
     num_steps = stages[-1].first_step + stages[-1].num_steps
     interval = max(1, sets.steps_per_epoch // 20)        # I: 5% of an epoch, as the authors
     forward_backward = fastest_gradient(device)          # weight_gradient, or the same, faster
-    if not start_or_resume(run, state, num_steps, sets.steps_per_epoch):     # finished before
-        return read_run(run.path)
+    if not start_or_resume(run, state, num_steps, sets.steps_per_epoch):
+        return read_run(run.path)                        # the run was finished before
     batches = data.batches(sets.train, settings.batch_size, settings.seed, first=state.step)
 
     # CHOICE: t counts batches. Algorithm 1 says "epoch", but it takes one batch per iteration.
@@ -355,7 +360,7 @@ def train(settings):
             # The stage before is over. Open more of the search space, and start Adam afresh.
             P.set_open(open_masks(space, stage))                                 # 11
             state.adam = new_adam(model)
-            prepare_for_sub_berts(state, stages, sets, settings, autocast)   # --recipe best
+            sort_and_copy_teacher(state, stages, sets, settings, autocast)   # for --recipe best
         if t == stage.first_step or t % interval == 0:                           # 3
             # K = exploit_probability(P), or a constant under --strategy exploit or explore.
             state.K = controller(P, settings.strategy)                           # 4, 5
@@ -368,7 +373,7 @@ def train(settings):
         # Compute the loss of every architecture, and the gradient of W in every .grad.
         losses = forward_backward(model, batch, archs, autocast, state.teacher)  # 9
 
-        # Clip the gradient, stop at a NaN, and move W. The learning rate falls to 0 in each stage.
+        # Clip the gradient, turn losses into floats, and move W. The rate falls to 0 in each stage.
         rate = settings.lr * (1 - (t - stage.first_step) / stage.num_steps)
         losses = clip_and_check(model, losses, f"step {t + 1} of stage {stage.name}", rate, archs)
         state.adam.param_groups[0]["lr"] = rate
@@ -376,7 +381,7 @@ def train(settings):
 
         # Move theta. Samples of pi move it too, as Algorithm 1 prints it, although Eq. 5 expects
         # samples of P_theta. No importance weights correct for the difference.
-        if settings.strategy == "noise":                 # a control: theta learns from chance
+        if settings.strategy == "noise":                 # an ablation, as "explore" is
             losses = rng.permutation(losses)
         if settings.strategy != "explore":
             choices = [space.choices(arch) for arch in archs]    # None for layers left out
@@ -403,7 +408,7 @@ def weight_gradient(model, batch, archs, autocast, teacher=None):
         with autocast():
             logits = model(*inputs, arch).float()            # [B, num_labels]
         total_loss = label_losses[arch] = task_loss(logits, labels)
-        if teacher and arch != model.config.arch:
+        if teacher and arch != model.config.arch:            # config.arch is the largest
             # CHOICE: the teacher weighs as much as the labels, and the temperature is 1.
             total_loss = (total_loss + task_loss(logits, targets)) / 2
         (total_loss * count / len(archs)).backward()                             # Eq. 5
@@ -422,9 +427,9 @@ def new_adam(model):
 def reward(score, cost, budget, full_cost, alpha=2):
     """Return ACC(m) if the sub-BERT fits the budget, and less the further it exceeds it (Eq. 7).
 
-    score: ACC(m) in %. cost: T(m). budget: Omega. full_cost: T(M), the cost of the full model, where
-    the reward is 0. Two edge cases return the score unchanged: a score <= 0, which the factor would
-    raise, and a budget of at least the full model, which everything fits.
+    score: ACC(m) in %. cost: T(m). budget: Omega. full_cost: T(M), the cost of the full model, at
+    which the reward is 0. Two edge cases return the score unchanged: a score <= 0, which the factor
+    would raise, and a budget of at least full_cost, which everything fits.
 
     >>> reward(80, 50, 60, 100), reward(80, 80, 60, 100), reward(80, 100, 60, 100)
     (80, 20.0, 0.0)
@@ -637,7 +642,7 @@ def choose_holdout(settings, train_file):
 
 # ---- --recipe best: sort by importance, then distil ----------------------------------------------
 
-def prepare_for_sub_berts(state, stages, sets, settings, autocast):
+def sort_and_copy_teacher(state, stages, sets, settings, autocast):
     """Sort the heads and neurons, and freeze a teacher, if the settings ask for it.
 
     `train` calls this function at the start of every stage. It acts only at the start
