@@ -301,13 +301,6 @@ def make_stages(space, task, steps_per_epoch, schedule="progressive", epochs=0.0
     return stages
 
 
-def stage_at(stages, t):
-    """Return the stage that step `t` belongs to."""
-    for stage in reversed(stages):
-        if stage.first_step <= t:
-            return stage
-
-
 def open_masks(space, stage):
     """Return which categories are open in a stage: one bool array per variable."""
     depth = np.isin(space.depths, stage.depths)
@@ -534,6 +527,13 @@ RECIPES = {
         "keep_layers": "even",
     },
 }
+
+
+def stage_at(stages, t):
+    """Return the stage that step `t` belongs to."""
+    for stage in reversed(stages):
+        if stage.first_step <= t:
+            return stage
 
 
 def controller(P, strategy):
