@@ -258,7 +258,7 @@ def read_rows(path):
 # ---- The hold-out set ----------------------------------------------------------------------------
 
 def split_holdout(examples, fraction, seed):
-    """Split the examples of train into (kept, held out), both in their old order.
+    """Split the examples of train into (training set, hold-out set), both in their old order.
 
     `fraction` of the examples are held out, at least one unless `fraction` is 0. Labels
     and scores have the same distribution in both parts. A seed always gives the same
@@ -275,9 +275,9 @@ def split_holdout(examples, fraction, seed):
         chosen = set(sample_by_score(labels, size, rng))
     else:
         chosen = set(sample_by_label(labels, size, rng))
-    kept = [example for i, example in enumerate(examples) if i not in chosen]
-    held = [example for i, example in enumerate(examples) if i in chosen]
-    return kept, held
+    train_set = [example for i, example in enumerate(examples) if i not in chosen]
+    holdout_set = [example for i, example in enumerate(examples) if i in chosen]
+    return train_set, holdout_set
 
 
 def sample_by_label(labels, size, rng):
@@ -371,10 +371,10 @@ def batches(encoded, batch_size, seed, first=0):
         n_skipped = 0
 
 
-def token_batches(encoded, tokens):
+def token_batches(encoded, max_tokens):
     """Return the batches of an evaluation as lists of indices, longest examples first.
 
-    A batch has at most `tokens` tokens after it is padded to its longest example. An
+    A batch has at most `max_tokens` tokens after it is padded to its longest example. An
     example with more tokens than that is a batch by itself.
     """
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
@@ -382,27 +382,27 @@ def token_batches(encoded, tokens):
     start = 0
     while start < len(order):
         longest = len(encoded[order[start]].input_ids)
-        size = max(1, tokens // longest)
+        size = max(1, max_tokens // longest)
         index_lists.append(order[start:start + size])
         start += size
     return index_lists
 
 
-def collate(encoded, indices, device="cpu", most=10**6):
+def collate(encoded, indices, device="cpu", max_positions=10**6):
     """Return one padded batch: input_ids, token_type_ids, attention_mask and labels.
 
     The first two are int64 [B, T], the mask is bool [B, T], and the labels are int64 [B],
     or float32 for regression.
 
     T is the longest length, rounded up to a multiple of 8 (on a GPU of 32), but not above
-    `most`, the model's number of positions. Rounding gives few different shapes. That
+    `max_positions`, the positions of the model. Rounding gives few different shapes. That
     saves time, because a CPU keeps its kernels per shape, and a GPU its graphs.
     """
     rows = [encoded[i] for i in indices]
     longest = max(len(row.input_ids) for row in rows)
     multiple = 8 if torch.device(device).type == "cpu" else 32
     padded = math.ceil(longest / multiple) * multiple
-    n_tokens = max(longest, min(most, padded))
+    n_tokens = max(longest, min(max_positions, padded))
 
     # The mask is False on padding, so the ids there do not matter.
     shape = (len(rows), n_tokens)                                        # [B, T]
@@ -739,11 +739,11 @@ def max_train_length(directory):
 NUMBER = re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?%?", re.IGNORECASE)
 
 
-def summarize_task(task, kept, held, encoded, bert, max_length):
+def summarize_task(task, train_set, holdout_set, encoded, bert, max_length):
     """Return lines that summarize a data set and warn of likely mistakes.
 
-    kept, held: the two parts of train. encoded: `kept` after tokenizing with the
-    tokenizer of the directory `bert`, cut to `max_length` tokens.
+    train_set, holdout_set: the two parts of train. encoded: `train_set` after tokenizing
+    with the tokenizer of the directory `bert`, cut to `max_length` tokens.
     """
     labels = [example.label for example in task.train]
     if task.labels:
@@ -765,17 +765,17 @@ def summarize_task(task, kept, held, encoded, bert, max_length):
     share_unknown = np.mean(is_unknown)
     share_cut = np.mean(lengths >= max_length)
     baseline = majority_baseline(task)
-    lines = [f"{task.name}: {label_summary}. {len(kept)} {unit} to train on, "
-             f"{len(held)} held out, {n_dev} in dev",
+    lines = [f"{task.name}: {label_summary}. {len(train_set)} {unit} to train on, "
+             f"{len(holdout_set)} held out, {n_dev} in dev",
              f"tokens: median {np.median(lengths):.0f}, {share_cut:.1%} cut to "
              f"{max_length}, {share_unknown:.1%} unknown",
              f"always giving {constant_answer} scores {baseline:.2f} on dev"]
-    for warning in find_likely_mistakes(task, kept, held, share_unknown):
+    for warning in find_likely_mistakes(task, train_set, holdout_set, share_unknown):
         lines.append(f"WARNING: {warning}")
     return lines
 
 
-def find_likely_mistakes(task, kept, held, share_unknown):
+def find_likely_mistakes(task, train_set, holdout_set, share_unknown):
     """Return a warning for each property of a data set that looks like a mistake.
 
     share_unknown: the share of [UNK] among the tokens.
@@ -811,8 +811,8 @@ def find_likely_mistakes(task, kept, held, share_unknown):
         warnings.append("many tokens are unknown: check that the BERT has the language "
                         "and the casing of the data")
 
-    train_texts = {example[:2] for example in kept}
-    n_seen = sum(example[:2] in train_texts for example in held + dev)
+    train_texts = {example[:2] for example in train_set}
+    n_seen = sum(example[:2] in train_texts for example in holdout_set + dev)
     if n_seen:
         warnings.append(f"{n_seen} rows of the hold-out set or of dev are in train word "
                         "for word: remove duplicates from train.tsv")
@@ -974,7 +974,7 @@ def load(directory):
                             "none: give it two lists of the same length")
         examples = [Example(text, second, 0) for text, second in zip(texts, pairs)]
         encoded = encode_examples(examples)
-        *inputs, _ = collate(encoded, range(len(encoded)), most=max_positions)
+        *inputs, _ = collate(encoded, range(len(encoded)), max_positions=max_positions)
         return tuple(inputs)
 
     return model, encode_texts
