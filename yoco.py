@@ -12,7 +12,7 @@ Symbols of the paper, and their names here:
 
     m          an architecture: a depth, and heads and FFN size of each layer    arch
     theta      the probabilities of P_theta, a distribution over architectures   P.theta
-    pi         the uniform distribution over the open architectures              P.uniform()
+    pi         the distribution that is uniform over the open choices            P.uniform()
     rho        the entropy of P_theta                                            P.entropy()
     K          the controller: rho divided by its largest value                  K
     lambda     the number of architectures in one step: 2, a better and a worse  archs_per_step
@@ -106,7 +106,7 @@ class Categorical:
     def __init__(self, sizes):
         # All categories are open. `train` closes all but the largest before its first step.
         self.theta = [np.full(size, 1 / size) for size in sizes]
-        # The number of variables that have more than one category, open or closed.
+        # For theta_min: the variables that have more than one category, open or closed.
         self.num_free = sum(size > 1 for size in sizes)
 
     def uniform(self):
@@ -170,8 +170,8 @@ def natural_gradient(theta, samples, utilities):
 
         gradient of ln P_theta(m)     one_hot(m) / theta
         Fisher matrix                 diag(1 / theta)
-        its inverse                   diag(theta) - theta theta'     (for changes that sum to 0)
-        inverse times gradient        one_hot(m) - theta
+        its inverse                   diag(theta) - theta theta'     (this keeps the sum of theta)
+        inverse times gradient        one_hot(m) - theta             (theta' one_hot / theta is 1)
 
     Our utilities sum to zero, so theta cancels for every variable that is active in all samples.
     With lambda = 2 the gradient is then (one_hot(best) - one_hot(worst)) / 2.
@@ -222,7 +222,7 @@ def ranking_utility(losses):
 
     mu is a quarter of the samples, rounded up. With lambda = 2 the better sample gets +1 and the
     worse one -1. Equal losses share their utilities. Otherwise the order of sampling would decide
-    between them, and theta would take a full step for no reason.
+    between them, and theta would take a step of full length for no reason.
 
     >>> ranking_utility([0.3, 0.1, 0.1, 0.2])
     array([-1. ,  0.5,  0.5,  0. ])
@@ -374,7 +374,7 @@ def train(settings):
 
         # Move theta. Samples of pi move it too, as Algorithm 1 prints it, although Eq. 5 expects
         # samples of P_theta. No importance weights correct for the difference.
-        if settings.strategy == "noise":                 # an ablation, as "explore" is
+        if settings.strategy == "noise":                 # an ablation: shuffled losses
             losses = rng.permutation(losses)
         if settings.strategy != "explore":
             choices = [space.choices(arch) for arch in archs]    # None for layers left out
@@ -400,7 +400,8 @@ def weight_gradient(model, batch, archs, autocast, teacher=None):
     for arch, count in Counter(archs).items():
         with autocast():
             logits = model(*inputs, arch).float()            # [B, num_labels]
-        total_loss = label_losses[arch] = task_loss(logits, labels)
+        label_losses[arch] = task_loss(logits, labels)
+        total_loss = label_losses[arch]
         if teacher and arch != model.config.arch:            # config.arch is the largest
             # CHOICE: the teacher weighs as much as the labels, and the temperature is 1.
             total_loss = (total_loss + task_loss(logits, targets)) / 2
