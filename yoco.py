@@ -367,9 +367,9 @@ def train(settings):
         losses = forward_backward(model, batch, archs, autocast, state.teacher)  # 9
 
         # Clip the gradient, turn losses into floats, and move W. The rate falls to 0 in each stage.
-        rate = settings.lr * (1 - (t - stage.first_step) / stage.num_steps)
-        losses = clip_and_check(model, losses, f"step {t + 1} of stage {stage.name}", rate, archs)
-        state.adam.param_groups[0]["lr"] = rate
+        losses = clip_and_check(model, losses, t, stage, settings.lr, archs)
+        rest_of_stage = 1 - (t - stage.first_step) / stage.num_steps
+        state.adam.param_groups[0]["lr"] = settings.lr * rest_of_stage
         state.adam.step()                                                        # 10
 
         # Move theta. Samples of pi move it too, as Algorithm 1 prints it, although Eq. 5 expects
@@ -712,12 +712,12 @@ def task_loss(logits, targets):
 
 # ---- What a training reports ---------------------------------------------------------------------
 
-def clip_and_check(model, losses, where, lr, archs):
+def clip_and_check(model, losses, t, stage, lr, archs):
     """Clip the gradient at norm 1, and return the losses as numbers.
 
     Raises UserError if a loss or the norm is NaN or infinite. Adam has not used the
-    gradient by then, so the weights are still good. where: the step and the stage, for
-    the message.
+    gradient by then, so the weights are still good. The last four arguments are only
+    for the message.
     """
     # CHOICE: the gradient is clipped at 1, as in the authors' code. The paper does not
     # mention clipping.
@@ -726,7 +726,8 @@ def clip_and_check(model, losses, where, lr, archs):
     *losses, norm = torch.stack([*losses, norm]).tolist()
     if not np.isfinite([*losses, norm]).all():
         sampled = ", ".join(f"[{arch}]" for arch in archs)
-        raise UserError(f"diverged at {where}, learning rate {lr:g}: losses {losses}, "
+        raise UserError(f"diverged at step {t + 1} of stage {stage.name}, "
+                        f"learning rate {lr:g}: losses {losses}, "
                         f"gradient norm {norm}, architectures {sampled}. "
                         "Try a lower --lr")
     return losses
