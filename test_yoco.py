@@ -3247,7 +3247,7 @@ def test_readme_lists_every_departure():
 
 
 def named_object(name):
-    """Return the function, class or method of yoco.py with a name such as Categorical.step."""
+    """Return the function, class or method of yoco.py by its name, for example Categorical.step."""
     found = yoco
     for part in name.split("."):
         found = getattr(found, part)
@@ -3294,7 +3294,7 @@ def test_lines_of_algorithm_1():
 
 
 def test_reading_order():
-    """The line ranges in README's "Read the code" begin and end with what they name."""
+    """The line ranges in README's "Read the code" are those of the functions they name."""
     section = (ROOT / "README.md").read_text().split("## Read the code")[1].split("\n## ")[0]
     row = r"\| `(\w+\.py)` (\d+)–(\d+) \| ((?:the [a-z ]+)?)(`\w+`)?(?: to (`\w+`))? \|"
     rows = re.findall(row, section)

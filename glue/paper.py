@@ -819,8 +819,9 @@ def print_named_table(name, cells):
 
     Raises UserError if the table has no cells yet.
     """
-    print("MiniLM (6 x 384; not comparable with BERT-base), scores in %: mean ± sample standard "
-          "deviation (seeds);\nthen the paired difference from the first row [95% interval].\n")
+    print("MiniLM (6 x 384, not comparable with BERT-base). Scores in %: mean ± sample "
+          "standard deviation (seeds),\nthen the paired difference from the first row "
+          "[95% interval].\n")
     variants = variants_of(name)
     cells = {(task, variant): by_seed for (task, variant), by_seed in cells.items()
              if variant in variants}

@@ -27,7 +27,7 @@ from model import (Arch, BertConfig, count_params, ElasticBert, load_bert, save_
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# ---- Statistics ----------------------------------------------------------------------------------
+# ---- Statistics ---------------------------------------------------------------------
 
 REFERENCE = {0: 1.0, 1: 4.0, 2: 7.0, 8: 2.0}
 
@@ -114,7 +114,7 @@ def test_sampling_stats(tmp_path):
     assert [round(value, 1) for value in stats.values()] == by_depth + of_all + of_deep
 
 
-# ---- Budgets and searches ------------------------------------------------------------------------
+# ---- Budgets and searches -----------------------------------------------------------
 
 @pytest.mark.parametrize("share, num_layers_removed", [
     pytest.param(0, 6, id="no-layer"),
@@ -155,7 +155,7 @@ def test_evolution_and_random_search():
     assert paper.search_by(paper.propose_random, ctx, limit, None, cache, 50, 1) == cache
 
 
-# ---- Cells, from the command line ----------------------------------------------------------------
+# ---- Cells, from the command line ---------------------------------------------------
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
