@@ -1038,7 +1038,7 @@ def test_worked_example():
     gradient = [[-1/2, 1/2], [0, -1/2, 0, 1/2], [3/8, -1/8, -1/8, -1/8]]
     # Squares over theta: (1/4 + 1/4) * 2 + (1/4 + 1/4) * 4 + (9 + 3)/64 * 4 = 15/4.
     norm = root / 2
-    # The depth: 1/2 - 1/root = 0.242 is raised to theta_min = 1 / 2K = 1/4.
+    # The depth: 1/2 - 1/root = 0.242 is raised to theta_min = 1/4, half of uniform.
     depth = [1/4, 3/4]
     # Layer 1: 1/4 - 1/root < 0 is raised to theta_min = 1 / (3 * 3). The other three
     # share the remaining 5/9 in proportion to their surplus over 1/9: 5/36, 5/36 and
@@ -1048,7 +1048,9 @@ def test_worked_example():
     # Layer 2 stays above 1/9.
     layer_2 = [1/4 + 3/(4*root)] + [1/4 - 1/(4*root)] * 3
     after = [depth, layer_1, layer_2]
-    K = -sum(p * math.log(p) for theta in after for p in theta) / (5 * math.log(2))
+    entropy = -sum(p * math.log(p) for theta in after for p in theta)
+    max_entropy = 5 * math.log(2)
+    K = entropy / max_entropy
 
     assert [theta.tolist() for theta in P.theta] == [[1/2] * 2, [1/4] * 4, [1/4] * 4]
     assert yoco.exploit_probability(P) == 1
@@ -1064,8 +1066,12 @@ def test_worked_example():
     assert len(sections) == 2, "README has no section One step by hand"
     section = re.split(r"^#+ ", sections[1], flags=re.M)[0].replace("\u2212", "-")
     printed = set(re.findall(r"-?\d+\.\d{3}(?!\d)", section))
-    values = [1/2, 1/4, *losses, 1, *sum(gradient, []), norm, *sum(after, []), K]
-    assert {f"{value:.3f}" for value in values} <= printed
+    moved = [1/2 - 1/root, 1/2 + 1/root, 1/4, 1/4 - 1/root, 1/4 + 1/root, *layer_2]
+    # The payment in layer 1: the cost of the raise, the surplus of the others, their sum.
+    payment = [1/9 - (1/4 - 1/root), *surplus[2:], sum(surplus)]
+    values = [1/2, 1/4, *losses, 1, -1, *sum(gradient, []), 2, 3/4, norm, *moved, 1/9,
+              *sum(after, []), *payment, max_entropy, entropy, K]
+    assert {f"{value:.3f}" for value in values} == printed
 
 
 def count_updates(target, num_samples, delta, sigma, seed, limit=3000):
