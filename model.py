@@ -496,12 +496,14 @@ SUPPORTED_VALUES = {
     "depth_keeps": ["first"],
 }
 # transformers writes these fields into ordinary BERT configurations. They change no
-# logit, so load_bert does not mention them.
+# logit, so nobody needs to know about them.
 HARMLESS_FIELDS = (
-    "_name_or_path", "_num_labels", "architectures", "bos_token_id", "dtype",
-    "eos_token_id", "finetuning_task", "gradient_checkpointing", "label2id", "num_labels",
-    "output_past", "pad_token_id", "tie_word_embeddings", "torch_dtype",
-    "transformers_version", "use_cache")
+    "_name_or_path", "_num_labels", "architectures", "bos_token_id", "directionality",
+    "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing", "label2id",
+    "language", "num_labels", "output_attentions", "output_hidden_states", "output_past",
+    "pad_token_id", "pooler_fc_size", "pooler_num_attention_heads",
+    "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type", "tie_word_embeddings",
+    "torch_dtype", "torchscript", "transformers_version", "use_cache")
 
 
 def read_config(path):
@@ -522,10 +524,17 @@ def read_config(path):
     return values
 
 
-def unknown_fields(values):
-    """Return the names of those fields of a config.json that this project does not know."""
-    known = {field.name for field in fields(BertConfig)}
-    return sorted(set(values) - known - set(SUPPORTED_VALUES) - set(HARMLESS_FIELDS))
+def name_unknown_fields(directory):
+    """Print one line to stderr that names the unknown fields of a config.json, if any.
+
+    The line must not go to stdout, where `glue.predict` prints its answers.
+    """
+    path = Path(directory) / "config.json"
+    known = {field.name for field in fields(BertConfig)} | set(SUPPORTED_VALUES)
+    unknown = sorted(set(read_config(path)) - known - set(HARMLESS_FIELDS))
+    if unknown:
+        text = f"{path}: ignored fields that this project does not know: {', '.join(unknown)}"
+        print(escape_control_chars(text), file=sys.stderr, flush=True)
 
 
 def check_config(config):
@@ -661,11 +670,8 @@ def load_bert(directory, num_labels=None, labels=None):
     names and shapes of the model. Raises UserError if one is missing, unknown or different.
     """
     config, tensors = BertConfig.load(directory), read_tensors(directory)
-    path = Path(directory) / "config.json"
-    values = read_config(path)
-    unknown = ", ".join(unknown_fields(values))
-    if unknown:
-        print_line(f"{path}: ignored fields that this project does not know: {unknown}")
+    name_unknown_fields(directory)
+    values = read_config(Path(directory) / "config.json")
     if values.get("architectures") not in (None, ["BertForSequenceClassification"]):
         # The classifier of another architecture does not classify texts.
         tensors = {n: t for n, t in tensors.items() if not n.startswith("classifier.")}

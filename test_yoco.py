@@ -2012,7 +2012,7 @@ def test_old_tensor_names(tmp_path, capsys):
 
 
 def test_unknown_config_fields_are_named_in_one_line(tmp_path, capsys):
-    """An unknown field of config.json changes nothing, and load_bert names it."""
+    """An unknown field of config.json changes nothing, and load_bert names it on stderr."""
     model, batch = small_model(), small_batch()
     save_bert(model, tmp_path)
     path = tmp_path / "config.json"
@@ -2023,9 +2023,35 @@ def test_unknown_config_fields_are_named_in_one_line(tmp_path, capsys):
     capsys.readouterr()
     loaded = load_bert(tmp_path)
     assert torch.equal(loaded(*batch), model(*batch))
-    line, = capsys.readouterr().out.strip().split("\n")
+    printed = capsys.readouterr()
+    assert not printed.out
+    line, = printed.err.strip().split("\n")
     assert line.startswith(f"{path}: ignored")
     assert line.endswith("my_field, rope_theta")
+
+
+def test_unknown_config_fields_of_random_weights_are_named(in_data_dir, capsys):
+    """A typing error in a data directory's config.json is named, too."""
+    write_tiny_bert(in_data_dir / "tiny", num_hidden_layer=9)
+    assert yoco.main(TRAIN) == 0
+    assert "tiny/config.json: ignored fields" in capsys.readouterr().err
+
+
+def test_tokenizer_is_the_one_of_the_start(in_data_dir, monkeypatch):
+    """train and search write the tokenizer, even if their input vanishes meanwhile."""
+    vocab = Path("tiny/vocab.txt").read_bytes()
+    monkeypatch.setattr(yoco, "report", lambda *_: Path("tiny/vocab.txt").unlink(missing_ok=True))
+    assert yoco.main(TRAIN) == 0
+    assert Path("superbert/tiny/vocab.txt").read_bytes() == vocab
+
+    def move(setup, run, budget):
+        move_toward_reward(setup, run, budget)
+        Path("superbert/tiny/vocab.txt").unlink()
+
+    move_toward_reward = yoco.move_toward_reward
+    monkeypatch.setattr(yoco, "move_toward_reward", move)
+    assert yoco.main(SEARCH) == 0
+    assert Path("subbert/tiny-0.9x/vocab.txt").read_bytes() == vocab
 
 
 def test_classifier_follows_label_names(tmp_path):
@@ -2365,7 +2391,8 @@ SEARCH_PARAMS = ["search", "--max-params"]
     pytest.param([*SEARCH_PARAMS, ""], ["budget"], id="empty-budget"),
     pytest.param([*SEARCH_PARAMS, "-5"], ["budget"], id="negative-budget"),
     pytest.param([*SEARCH_PARAMS, "60 M"], ["budget"], id="blank-before-unit"),
-    pytest.param([*SEARCH_PARAMS, "0.8x", "M"], ["'m' is not a"], id="unit-without-number"),
+    pytest.param(
+        [*SEARCH_PARAMS, "60", "M"], ["'m' is not a", "without blanks"], id="unit-without-number"),
     pytest.param(
         ["search", "--max-latency", "60M"],
         ["'60m' is not a positive"],
@@ -2441,6 +2468,11 @@ RESUME = TRAIN + ["--checkpoint-every", "2", "--out", "part", "--resume"]
         "part/log.jsonl", lambda content: b"{}\n" + content,
         RESUME, "log.jsonl",
         id="log-with-another-header"),
+    pytest.param(
+        "part/log.jsonl",
+        lambda content: re.sub(rb'"settings": {.*?}', b'"settings": 5', content, count=1),
+        RESUME, "log.jsonl is damaged",
+        id="log-with-damaged-settings"),
     pytest.param(
         "part/log.jsonl", lambda content: b"\0\n" + content,
         RESUME, "log.jsonl is damaged",
@@ -3300,7 +3332,7 @@ def test_lines_of_algorithm_1():
 
 
 def test_reading_order():
-    """The line ranges in README's "Read the code" are those of the functions they name."""
+    """README's "Read the code" gives the lines where the named functions begin and end."""
     section = (ROOT / "README.md").read_text().split("## Read the code")[1].split("\n## ")[0]
     row = r"\| `(\w+\.py)` (\d+)–(\d+) \| ((?:the [a-z ]+)?)(`\w+`)?(?: to (`\w+`))? \|"
     rows = re.findall(row, section)

@@ -72,8 +72,8 @@ from typing import Literal, get_args
 from model import (TOKENIZER_FILES, Arch, BertConfig, ElasticBert, SearchSpace, UserError,
                    archs_to_tensor, capture_graph, count_flops, count_params, device_name,
                    escape_control_chars, extract, fingerprint, forward_many, latency, load_bert,
-                   peak_memory, print_line, read_json, regular_file, save_bert,
-                   select_device_and_precision, sort_by_importance, tokenizer_files,
+                   name_unknown_fields, peak_memory, print_line, read_json, regular_file,
+                   save_bert, select_device_and_precision, sort_by_importance, tokenizer_files,
                    user_errors_for, weight_files, write_file, write_json)
 
 import numpy as np
@@ -586,6 +586,7 @@ def initial_model(settings, task):
         print_line(f"{bert} has a config.json but no weights: "
                    "the weights start at random")
         model = ElasticBert(BertConfig.load(bert), task.num_labels)
+        name_unknown_fields(bert)
         model.config.name_labels(task.labels)
     else:
         model = load_bert(bert, task.num_labels, task.labels)
@@ -602,6 +603,7 @@ class TrainingSets:
     train_file: str             # the fingerprint of train.tsv
     max_length: int             # tokens per example
     steps_per_epoch: int
+    tokenizer: dict             # {file name: bytes}, as they were at the start
 
 
 def split_and_tokenize(task, settings, config):
@@ -620,7 +622,8 @@ def split_and_tokenize(task, settings, config):
         holdout_split=holdout_split,
         train_file=train_file,
         max_length=max_length,
-        steps_per_epoch=math.ceil(len(train_examples) / settings.batch_size))
+        steps_per_epoch=math.ceil(len(train_examples) / settings.batch_size),
+        tokenizer=tokenizer_files(settings.bert))
     summary = data.summarize_task(task, train_examples, holdout_examples, sets.train,
                                   settings.bert, max_length)
     print_line("\n".join(summary))
@@ -798,7 +801,7 @@ def finish_training(run, state, task, sets, device, autocast, **facts):
         evaluate_arch = data.make_evaluator(model, [sets.holdout], task.metric, device,
                                             autocast)
         scores = {name: evaluate_arch(arch) for name, arch in archs.items()}
-    save_bert(model, run.path, tokenizer_files(run.settings.bert))
+    save_bert(model, run.path, sets.tokenizer)
     result = run.write_result(
         device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
         data=run.settings.data, train=sets.train_file, held_out=sets.holdout_split,
@@ -849,6 +852,7 @@ class SearchSetup:
     settings: "SearchSettings"
     superbert: str              # its directory
     superbert_run: dict         # its run.json
+    tokenizer: dict             # its tokenizer, {file name: bytes}
     model: ElasticBert
     space: SearchSpace
     evaluate: object            # architecture -> ACC(m) on the data that selects, in %
@@ -897,8 +901,9 @@ def open_search(settings):
     for run in runs:
         run.lock_and_clear()
     return SearchSetup(
-        settings=settings, superbert=superbert, superbert_run=superbert_run, model=model,
-        space=space, evaluate=lambda arch: select(arch)["score"],
+        settings=settings, superbert=superbert, superbert_run=superbert_run,
+        tokenizer=tokenizer_files(superbert), model=model, space=space,
+        evaluate=lambda arch: select(arch)["score"],
         evaluate_on_dev=evaluate_on_dev, measure=measure, unit=UNITS[kind],
         runs=list(zip(runs, budgets)), scores=scores, costs=costs, device=device,
         autocast=autocast)
@@ -925,7 +930,7 @@ def write_sub_bert(setup, run, budget, best):
     """Extract the sub-BERT `best`, evaluate it on dev, and write its directory."""
     trained, config = setup.superbert_run, setup.model.config
     dev = setup.evaluate_on_dev(best)
-    save_bert(extract(setup.model, best), run.path, tokenizer_files(setup.superbert))
+    save_bert(extract(setup.model, best), run.path, setup.tokenizer)
     inherited = ("task", "metric", "pairs", "data", "train", "held_out", "max_length")
     # The first line of the log is its header. Every other line is an evaluation.
     evaluations_run = len(read_log(run.path)) - 1
@@ -976,6 +981,7 @@ def budgets_from_settings(settings, superbert):
     texts = [text.lower() for text in getattr(settings, f"max_{kind}")]
     settings_per_budget = {}
     for text in texts:
+        split_budget(text, UNITS[kind])          # refuses a typing error at once
         suffix = text if kind == "params" else f"{text}-{kind}"
         out = f"subbert/{name}-{suffix}"
         if settings.out:
@@ -985,22 +991,32 @@ def budgets_from_settings(settings, superbert):
     return kind, settings_per_budget
 
 
+def split_budget(text, unit):
+    """Split a budget as typed into a number and a suffix: '60m' into 60.0 and 'm'.
+
+    Raises UserError if the text is not a budget in this unit.
+    """
+    suffixes = ("", "k", "m", "g", "b", "x")
+    example = "6e7, 60m or 0.5x"
+    if unit == "ms":
+        suffixes = ("", "ms", "x")
+        example = "12, 12ms or 0.5x"
+    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?)([a-z]*)", text)
+    if not match or match[2] not in suffixes or float(match[1]) == 0:
+        raise UserError(f"{text!r} is not a positive budget in {unit}: write it like "
+                        f"{example}, without blanks")
+    return float(match[1]), match[2]
+
+
 def parse_budget(text, smallest_cost, full_cost, unit):
     """Return Omega for a budget as typed: '60000000', '60e6', '60m' or '0.5x'.
 
     '0.5x' is half of the full model's cost. A latency may also be '12ms'. Raises
     UserError if no sub-BERT fits the budget.
     """
-    scales = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "x": full_cost}
-    example = "6e7 or 0.5x"
-    if unit == "ms":
-        scales = {"": 1, "ms": 1, "x": full_cost}
-        example = "12ms or 0.5x"
-    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?)([a-z]*)", text)
-    if not match or match[2] not in scales or float(match[1]) == 0:
-        raise UserError(f"{text!r} is not a positive budget in {unit}: "
-                        f"write it like {example}")
-    budget = float(match[1]) * scales[match[2]]
+    number, suffix = split_budget(text, unit)
+    scales = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "ms": 1, "x": full_cost}
+    budget = number * scales[suffix]
     if smallest_cost >= budget:
         share = smallest_cost / full_cost
         raise UserError(f"no sub-BERT fits the budget of {budget:,.12g} {unit}: "
@@ -1153,7 +1169,7 @@ class RunDirectory:
     def check_can_resume(self, old_header, inputs):
         """Raise UserError if the run was started with other files or settings."""
         with user_errors_for(self.log_path):
-            old_settings = old_header["settings"]
+            old_settings = {**old_header["settings"]}
             same_inputs = old_header["inputs"] == self.header["inputs"]
             old_num_processes = old_header.get("num_processes", 1)
         if not same_inputs:
@@ -1701,6 +1717,8 @@ def flag_of(field):
 def as_typed(name, value):
     """Return a setting as a user types it: --seed 5, --distill or --no-distill."""
     words = name.replace("_", "-")
+    if value is None:
+        return f"no --{words}"
     if value is True:
         return f"--{words}"
     if value is False:
@@ -1763,7 +1781,7 @@ def on_signal(number, _):
     """Remember a Ctrl-C or SIGTERM. `train` and `search` stop after the current step."""
     received_signals.append(number)
     print_progress("\nstopping after this step")
-    # A second signal stops at once. With torchrun it does not, because torchrun passes
+    # The same signal again stops at once. With torchrun it does not, because torchrun passes
     # a Ctrl-C on, and its processes may receive the same signal twice.
     if NUM_PROCESSES == 1:
         signal.signal(number, signal.default_int_handler)
@@ -1773,7 +1791,7 @@ def main(argv=None):
     """Run one command, and return the exit status.
 
     The status is 0 if the command ends well, 2 after an error, 130 after Ctrl-C, and
-    143 after SIGTERM.
+    143 after SIGTERM. If the same signal comes twice, it is 130.
     """
     # Escape a character that the terminal cannot show, as stderr does by default.
     # stdout is None if it was closed.

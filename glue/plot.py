@@ -121,6 +121,9 @@ def draw_searches(logs):
     for i, (superbert, directories) in enumerate(sorted(searches.items())):
         prefix = f"{superbert}: " if len(searches) > 1 else ""
         its_searches = [(runs[directory], logs[directory]) for directory in directories]
+        if not any(records for _, records in its_searches):
+            raise UserError(f"the log of {directories[0]} holds no scores: name the directories "
+                            "of all budgets of this search")
         num_evaluated += draw_superbert(axes, f"C{i}", prefix, its_searches)
     draw_budgets(axes, runs.values())
 
@@ -153,10 +156,6 @@ def draw_superbert(axes, color, prefix, searches):
             evaluated[tuple(record["choices"])] = (record["cost"], record["score"])
         # Two budgets may have the same winner. It gets one star.
         chosen[str(run["arch"])] = (run["cost"], run["selection_score"])
-    if not evaluated:
-        raise UserError(f"the log of {searches[0][0]['settings']['out']} holds no scores: name "
-                        "the directories of all budgets of this search")
-
     points = np.array(list(evaluated.values()))             # [n, 2]
     axes.scatter(*points.T, s=12, alpha=0.45, color=color, linewidths=0, rasterized=True,
                  label=f"{prefix}evaluated")

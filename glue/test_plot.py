@@ -146,6 +146,11 @@ def test_refusals(runs_dir, tmp_path, capsys, monkeypatch):
     superbert, subbert = runs_dir / "super", runs_dir / "sub/0.4x"
     assert_refused(capsys, plot, [], "DIR")
     assert_refused(capsys, plot, [runs_dir], "log.jsonl does not exist")
+    # An empty log: all evaluations are in the log of another budget of the same search.
+    shutil.copytree(subbert, "empty")
+    log = Path("empty/log.jsonl")
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
+    assert_refused(capsys, plot, ["empty"], "empty holds no scores")
     assert_refused(capsys, plot, [superbert, subbert], "several sub-BERTs, or one super-BERT")
     assert_refused(capsys, plot, [superbert, "--out", "a.png"], ".svg")
     assert_refused(capsys, plot, [superbert, "--out", "no/a.svg"], "no")
