@@ -121,6 +121,7 @@ def load_task(directory):
                         "learn: add rows with another label")
 
     def read_dev(name):
+        """Read a dev set, which must have the columns of train.tsv."""
         dev_format, examples, _ = read_examples(directory / name, labels)
         if dev_format != train_format:
             raise UserError(f"{directory / name} has other columns than train.tsv: "
