@@ -175,12 +175,13 @@ class SearchSpace:
 
                      1 head   2 heads
         FFN size  8     0        1
-        FFN size 16     2        3       index = FFN index * number of columns + heads index
+        FFN size 16     2        3
         FFN size 32     4        5
 
-    A list of `choices` has one index per variable. `arch(choices)` turns it into an Arch,
-    and `choices(arch)` turns an Arch into a list. In the example, [0, 3, 5] has the smaller
-    depth, 1, and pair 3 in the first layer, 2 heads and 16 neurons.
+    So a pair's index is FFN index * number of head choices + heads index.
+    A list of `choices` has one index, a category, per variable. `arch(choices)` turns it
+    into an Arch, and `choices(arch)` turns an Arch into a list. In the example, [0, 3, 5]
+    means depth 1, and in the first layer pair 3, which is 2 heads and 16 neurons.
 
     A sample has an index for every layer, but its depth keeps only some of the layers, by
     default the first ones. The others are *inactive*, like the second layer of [0, 3, 5]. An

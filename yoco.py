@@ -14,7 +14,7 @@ Symbols of the paper, and their names here:
     theta      the probabilities of P_theta, a distribution over architectures   P.theta
     pi         the distribution that is uniform over the open choices            P.uniform()
     rho        the entropy of P_theta                                            P.entropy()
-    K          the controller: rho divided by its largest value                  K
+    K          the controller: rho / rho_max, where rho_max is the entropy of pi K
     lambda     the number of architectures in one step: 2, a better and a worse  archs_per_step
     delta      the length of one step of theta: 1                                delta
     I          the steps between two updates of K: 5% of an epoch                interval
@@ -106,7 +106,7 @@ class Categorical:
     def __init__(self, sizes):
         # All categories are open. `train` closes all but the largest before its first step.
         self.theta = [np.full(size, 1 / size) for size in sizes]
-        # For theta_min: the variables that have more than one category, open or closed.
+        # For theta_min: the number of variables with several categories, open or closed.
         self.num_free = sum(size > 1 for size in sizes)
 
     def uniform(self):
@@ -170,8 +170,8 @@ def natural_gradient(theta, samples, utilities):
 
         gradient of ln P_theta(m)     one_hot(m) / theta
         Fisher matrix                 diag(1 / theta)
-        its inverse                   diag(theta) - theta theta'     (this keeps the sum of theta)
-        inverse times gradient        one_hot(m) - theta             (theta' one_hot / theta is 1)
+        its inverse                   diag(theta) - theta theta'     (on moves that sum to 0)
+        inverse times gradient        one_hot(m) - theta             (theta' (one_hot / theta) = 1)
 
     Our utilities sum to zero, so theta cancels for every variable that is active in all samples.
     With lambda = 2 the gradient is then (one_hot(best) - one_hot(worst)) / 2.
@@ -213,16 +213,16 @@ def raise_to_minimum(theta, num_free):
     theta = np.maximum(theta, theta_min)
     # The sum may exceed 1 now. Take the excess from each category in proportion to its surplus over
     # theta_min. Dividing by the sum instead would push some categories below theta_min again.
-    surplus = theta - theta_min
-    return theta - surplus * (theta.sum() - 1) / surplus.sum()
+    surplus, excess = theta - theta_min, theta.sum() - 1
+    return theta - surplus * excess / surplus.sum()
 
 
 def ranking_utility(losses):
     """Map losses to utilities: +1/mu for the best mu, -1/mu for the worst mu, 0 in between.
 
     mu is a quarter of the samples, rounded up. With lambda = 2 the better sample gets +1 and the
-    worse one -1. Equal losses share their utilities. Otherwise the order of sampling would decide
-    between them, and theta would take a step of full length for no reason.
+    worse one -1. Equal losses get the mean of their utilities. Otherwise the order of sampling
+    would decide between them, and theta would take a step of full length for no reason.
 
     >>> ranking_utility([0.3, 0.1, 0.1, 0.2])
     array([-1. ,  0.5,  0.5,  0. ])
@@ -325,7 +325,7 @@ class TrainState:
 def train(settings):
     """Fine-tune a super-BERT with Algorithm 1. Return the contents of its run.json.
 
-    W and theta move to minimise the expected loss of an architecture of P_theta (Eq. 1, Eq. 3).
+    W and theta minimise the expected loss of an architecture sampled from P_theta (Eq. 1, Eq. 3).
     """
     # Set up the data, the weights W, the distribution P_theta, and the stages.
     task = data.load_task(settings.data)
@@ -341,7 +341,7 @@ def train(settings):
     stages = make_stages(space, task.name, sets.steps_per_epoch, settings.stages, settings.epochs)
     num_steps = stages[-1].first_step + stages[-1].num_steps
     interval = max(1, sets.steps_per_epoch // 20)        # I: 5% of an epoch, as the authors
-    forward_backward = fastest_gradient(device)          # weight_gradient, or the same, faster
+    forward_backward = fastest_gradient(device)          # weight_gradient, or a faster equal
     if not start_or_resume(run, state, num_steps, sets.steps_per_epoch):
         return read_run(run.path)                        # the run was finished before
     batches = data.batches(sets.train, settings.batch_size, settings.seed, first=state.step)
@@ -363,16 +363,16 @@ def train(settings):
         source = P if rng.random() < state.K else P.uniform()                    # 7
         archs = [space.arch(source.sample(rng)) for _ in range(settings.archs_per_step)]     # 8
 
-        # Compute the loss of every architecture, and the gradient of W in every .grad.
+        # Compute the loss of every architecture, and the gradient of W in each parameter's .grad.
         losses = forward_backward(model, batch, archs, autocast, state.teacher)  # 9
 
-        # Clip the gradient, turn losses into floats, and move W. The rate falls to 0 in each stage.
+        # Clip, turn the losses into floats, and move W. The learning rate falls to 0 in each stage.
         losses = clip_and_check(model, losses, t, stage, settings.lr, archs)
         rest_of_stage = 1 - (t - stage.first_step) / stage.num_steps
         state.adam.param_groups[0]["lr"] = settings.lr * rest_of_stage
         state.adam.step()                                                        # 10
 
-        # Move theta. Samples of pi move it too, as Algorithm 1 prints it, although Eq. 5 expects
+        # Move theta. Samples of pi move it too (Algorithm 1, line 10), although Eq. 5 expects
         # samples of P_theta. No importance weights correct for the difference.
         if settings.strategy == "noise":                 # an ablation: shuffled losses
             losses = rng.permutation(losses)
@@ -428,9 +428,9 @@ def reward(score, cost, budget, full_cost, alpha=2):
     >>> reward(80, 50, 60, 100), reward(80, 80, 60, 100), reward(80, 100, 60, 100)
     (80, 20.0, 0.0)
     """
-    # DIFFERS from Eq. 7: the printed factor is 0 at the budget and grows with the excess, so it
-    # rewards excess. We use one minus that.
-    # AUTHORS: one minus that, too, but also for negative scores (Matthews), which it raises.
+    # DIFFERS from Eq. 7: the printed factor, excess ** alpha, is 0 at the budget and grows with
+    # the excess. We use (1 - excess) ** alpha.
+    # AUTHORS: they do, too, but also for negative scores (Matthews), which it raises.
     if cost < budget or budget >= full_cost or score <= 0:
         return score
     excess = (cost - budget) / (full_cost - budget)
@@ -1709,23 +1709,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message + " (see --help)")
 
 
-def flag_of(field):
-    """Return the flag that sets a field of the settings."""
-    return "--" + field.name.replace("_", "-")
+def flag_of(name):
+    """Return the flag of a setting: --keep-layers for keep_layers."""
+    return "--" + name.replace("_", "-")
 
 
 def as_typed(name, value):
     """Return a setting as a user types it: --seed 5, --distill or --no-distill."""
-    words = name.replace("_", "-")
+    flag = flag_of(name)
     if value is None:
-        return f"no --{words}"
+        return f"no {flag}"
     if value is True:
-        return f"--{words}"
+        return flag
     if value is False:
-        return f"--no-{words}"
+        return "--no-" + flag.removeprefix("--")
     if isinstance(value, list):
         value = " ".join(value)
-    return f"--{words} {value}"
+    return f"{flag} {value}"
 
 
 def add_flag(parser, field):
@@ -1740,7 +1740,7 @@ def add_flag(parser, field):
     text = field.metadata["help"]
     if field.default:
         text += f" Default: {field.default}."
-    parser.add_argument(flag_of(field), help=text, default=field.default, **options)
+    parser.add_argument(flag_of(field.name), help=text, default=field.default, **options)
 
 
 def parse(argv):
@@ -1758,12 +1758,12 @@ def parse(argv):
     settings_class, function = COMMANDS[options.pop("command")]
     fields = dataclasses.fields(settings_class)
     if unknown:
-        refuse_unknown_flags(parser, unknown, [flag_of(field) for field in fields])
+        refuse_unknown_flags(parser, unknown, [flag_of(field.name) for field in fields])
     for field in fields:
         value = options[field.name]
         low, high = field.metadata["low"], field.metadata["high"]
         if low is not None and not low <= value <= high:
-            parser.error(f"{flag_of(field)} {value}: it must be at least {low} and at "
+            parser.error(f"{flag_of(field.name)} {value}: it must be at least {low} and at "
                          f"most {high}")
     return settings_class(**options), function
 
