@@ -913,6 +913,56 @@ def test_utilities(losses, utilities):
     assert np.allclose(yoco.ranking_utility(losses), utilities, atol=0)
 
 
+@pytest.mark.parametrize("deeper_is_better", [
+    pytest.param(True, id="deeper-is-better"),
+    pytest.param(False, id="deeper-is-worse"),
+])
+@pytest.mark.parametrize("sample_pi", [
+    pytest.param(True, id="samples-of-pi"),
+    pytest.param(False, id="samples-of-P_theta"),
+])
+def test_inactive_layer_is_unbiased(sample_pi, deeper_is_better):
+    """Enumerate all pairs of samples: a layer that does not matter gets no mean gradient.
+
+    Only the deeper depth has the layer, and its choice changes no loss. So theta of the
+    layer must not move on average, whichever distribution was sampled.
+    """
+    P = Categorical([2, 2])
+    P.theta = [np.array([0.4, 0.6]), np.array([0.9, 0.1])]
+    source = P.uniform() if sample_pi else P
+    depth_probability, layer_probability = source.theta
+    outcomes = []                       # (sample, its probability)
+    for depth, choice in itertools.product((0, 1), (0, 1)):
+        sample = [depth, choice if depth == 1 else None]
+        outcomes.append((sample, depth_probability[depth] * layer_probability[choice]))
+
+    mean = np.zeros(2)
+    for (one, p_one), (two, p_two) in itertools.product(outcomes, outcomes):
+        losses = [-sample[0] if deeper_is_better else sample[0] for sample in (one, two)]
+        utilities = yoco.ranking_utility(losses)
+        gradient = yoco.natural_gradient(P.theta, [one, two], utilities, source.theta)
+        mean += p_one * p_two * gradient[1]
+    assert np.abs(mean).max() < 1e-12
+
+
+def test_step_uses_the_distribution_that_was_sampled():
+    """A step on samples of pi follows the term of an inactive layer, utility * (pi - theta).
+
+    By hand: the better sample leaves the layer out, and its term is 1 * (1/2 - 7/10). The
+    worse one has choice 0, and its term is -1 * (1 - 7/10). Half of the sum is -1/4.
+    """
+    P = Categorical([2, 2])
+    P.theta = [np.array([0.5, 0.5]), np.array([0.7, 0.3])]
+    samples, losses = [[0, None], [1, 0]], [0.1, 0.2]
+    gradient = yoco.natural_gradient(P.theta, samples, [1, -1], P.uniform().theta)
+    assert np.allclose(gradient[1], [-1/4, 1/4])
+    # The depth contributes 1 to the squared Fisher length. The layer contributes
+    # (1/4)^2 * (10/7 + 10/3) = 25/84.
+    length = math.sqrt(1 + 25 / 84)
+    P.step(samples, losses, delta=0.1, source=P.uniform())
+    assert np.allclose(P.theta[1], [0.7 - 0.1 / length / 4, 0.3 + 0.1 / length / 4])
+
+
 def test_step_length():
     """Compare the length of a step with the Fisher matrix of the point where it starts.
 
@@ -1670,6 +1720,30 @@ def test_learning(in_data_dir):
     scores = read_facts("superbert/tiny")["holdout"]
     assert {name: score["accuracy"] for name, score in scores.items()} == {
         "largest": 100, "most likely": 100, "smallest": 100}
+
+
+def test_theta_follows_the_distribution_that_was_sampled(in_data_dir, monkeypatch):
+    """`train` tells the step of theta which distribution has sampled the architectures."""
+    sample, step = Categorical.sample, Categorical.step
+    samplers, sources = [], []
+
+    def recording_sample(self, rng):
+        samplers.append(self)
+        return sample(self, rng)
+
+    def recording_step(self, samples, losses, delta=1.0, source=None):
+        sources.append(source)
+        return step(self, samples, losses, delta, source)
+
+    monkeypatch.setattr(Categorical, "sample", recording_sample)
+    monkeypatch.setattr(Categorical, "step", recording_step)
+    assert yoco.main(TRAIN) == 0
+    # Two architectures are sampled in every step.
+    assert len(sources) > 20
+    assert all(source is sampler for source, sampler in zip(sources, samplers[::2]))
+    assert all(source is sampler for source, sampler in zip(sources, samplers[1::2]))
+    # P_theta is one object, and pi is a new one in every step. Both have been sampled.
+    assert 2 < len({id(source) for source in sources}) < len(sources)
 
 
 def test_one_seed_one_result(trained_project, in_data_dir):

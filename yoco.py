@@ -143,16 +143,18 @@ class Categorical:
             theta[:] = is_open / is_open.sum()
             theta[was_open] = old / old.sum() * was_open.sum() / is_open.sum()
 
-    def step(self, samples, losses, delta=1.0):
+    def step(self, samples, losses, delta=1.0, source=None):
         """Move theta one step of length `delta` along the natural gradient (Eq. 5).
 
         samples: one category per variable, None for a layer that the depth leaves out. losses: one
-        number per sample. If all losses are equal, theta does not change.
+        number per sample. source: the Categorical that was sampled, by default this one.
+        If all losses are equal, theta does not change.
         """
         # DIFFERS from Eq. 5: we use the ranks of the losses, not the losses. Better samples have
         # positive utilities, so this is an ascent, and the scale of the loss does not matter.
         utilities = ranking_utility(losses)
-        gradient = natural_gradient(self.theta, samples, utilities)
+        source = source or self
+        gradient = natural_gradient(self.theta, samples, utilities, source.theta)
         length = fisher_norm(self.theta, gradient)
         if length < 1e-8:
             return
@@ -162,7 +164,7 @@ class Categorical:
             theta[is_open] = raise_to_minimum(moved, self.num_free)
 
 
-def natural_gradient(theta, samples, utilities):
+def natural_gradient(theta, samples, utilities, source=None):
     """Return the mean of utility * (one_hot(m) - theta) over the samples, one array per variable.
 
     This is the ordinary gradient, multiplied by the inverse Fisher matrix. No matrix is inverted,
@@ -175,18 +177,24 @@ def natural_gradient(theta, samples, utilities):
 
     Our utilities sum to zero, so theta cancels for every variable that is active in all samples.
     With lambda = 2 the gradient is then (one_hot(best) - one_hot(worst)) / 2.
+    source: the probabilities that were sampled, by default theta.
 
     >>> natural_gradient([np.array([.5, .5])], [[0], [1]], [1, -1])
     [array([ 0.5, -0.5])]
     """
+    source = theta if source is None else source
     gradient = [np.zeros_like(t) for t in theta]
     for sample, utility in zip(samples, utilities):
-        for g, t, choice in zip(gradient, theta, sample):
-            # CHOICE: a layer that the depth leaves out contributes nothing.
-            # AUTHORS: they use a random one_hot of that layer.
-            if choice is not None:
-                direction = np.eye(len(t))[choice] - t                           # below Eq. 5
-                g += utility * direction / len(samples)                          # Eq. 5
+        for g, t, q, choice in zip(gradient, theta, source, sample):
+            # CHOICE: the depth leaves this layer out. Its one_hot is replaced by q, the mean of the
+            # distribution that was sampled. Suppose its choice does not matter. Samples that run
+            # the layer still contribute utility * (q - theta), averaged over the choice. For q =
+            # theta that is 0. For q = pi it moves theta for no reason. The utilities sum to zero,
+            # so the samples without the layer cancel that move by the same term.
+            # AUTHORS: they use a random one_hot, which has the same mean and more noise.
+            one_hot = q if choice is None else np.eye(len(t))[choice]
+            direction = one_hot - t                                              # below Eq. 5
+            g += utility * direction / len(samples)                              # Eq. 5
     return gradient
 
 
@@ -378,7 +386,7 @@ def train(settings):
             losses = rng.permutation(losses)
         if settings.strategy != "explore":
             choices = [space.choices(arch) for arch in archs]    # None for layers left out
-            P.step(choices, losses, settings.delta)                              # 10
+            P.step(choices, losses, settings.delta, source)                      # 10
         state.step = t + 1
         log_and_checkpoint(run, state, stage, losses, num_steps, settings.checkpoint_every)
     return finish_training(run, state, task, sets, device, autocast, steps=num_steps)
