@@ -12,7 +12,8 @@ files.
 A variant is a way to train, and its name is one of those defined below. The name of a
 table means all variants in that table. A variant's name may be followed by settings
 that replace the chosen ones: `lr=5e-5`, `epochs=3` (plain fine-tuning only) or
-`length=0.5` (the fraction of the authors' epochs, elastic training only).
+`length=0.5` (the fraction of the authors' epochs, elastic training only). A variant
+that begins with the model of another cell takes no settings.
 
 An elastic cell does four things:
 
@@ -44,7 +45,7 @@ import yoco
 from glue import run_program
 from model import (Arch, BertConfig, count_flops, count_params, device_name, extract, load_bert,
                    read_json, save_bert, SearchSpace, select_device_and_precision, tokenizer_files,
-                   UserError, write_json)
+                   user_errors_for, UserError, write_json)
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("MRPC", "RTE", "CoLA", "STS-B", "SST-2")
@@ -136,24 +137,50 @@ TABLES = {
 }
 
 
+# The settings that may follow the name of a variant, by its type.
+ALLOWED_SETTINGS = {"plain": ("lr", "epochs"), "elastic": ("lr", "length"), "tuned": (),
+                    "bands": (), "matters": ()}
+
+
 def split_variant(variant):
     """Split a variant into its name and its settings.
 
-    Raises UserError if there is no variant of this name, or if it does not take these
-    settings.
+    Raises UserError if there is no variant of this name, if it does not take these
+    settings, or if the value of a setting is not a positive number.
 
     >>> split_variant("best lr=5e-5")
     ('best', {'lr': '5e-5'})
     """
     words = variant.split()
     base = " ".join(word for word in words if "=" not in word)
-    settings = dict(word.split("=", 1) for word in words if "=" in word)
-    allowed = {"lr", "epochs" if base in PLAIN else "length"}
-    if base not in VARIANT_TYPES or not set(settings) <= allowed:
-        raise UserError(
-            f"no variant {variant!r}: use one of {', '.join(VARIANT_TYPES)}. Settings may "
-            "follow: lr= and epochs= (plain fine-tuning), lr= and length= (all others)")
+    pairs = [word.split("=", 1) for word in words if "=" in word]
+    if base not in VARIANT_TYPES:
+        raise UserError(f"no variant {variant!r}: use one of {', '.join(VARIANT_TYPES)}")
+    allowed = ALLOWED_SETTINGS[VARIANT_TYPES[base]]
+    for name, value in pairs:
+        if name not in allowed:
+            known = " and ".join(f"{setting}=" for setting in allowed) or "no settings"
+            raise UserError(f"variant {variant!r}: {base!r} does not take {name}=, it takes "
+                            f"{known}")
+        if not is_positive(value):
+            raise UserError(f"variant {variant!r}: {name}={value} is not a positive number: "
+                            f"write it like {name}=0.5")
+    settings = dict(pairs)
+    if len(settings) < len(pairs):
+        raise UserError(f"variant {variant!r} names a setting twice: leave one out")
     return base, settings
+
+
+def is_positive(text):
+    """Return whether a text is a positive, finite number.
+
+    >>> [is_positive(text) for text in ("2e-5", "0", "inf", "abc")]
+    [True, False, False, False]
+    """
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 # ---- Statistics of one score over seeds, {seed: score} -------------------------------------------
@@ -623,6 +650,8 @@ def load_cells(options):
     cells = {}
     for path in sorted(Path(options.results).glob("paper-*.json")):
         facts = read_json(path)
+        with user_errors_for(path, "is not a cell of `run`"):
+            check_cell(facts)
         task, variant, seed = facts["task"], facts["variant"], facts["seed"]
         if options.seeds and seed not in options.seeds:
             continue
@@ -635,6 +664,32 @@ def load_cells(options):
                                 "remove one of the two files")
         by_seed[seed] = index_scores(facts)
     return cells
+
+
+def check_cell(facts):
+    """Raise ValueError or KeyError if a cell lacks a field that the tables read.
+
+    The same is true of a field with a value that `run` never writes.
+    """
+    names = ("task", "variant", "hardware", "precision")
+    numbers = [facts["seed"], facts["seconds"], facts["evaluations"], facts.get("uniform", 0)]
+    results = facts.get("scores", []) + list(facts.get("methods", {}).values())
+    for result in results:
+        numbers += [result["holdout"]["score"], result["dev"]["score"]]
+    for drawn in facts.get("drawn", []):
+        depth, holdout_score, dev_score = drawn
+        numbers += [depth, holdout_score, dev_score]
+    if "drawn" in facts:
+        numbers += [facts["examples"]["holdout"], facts["examples"]["dev"]]
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        raise ValueError("a score, a time or a seed is not a number")
+    if not all(type(facts[name]) is str for name in names) or not results:
+        raise ValueError("a name or the scores are missing")
+    for result in results:
+        if not isinstance(result["budget"], str | float | int):
+            raise ValueError("a budget is neither a number nor a name")
+    if not isinstance(facts["settings"], dict):
+        raise ValueError("the settings are not an object")
 
 
 def comparable_settings(facts):

@@ -60,6 +60,8 @@ def plot(options):
     # The user's own settings of matplotlib must not change the picture.
     style = {**matplotlib.rcParamsDefault, "axes.spines.top": False,
              "axes.spines.right": False}
+    # A "$" in the name of a directory is an ordinary character.
+    style["text.parse_math"] = False
     # With a fixed salt, the ids in the file are no longer random.
     style["svg.hashsalt"] = "yoco"
     with matplotlib.rc_context(style):

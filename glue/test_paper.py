@@ -102,9 +102,11 @@ def test_sampling_stats(tmp_path):
     The means over all four are 72.5 and 62. The two deep ones have the means 80 and 65.
     """
     facts = dict(task="MRPC", variant="matters of best", seed=0, settings={}, evaluations=1,
-                 precision="fp32", examples={"holdout": 300, "dev": 75},
+                 precision="fp32", hardware="a processor", seconds=1.0,
+                 examples={"holdout": 300, "dev": 75},
                  drawn=[[2, 55, 56], [4, 75, 62], [5, 75, 62], [6, 85, 68]],
-                 methods={"sng": {"holdout": {"score": 85}, "dev": {"score": 62}}})
+                 methods={"sng": {"budget": "sng", "holdout": {"score": 85},
+                                  "dev": {"score": 62}}})
     (tmp_path / "paper-MRPC-matters_of_best-0.json").write_text(json.dumps(facts))
     cells = paper.load_cells(SimpleNamespace(results=tmp_path, seeds=None, tasks=None))
     stats = cells["MRPC", "matters of best"][0]["sampling_stats"]
@@ -270,8 +272,10 @@ def test_mistakes_are_one_line(work, capsys, tmp_path, monkeypatch, words, messa
 def test_seeds_with_other_settings_are_refused(tmp_path, capsys):
     """A table refuses a variant whose seeds were run with different settings."""
     for seed, epochs in ((0, 1.0), (1, 2.0)):
+        score = {"score": 80.0}
         facts = dict(task="TOY", variant="plain", seed=seed, settings={"epochs": epochs},
-                     evaluations=1, precision="fp32")
+                     evaluations=1, precision="fp32", hardware="a processor", seconds=1.0,
+                     scores=[dict(budget=1.0, holdout=score, dev=score)])
         (tmp_path / f"paper-TOY-plain-{seed}.json").write_text(json.dumps(facts))
     assert paper.main(["table", "core", "--results", str(tmp_path)]) == 2
     assert "other settings than seed 0" in capsys.readouterr().err
@@ -289,8 +293,63 @@ def test_failed_training_does_not_stop_other_cells(work, tmp_path):
     pytest.param("plain rate=1", id="unknown-setting"),
     pytest.param("best epochs=3", id="setting-of-plain-fine-tuning"),
     pytest.param("plain length=0.5", id="setting-of-elastic-training"),
+    pytest.param("best tuned 2e-4 length=0.01", id="length-of-further-fine-tuning"),
+    pytest.param("best tuned 2e-4 lr=1e-3", id="rate-of-further-fine-tuning"),
+    pytest.param("bands of best length=0.5", id="setting-of-bands"),
+    pytest.param("matters of paper lr=1e-3", id="setting-of-matters"),
+    pytest.param("plain lr=abc", id="no-number"),
+    pytest.param("plain lr=", id="no-value"),
+    pytest.param("plain lr=-1", id="negative"),
+    pytest.param("best length=0", id="zero"),
+    pytest.param("best length=inf", id="infinite"),
+    pytest.param("plain epochs=nan", id="nan"),
+    pytest.param("plain lr=1e-4 lr=2e-4", id="named-twice"),
 ])
 def test_settings_that_a_variant_does_not_take(variant):
-    """A variant refuses settings that do not apply to it."""
+    """A variant refuses settings that do not apply to it, and values that are no numbers."""
     with pytest.raises(UserError):
         paper.split_variant(variant)
+
+
+def damage(facts, path, value):
+    """Replace the value at a path of keys, or remove it if the value is None."""
+    *parents, last = path
+    for key in parents:
+        facts = facts[key]
+    if value is None:
+        del facts[last]
+    else:
+        facts[last] = value
+
+
+@pytest.mark.parametrize("path, value", [
+    pytest.param(["task"], None, id="no-task"),
+    pytest.param(["variant"], 5, id="variant-5"),
+    pytest.param(["seed"], [0], id="seed-list"),
+    pytest.param(["seconds"], "long", id="seconds-word"),
+    pytest.param(["evaluations"], None, id="no-evaluations"),
+    pytest.param(["settings"], [], id="settings-list"),
+    pytest.param(["precision"], None, id="no-precision"),
+    pytest.param(["scores"], {}, id="scores-object"),
+    pytest.param(["scores"], [], id="scores-empty"),
+    pytest.param(["scores", 0, "budget"], [1], id="budget-list"),
+    pytest.param(["scores", 0, "dev"], 80.0, id="dev-number"),
+    pytest.param(["scores", 0, "dev", "score"], "80", id="score-string"),
+    pytest.param(["scores", 0, "holdout", "score"], math.nan, id="score-nan"),
+])
+def test_damaged_cells_are_refused(tmp_path, capsys, path, value):
+    """A cell with a missing field or a strange value ends in one line that names the file."""
+    score = {"score": 80.0}
+    facts = dict(task="TOY", variant="plain", seed=0, seconds=1.0, evaluations=1, settings={},
+                 hardware="a processor", precision="fp32",
+                 scores=[dict(budget=1.0, holdout=score, dev=dict(score))])
+    cell = tmp_path / "paper-TOY-plain-0.json"
+    command = ["table", "core", "--results", str(tmp_path)]
+    cell.write_text(json.dumps(facts))
+    assert paper.main(command) == 0
+    damage(facts, path, value)
+    cell.write_text(json.dumps(facts))
+    assert paper.main(command) == 2
+    error = capsys.readouterr().err
+    assert str(cell) in error
+    assert error.count("\n") == 1

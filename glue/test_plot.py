@@ -108,6 +108,17 @@ def test_same_winner_gets_one_star(runs_dir, drawn):
     assert len(costs) == len(path.read_text().splitlines()) - 1
 
 
+def test_dollar_in_a_name(runs_dir, drawn):
+    """A `$` in the name of a directory is drawn as it stands, and is no mathematics."""
+    shutil.copytree(runs_dir / "super", "a$x^2$b")
+    shutil.copytree(runs_dir / "super", "a$x^{$b")
+    assert draw(["a$x^2$b"], "dollar.svg") and draw(["a$x^{$b"], "broken.svg")
+    command = ["search", "--model", "a$x^{$b", "--out", "sub", "--max-params", "0.5x",
+               "--evaluations", "5", *CPU]
+    assert yoco.main(command) == 0
+    assert draw(["sub"], "search.svg")
+
+
 def test_training_picture(runs_dir, drawn):
     """Theta is drawn as it was logged, and each stage of the log has a line and a name."""
     draw([runs_dir / "super"], "training.svg")

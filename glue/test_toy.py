@@ -9,6 +9,7 @@ import doctest
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import data
 from glue import toy
@@ -35,6 +36,21 @@ def test_toy_is_reproducible(tmp_path):
     for examples in (task.train, task.dev):
         share_of_praise = np.mean([example.label for example in examples])
         assert 0.45 < share_of_praise < 0.55
+
+
+@pytest.mark.parametrize("name", ["train.tsv", "config.json"])
+def test_files_of_others_are_kept(tmp_path, capsys, name):
+    """A file with other contents is kept, nothing else is written, and one line names it."""
+    mine = tmp_path / name
+    mine.write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        toy.main(["--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert list(tmp_path.iterdir()) == [mine]
+    assert mine.read_text() == "mine"
+    error = capsys.readouterr().err
+    assert str(mine) in error
+    assert error.count("\n") == 1
 
 
 def test_another_seed_is_another_data_set(tmp_path):

@@ -162,7 +162,7 @@ def make(seed):
 
 
 def main(argv=None):
-    """Write the files to --out."""
+    """Write the files to --out, and refuse to replace a file that has other contents."""
     parser = argparse.ArgumentParser("glue.toy", description=__doc__.split("\n")[0])
     parser.add_argument("--out", metavar="DIR", type=Path,
                         default=Path(__file__).parent / "TOY",
@@ -170,9 +170,17 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0,
                         help="the seed of the sentences (default: 0, as for glue/TOY)")
     options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, text in make(options.seed).items():
-        (options.out / name).write_bytes(text.encode())
+    contents = {options.out / name: text.encode() for name, text in make(options.seed).items()}
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for path, content in contents.items():
+            if path.exists() and path.read_bytes() != content:
+                parser.exit(2, f"glue.toy: error: {path} has other contents: choose another "
+                               "--out, or remove it\n")
+        for path, content in contents.items():
+            path.write_bytes(content)
+    except OSError as error:
+        parser.exit(2, f"glue.toy: error: {error}\n")
 
 
 if __name__ == "__main__":
