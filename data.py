@@ -751,8 +751,8 @@ def max_train_length(directory):
 
 # ---- GLUE's tasks in the files of the datasets library -------------------------------------------
 
-# What `Dataset.to_csv` of the datasets library writes, with tabs. The first three tasks
-# have columns of their own. The name of the directory tells the other five apart.
+# The datasets library saves GLUE's tasks with these columns, and a column `idx`. The columns
+# of the first three tasks are unique. The name of the directory identifies the other five.
 LIBRARY_FORMATS = [
     Format("QQP", "question1", "question2", "label", "accuracy", ("0", "1")),
     Format("MNLI", "premise", "hypothesis", "label", "accuracy",
@@ -784,6 +784,9 @@ def find_library_format(path, rows, test):
     """
     path, columns = Path(path), rows[0]
     first_row = rows[1] if len(rows) > 1 else []
+    if len(set(columns)) < len(columns) or {"sentence", "sentence1"} <= set(columns):
+        # find_format refuses this header.
+        return None
     for library_format in LIBRARY_FORMATS:
         name, sentence1, sentence2, *_ = library_format
         needed = {sentence1, sentence2, "idx", None if test else "label"} - {None}
@@ -792,7 +795,7 @@ def find_library_format(path, rows, test):
         if sentence1 in ("sentence", "sentence1"):
             # Other data may have these columns, so we look at the name and at a label.
             label = dict(zip(columns, first_row)).get("label", "")
-            number = NUMBER if name == "STS-B" else re.compile("-?[0-9]+")
+            number = SCORE if name == "STS-B" else re.compile("-?[0-9]+")
             if glue_task_of(path.parent) != name or not (test or number.fullmatch(label)):
                 continue
         names = LIBRARY_LABELS.get(name, ())
@@ -829,7 +832,7 @@ def glue_task_of(directory):
 
 
 def glue_task(name):
-    """Return GLUE's spelling of the name of a task, or None if GLUE has no such task."""
+    """Return the name of a task as GLUE spells it, or None if it is not a task of GLUE."""
     for library_format in LIBRARY_FORMATS:
         spelling = library_format.name
         if name.lower().replace("-", "") == spelling.lower().replace("-", ""):
@@ -1234,11 +1237,11 @@ def check_fit(where, training, pairs, task=None, labels=None, metric=None):
     if training.get("pairs") and not pairs:
         raise UserError(f"{where}: one text, but the model was trained on pairs. Write two, "
                         "with a tab between them")
-    trained_task = training.get("task")
-    if task and trained_task and glue_task(task) and glue_task(trained_task):
-        if glue_task(task) != glue_task(trained_task):
-            raise UserError(f"{where}: the task is {task}, but the model was trained on "
-                            f"{trained_task}: use data of {trained_task}")
+    glue_names = {glue_task(name or "") for name in (task, training.get("task"))}
+    # Data with another name is allowed, because it may have the task's columns.
+    if len(glue_names - {None}) == 2:
+        raise UserError(f"{where}: the task is {task}, but the model was trained on "
+                        f"{training['task']}: use data of {training['task']}")
     if labels not in (None, training["labels"]):
         raise UserError(f"{where}: the labels are {labels}, but the model was trained on "
                         f"{training['labels']}: use data with the same labels")

@@ -2430,6 +2430,10 @@ def test_logits_must_agree_with_the_config(tmp_path, num_labels, changes):
         ["column sentence1: leave one out"],
         id="sentence-and-sentence1"),
     pytest.param(
+        {"train": b"premise\thypothesis\tlabel\tlabel\tidx\na\tb\t0\t0\t0\n"},
+        ["two columns of one name"],
+        id="column-twice-in-a-file-of-the-library"),
+    pytest.param(
         {"train": b"sentence\tlabel\na\t1\nb\t1\n"},
         ["only one label"],
         id="only-one-label"),
