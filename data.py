@@ -146,20 +146,21 @@ def read_examples(path, labels=None):
     none, all names in the file, sorted. Raises UserError if a label is not allowed.
     """
     file_format, rows = read_table(path)
+    warn_of_csv_quotes(path, rows)
     is_regression = file_format.labels == ()
     labels = labels or file_format.labels
     if labels is None:
         labels = tuple(sorted({text for *_, text in rows if is_label(text)}))
 
     if is_regression:
-        legal = "a number"
+        legal = "a number such as 4.5 that float32 can hold"
     else:
         legal = f"one of {', '.join(labels)}" if labels else "a printable name"
 
     examples = []
     for line, sentence1, sentence2, text in rows:
         try:
-            label = float(text) if is_regression else labels.index(text)
+            label = read_score(text) if is_regression else labels.index(text)
         except ValueError:
             label = math.nan
         if not math.isfinite(label):
@@ -173,8 +174,9 @@ def read_table(path, test=False):
     """Return the Format of a TSV file, and a list (line, sentence1, sentence2, label).
 
     line is the line's number in the file. sentence2 is None if the format has no pairs.
-    A test file has no labels. Its column `index` takes the label's place, or None if that
-    column is missing. Raises UserError if a row has too few or too many columns.
+    A test file has no labels. Its column `index`, `id` or `idx` takes the label's place, or
+    None without them. Raises UserError if a row has too few or too many columns, or is a
+    second header.
     """
     rows = read_rows(Path(path))
     # CoLA has no header, so we recognise it by the shape of its first row.
@@ -182,12 +184,16 @@ def read_table(path, test=False):
         file_format, columns, first = COLA, COLA_COLUMNS, 0
     else:
         columns, first = rows[0], 1
-        file_format = find_format(path, columns, test)
+        # Part II recognises the files of the datasets library, and names their labels.
+        file_format = (find_library_format(path, rows, test)
+                       or find_format(path, columns, test))
 
-    last_column = "index" if test else file_format.label
+    last_column = index_column(columns) if test else file_format.label
     table = []
     n_incomplete = 0
     for line, row in enumerate(rows[first:], first + 1):
+        if is_header(row, columns):
+            raise UserError(f"{path}, line {line}: a second header: remove this row")
         if len(row) == len(columns):
             cells = dict(zip(columns, row))
             table.append((line, cells[file_format.sentence1],
@@ -232,14 +238,18 @@ def find_format(path, columns, test):
 def read_rows(path):
     """Return the rows of a TSV file as lists of strings.
 
-    Lines end in LF or CRLF. A byte-order mark is ignored. Raises UserError if the file
-    is missing, empty, or not a text file.
+    Lines end in LF or CRLF. A byte-order mark is ignored. Empty lines at the end are
+    ignored, unless the file has only one column. Raises UserError if the file is missing,
+    empty, or not a text file.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: {hint_for_missing_file(path)}")
     byte_order_mark = b"\xef\xbb\xbf"
-    content = regular_file(path).read_bytes().removeprefix(byte_order_mark).rstrip(b"\r\n")
-    if not content:
+    content = regular_file(path).read_bytes().removeprefix(byte_order_mark)
+    # In a file with one column, an empty line is a row with an empty text.
+    has_one_column = b"\t" not in content.partition(b"\n")[0]
+    content = content.removesuffix(b"\n") if has_one_column else content.rstrip(b"\r\n")
+    if not content.strip(b"\r\n"):
         raise UserError(f"{path} is empty: write a header and examples into it")
     rows = []
     for number, line in enumerate(content.split(b"\n"), 1):
@@ -437,10 +447,12 @@ def make_evaluator(model, parts, metric, device, autocast):
     dev_sets = []
     all_batches = []
     for suffix, encoded in zip(("", "_mismatched"), parts):
+        index_lists = token_batches(encoded, max_tokens)
         set_batches = [collate(encoded, indices, device, max_positions)
-                       for indices in token_batches(encoded, max_tokens)]
-        labels = torch.cat([batch_labels for *_, batch_labels in set_batches]).cpu()
-        dev_sets.append((suffix, set_batches, labels.numpy()))
+                       for indices in index_lists]
+        # The scores of collate are rounded to float32, so we do not use them for metrics.
+        labels = np.array([encoded[i].label for i in itertools.chain(*index_lists)])
+        dev_sets.append((suffix, set_batches, labels))
         all_batches += set_batches
 
     # The plain form of this line is `forward = model.eval()`. Part II gives us a function
@@ -522,6 +534,7 @@ def compute_metrics(metric, labels, logits):
 
     metric: the metrics that ACC(m) is the mean of, joined by "+". labels [n] and logits
     [n, num_labels] are numpy arrays. F1 and Matthews are computed only for two labels.
+    Raises UserError if the score is NaN.
     """
     if "pearson" in metric:
         predictions = logits[:, 0]                                       # [n]
@@ -535,6 +548,8 @@ def compute_metrics(metric, labels, logits):
     for name, function in functions.items():
         values[name] = 100 * function(labels, predictions)
     score = np.mean([values[name] for name in metric.split("+")])
+    if not np.isfinite(score):
+        raise UserError(f"{metric} is {score}: correct the labels that are not finite")
     return {"score": float(score), **values}
 
 
@@ -734,6 +749,162 @@ def max_train_length(directory):
     return max_positions
 
 
+# ---- GLUE's tasks in the files of the datasets library -------------------------------------------
+
+# The datasets library saves GLUE's tasks with these columns, and a column `idx`. The columns
+# of the first three tasks are unique. The name of the directory identifies the other five.
+LIBRARY_FORMATS = [
+    Format("QQP", "question1", "question2", "label", "accuracy", ("0", "1")),
+    Format("MNLI", "premise", "hypothesis", "label", "accuracy",
+           ("contradiction", "entailment", "neutral")),
+    Format("QNLI", "question", "sentence", "label", "accuracy",
+           ("entailment", "not_entailment")),
+    COLA,
+    Format("SST-2", "sentence", None, "label", "accuracy", ("0", "1")),
+    Format("MRPC", "sentence1", "sentence2", "label", "accuracy+f1", ("0", "1")),
+    Format("RTE", "sentence1", "sentence2", "label", "accuracy",
+           ("entailment", "not_entailment")),
+    Format("STS-B", "sentence1", "sentence2", "label", "pearson+spearman", ()),
+]
+
+# The library's number of a label is its position here. The numbers of the other tasks are
+# the names of their labels.
+LIBRARY_LABELS = {
+    "MNLI": ("entailment", "neutral", "contradiction"),
+    "QNLI": ("entailment", "not_entailment"),
+    "RTE": ("entailment", "not_entailment"),
+}
+
+
+def find_library_format(path, rows, test):
+    """Return the Format of a file of the datasets library, or None for any other file.
+
+    rows: the rows of the file. The labels in them are replaced by their names. A test file
+    needs no column for the label.
+    """
+    path, columns = Path(path), rows[0]
+    first_row = rows[1] if len(rows) > 1 else []
+    if len(set(columns)) < len(columns) or {"sentence", "sentence1"} <= set(columns):
+        # find_format refuses this header.
+        return None
+    for library_format in LIBRARY_FORMATS:
+        name, sentence1, sentence2, *_ = library_format
+        needed = {sentence1, sentence2, "idx", None if test else "label"} - {None}
+        if not needed <= set(columns):
+            continue
+        if sentence1 in ("sentence", "sentence1"):
+            # Other data may have these columns, so we look at the name and at a label.
+            label = dict(zip(columns, first_row)).get("label", "")
+            number = SCORE if name == "STS-B" else re.compile("-?[0-9]+")
+            if glue_task_of(path.parent) != name or not (test or number.fullmatch(label)):
+                continue
+        names = LIBRARY_LABELS.get(name, ())
+        if "label" in columns:
+            name_labels(rows, columns.index("label"), names)
+        # One line is enough for the two or three files of a data set.
+        if path.name == "train.tsv" and not test:
+            meanings = ", ".join(f"{i} is {label}" for i, label in enumerate(names))
+            print_line(f"{path}: read as {name} from the datasets library"
+                       + (f": {meanings}" if names else ""))
+        return library_format
+    return None
+
+
+def name_labels(rows, column, names):
+    """Replace the number of a label by its name, in one column of all rows."""
+    names_by_number = {str(i): name for i, name in enumerate(names)}
+    for row in rows[1:]:
+        if column < len(row):
+            row[column] = names_by_number.get(row[column], row[column])
+
+
+def glue_task_of(directory):
+    """Return the name of the GLUE task that a directory is named after, or None.
+
+    Case and hyphens do not matter, because the datasets library writes sst2 and stsb. If
+    the directory is a link, its target's name comes first.
+    """
+    for path in (os.path.realpath(directory), os.path.abspath(directory)):
+        name = glue_task(os.path.basename(path))
+        if name:
+            return name
+    return None
+
+
+def glue_task(name):
+    """Return the name of a task as GLUE spells it, or None if it is not a task of GLUE."""
+    for library_format in LIBRARY_FORMATS:
+        spelling = library_format.name
+        if name.lower().replace("-", "") == spelling.lower().replace("-", ""):
+            return spelling
+    return None
+
+
+def index_column(columns):
+    """Return the column of a test file that numbers its rows, or None."""
+    for name in ("index", "id", "idx"):
+        if name in columns:
+            return name
+    return None
+
+
+# ---- Rows, numbers and quotes that are mistakes --------------------------------------------------
+
+# A score in ASCII digits. Python's float would also take 4_5, infinity and other digits.
+SCORE = re.compile(r" *[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)? *")
+
+# A text as a CSV writer quotes it: quotes around it, and every quote in it doubled.
+CSV_TEXT = re.compile(r'"([^"]|"")*"')
+
+
+def is_header(row, columns):
+    """Return whether a row repeats the names of the columns, in any order or case."""
+    names = {column.casefold() for column in columns}
+    # A file that was appended to another may begin with a byte-order mark.
+    is_name = (cell.strip("\ufeff ").casefold() in names for cell in row)
+    return len(columns) > 1 and all(is_name) and len(set(row)) == len(columns)
+
+
+def read_score(text):
+    """Return a score as a float.
+
+    Raises ValueError if the text is not a number, or if float32 cannot hold it.
+    """
+    if not SCORE.fullmatch(text):
+        raise ValueError(text)
+    score = float(text)
+    # The training computes in float32, where 1e39 is infinite and 1e-50 is 0.
+    limits = np.finfo(np.float32)
+    if score and not float(limits.tiny) <= abs(score) <= float(limits.max):
+        raise ValueError(text)
+    return score
+
+
+def warn_of_csv_quotes(path, rows):
+    """Print a warning if a CSV writer has put the texts of a file in quotes.
+
+    rows: the rows of the file, as `read_table` returns them. The warning names the first
+    text. A few texts of GLUE are in quotes, but then other texts contain a plain quote.
+    """
+    n_quoted = 0
+    in_csv_form = []
+    with_doubled_quotes = []
+    for line, *texts, _ in rows:
+        for text in texts:
+            if not text or '"' not in text:
+                continue
+            n_quoted += 1
+            is_enclosed = CSV_TEXT.fullmatch(text)
+            if is_enclosed or '""' in text:
+                in_csv_form.append(line)
+            if is_enclosed and '""' in text[1:-1]:
+                with_doubled_quotes.append(line)
+    if with_doubled_quotes or len(in_csv_form) > n_quoted / 2:
+        line = (with_doubled_quotes or in_csv_form)[0]
+        print_line(f"WARNING: {path}, line {line}: a text has quotes as in a CSV file: save "
+                   "the file without quoting, because quotes are ordinary characters here")
+
+
 # ---- The summary of a data set, and likely mistakes in it ----------------------------------------
 
 # A label that is probably a score.
@@ -799,14 +970,7 @@ def find_likely_mistakes(task, train_set, holdout_set, share_unknown):
     if any(text is not None and not text.strip() for text in texts):
         warnings.append("some texts are empty: check their rows")
 
-    quoted_lines = []
-    # Line 1 of the file is the header.
-    for line, example in enumerate(task.train, 2):
-        if any(text and text[0] == text[-1] == '"' for text in example[:2]):
-            quoted_lines.append(line)
-    if len(quoted_lines) > len(task.train) / 5:
-        warnings.append("many texts are in quotes, as in a CSV file: remove the quotes, "
-                        f"for example in the lines {quoted_lines[:3]}")
+    warnings += find_scarce_examples(task, holdout_set)
 
     if share_unknown > 0.1:
         warnings.append("many tokens are unknown: check that the BERT has the language "
@@ -826,14 +990,42 @@ def find_likely_mistakes(task, train_set, holdout_set, share_unknown):
     return warnings
 
 
+def find_scarce_examples(task, holdout_set):
+    """Return a warning if few examples have a label, if few have another, or few are held out."""
+    warnings = []
+    counts = Counter(example.label for example in task.train)
+    rare, n_more = [], 0
+    for label, name in enumerate(task.labels):
+        if counts[label] < 5 and len(rare) < 3:
+            plural = "" if counts[label] == 1 else "s"
+            rare.append(f"label {name[:40]} has {counts[label]} example{plural}")
+        elif counts[label] < 5:
+            n_more += 1
+        if counts[label] > 0.9 * len(task.train):
+            warnings.append(f"{counts[label] / len(task.train):.1%} of train has the label "
+                            f"{name[:40]}, so a high accuracy says little: compare it with "
+                            "always giving this label")
+    if rare:
+        more = f", and {n_more} more labels have fewer than 5" if n_more else ""
+        warnings.append(f"{', '.join(rare)}{more}: add examples, or correct the labels")
+    if 0 < len(holdout_set) < 50:
+        warnings.append(f"the hold-out set is small ({len(holdout_set)} of "
+                        f"{len(task.train)}), so a search selects by chance: add data, or "
+                        "hold out a larger share with --holdout")
+    return warnings
+
+
 def hint_for_missing_file(path):
     """Return what to do if a file of a data set does not exist."""
     if path.parent.is_file():
         return f"{path.parent} is a file, name its directory instead"
     if path.with_suffix(".csv").exists():
         return "convert the .csv beside it to tabs without quotes"
-    name = os.path.basename(os.path.realpath(path.parent))
-    return f"if it is a GLUE task, type: python -m glue.download {name}"
+    name = glue_task_of(path.parent)
+    if name:
+        return f"to download the task, type: python -m glue.download {name}"
+    return ("a directory of data needs train.tsv and dev.tsv (MNLI: dev_matched.tsv and "
+            "dev_mismatched.tsv), and for predictions with --glue test.tsv")
 
 
 def majority_baseline(task):
@@ -961,7 +1153,7 @@ def load(directory):
     encode(text) or encode(text, second_text) returns the three [1, T] tensors that the
     model takes. With lists of B texts they are [B, T].
     """
-    model = load_bert(directory)
+    model = load_bert(existing_model(directory))
     encode_examples = make_encoder(directory)
     max_positions = model.config.max_position_embeddings
 
@@ -1007,13 +1199,55 @@ def predict(model, directory, examples, autocast, batch_size=32):
 def load_trained(directory, task):
     """Load a model that `train` or `search` wrote, to evaluate it on `task`.
 
-    Raises UserError if the model has other labels than the data, or has no classifier.
+    Raises UserError if the data does not fit the model, or if it has no classifier.
     """
-    labels = BertConfig.load(directory).labels
-    if labels != task.labels:
-        raise UserError(f"{directory} was trained on the labels {labels}, but the data "
-                        f"has {task.labels}: use data with the same labels")
+    check_fit(f"the data of {task.name} does not fit {directory}", training_of(directory),
+              task.pairs, task.name, task.labels, task.metric)
     return load_bert(directory)
+
+
+def existing_model(directory):
+    """Return the directory of a model. Raises UserError if it has no config.json."""
+    path = Path(directory, "config.json")
+    if not path.exists():
+        raise UserError(f"{path} does not exist: name a directory that train or search "
+                        "wrote")
+    return directory
+
+
+def training_of(directory):
+    """Return what a model was trained on: its run.json, and its "labels".
+
+    A model without a run.json has only the labels.
+    """
+    path = Path(directory, "run.json")
+    run = read_json(path) if path.exists() else {}
+    return {**run, "labels": BertConfig.load(directory).labels}
+
+
+def check_fit(where, training, pairs, task=None, labels=None, metric=None):
+    """Raise UserError if data is not of the kind that a model was trained on.
+
+    where: the place of the data, for messages. training: what `training_of` returns.
+    pairs: whether the data has pairs of texts. task, labels, metric: those of the data, or
+    None if they are unknown or do not matter.
+    """
+    if pairs and training.get("pairs") is False:
+        raise UserError(f"{where}: two texts, but the model was trained on single texts")
+    if training.get("pairs") and not pairs:
+        raise UserError(f"{where}: one text, but the model was trained on pairs. Write two, "
+                        "with a tab between them")
+    glue_names = {glue_task(name or "") for name in (task, training.get("task"))}
+    # Data with another name is allowed, because it may have the task's columns.
+    if len(glue_names - {None}) == 2:
+        raise UserError(f"{where}: the task is {task}, but the model was trained on "
+                        f"{training['task']}: use data of {training['task']}")
+    if labels not in (None, training["labels"]):
+        raise UserError(f"{where}: the labels are {labels}, but the model was trained on "
+                        f"{training['labels']}: use data with the same labels")
+    if metric not in (None, training.get("metric", metric)):
+        raise UserError(f"{where}: the metric is {metric}, but the model was trained for "
+                        f"{training['metric']}: use data with the same metric")
 
 
 def check_finite(logits):

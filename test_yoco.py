@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import ast
 import contextlib
+import csv
 import dataclasses
 import doctest
 import inspect
@@ -530,6 +531,135 @@ def test_qqp_incomplete_rows(tmp_path):
     assert [example.label for example in data.load_task(tmp_path).train] == [0, 1]
 
 
+# {task: the header of its official train.tsv}. CoLA has none.
+OFFICIAL_HEADERS = {
+    "CoLA": None,
+    "SST-2": "sentence label",
+    "MRPC": "Quality,#1 ID,#2 ID,#1 String,#2 String",
+    "STS-B": "index genre filename year old_index source1 source2 sentence1 sentence2 score",
+    "QQP": "id qid1 qid2 question1 question2 is_duplicate",
+    "MNLI": "index promptID sentence1 sentence2 label1 gold_label",
+    "QNLI": "index question sentence label",
+    "RTE": "index sentence1 sentence2 label",
+}
+
+
+@pytest.mark.parametrize("task, directory, header, names", [
+    pytest.param("CoLA", "cola", "sentence label idx", ["0", "1"], id="CoLA"),
+    pytest.param("SST-2", "SST2", "sentence label idx", ["0", "1"], id="SST-2"),
+    pytest.param("MRPC", "mrpc", "sentence1 sentence2 label idx", ["0", "1"], id="MRPC"),
+    pytest.param("STS-B", "stsb", "sentence1 sentence2 label idx", None, id="STS-B"),
+    pytest.param("QQP", "x", "question1 question2 label idx", ["0", "1"], id="QQP"),
+    pytest.param("MNLI", "x", "premise hypothesis label idx",
+                 ["entailment", "neutral", "contradiction"], id="MNLI"),
+    pytest.param("QNLI", "x", "question sentence label idx",
+                 ["entailment", "not_entailment"], id="QNLI"),
+    pytest.param("RTE", "link", "sentence1 sentence2 label idx",
+                 ["entailment", "not_entailment"], id="RTE-by-link"),
+])
+def test_files_of_the_datasets_library(tmp_path, capsys, task, directory, header, names):
+    """A file as the datasets library saves it gives the same Task as the official file.
+
+    names: the label names in the library's order, from the documentation of its GLUE data.
+    """
+    numbers = list(range(len(names))) if names else [3.799999952316284, 0.0, 5.0]
+    labels = names or numbers
+    texts = [(f"first {i}", f"second {i}") for i in range(len(numbers))]
+    official_header = OFFICIAL_HEADERS[task]
+    official = [re.split("[ ,]", official_header)] if official_header else []
+    if task == "MRPC":
+        official = [official_header.split(",")]
+    library = [header.split()]
+    for i, (number, (first, second)) in enumerate(zip(numbers, texts)):
+        cells = {"sentence1": first, "sentence2": second, "#1 String": first,
+                 "#2 String": second, "question1": first, "question2": second,
+                 "premise": first, "hypothesis": second, "question": first,
+                 "sentence": second if "question" in header else first, "idx": str(i)}
+        label = str(labels[i])
+        official_cells = dict.fromkeys(
+            ["label", "Quality", "score", "is_duplicate", "gold_label"], label) | cells
+        official.append([official_cells.get(name, "7") for name in official[0]]
+                        if official_header else ["gj04", label, "", first])
+        library.append([str((cells | {"label": number})[name]) for name in library[0]])
+
+    for parent, rows in (("official", official), ("library", library)):
+        path = tmp_path / parent / (task if parent == "official" else directory)
+        for name in ("train", "dev", "dev_matched", "dev_mismatched"):
+            write_tsv(path / f"{name}.tsv", *rows)
+    if directory == "link":
+        path.rename(tmp_path / "rte")
+        path.symlink_to(tmp_path / "rte")
+    capsys.readouterr()
+    assert data.load_task(path) == data.load_task(tmp_path / "official" / task)
+    line, = capsys.readouterr().out.splitlines()
+    assert f"read as {task} from the datasets library" in line
+    if names and names[0] == "entailment":
+        assert line.endswith(", ".join(f"{i} is {name}" for i, name in enumerate(names)))
+
+
+@pytest.mark.parametrize("directory, header, labels", [
+    pytest.param("own", "sentence1 sentence2 label idx", "0 1", id="another-name"),
+    pytest.param("RTE", "sentence1 sentence2 label", "0 1", id="no-idx"),
+    pytest.param("RTE", "sentence1 sentence2 label idx", "no yes", id="words-as-labels"),
+    pytest.param("RTE", "sentence label idx", "0 1", id="columns-of-another-task"),
+])
+def test_files_of_your_own_that_resemble_the_library(tmp_path, capsys, directory, header,
+                                                    labels):
+    """Without a task's name, an idx and whole numbers, a file is the user's data."""
+    rows = [header.split()]
+    for label in labels.split():
+        cells = dict.fromkeys(["sentence", "sentence1", "sentence2"], "a")
+        rows.append([(cells | {"label": label, "idx": "0"})[name] for name in rows[0]])
+    for name in ("train", "dev"):
+        write_tsv(tmp_path / directory / f"{name}.tsv", *rows)
+    task = data.load_task(tmp_path / directory)
+    assert (task.name, task.metric) == (directory, "accuracy")
+    assert task.labels == tuple(labels.split())
+    assert capsys.readouterr().out == ""
+
+
+def test_test_file_of_the_library_is_not_a_dev_set(tmp_path):
+    """The label -1 of the library's test files is refused in dev."""
+    header = ["sentence1", "sentence2", "label", "idx"]
+    write_tsv(tmp_path / "RTE" / "train.tsv", header, ["a", "b", "0", "0"], ["a", "b", "1", "1"])
+    write_tsv(tmp_path / "RTE" / "dev.tsv", header, ["a", "b", "-1", "0"])
+    with pytest.raises(UserError, match="dev.tsv, line 2: label '-1' is not one of entail"):
+        data.load_task(tmp_path / "RTE")
+
+
+@pytest.mark.parametrize("texts, line", [
+    pytest.param(["a"] * 20 + ['he said "fine" again', "b"], 22, id="doubled-quotes"),
+    pytest.param(['say "b" now', "a"], 2, id="first-row"),
+    pytest.param(['"', "a"], 2, id="a-single-quote"),
+])
+@pytest.mark.parametrize("name", ["train", "dev"])
+def test_csv_quotes_are_named(tmp_path, capsys, name, texts, line):
+    """A file that Python's CSV writer wrote gets one warning, with its line."""
+    rows = [(text, str(i % 2)) for i, text in enumerate(texts)]
+    write_tsv(tmp_path / "train.tsv", HEADER, ["a", "0"], ["b", "1"])
+    write_tsv(tmp_path / "dev.tsv", HEADER, ["a", "0"], ["b", "1"])
+    with open(tmp_path / f"{name}.tsv", "w", newline="") as file:
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([HEADER, *rows])
+    data.load_task(tmp_path)
+    warning, = capsys.readouterr().out.splitlines()
+    assert warning.startswith(f"WARNING: {tmp_path / name}.tsv, line {line}: a text has quotes")
+
+
+@pytest.mark.parametrize("texts, is_named", [
+    pytest.param(['"hello, world"', "a", "b"], True, id="spreadsheet"),
+    pytest.param(['say ""b"" now', "a"], True, id="outer-quotes-removed"),
+    pytest.param(['say "b" now'] * 9 + ['"say ""b"" now"'], True, id="half-a-csv-file"),
+    pytest.param(['"a."', 'say "b" now', '6" pipe'], False, id="direct-speech"),
+    pytest.param(['"', "it's", "'a'"], False, id="other-quotes"),
+])
+def test_quotes_of_a_csv_file(tmp_path, capsys, texts, is_named):
+    """Quotes around a whole text are named, unless other texts have ordinary quotes."""
+    rows = [[text, str(i % 2)] for i, text in enumerate(texts)]
+    write_tsv(tmp_path / "train.tsv", HEADER, *rows)
+    data.read_examples(tmp_path / "train.tsv")
+    assert ("as in a CSV file" in capsys.readouterr().out) == is_named
+
+
 @needs_glue
 @pytest.mark.parametrize("name, train_rows, dev_rows, dev_positives", [
     pytest.param("CoLA", 8551, 1043, 721, id="CoLA"),
@@ -538,8 +668,12 @@ def test_qqp_incomplete_rows(tmp_path):
     pytest.param("RTE", 2490, 277, None, id="RTE"),
     pytest.param("STS-B", 5749, 1500, None, id="STS-B"),
 ])
-def test_real_files(name, train_rows, dev_rows, dev_positives):
-    """Compare the number of rows and labels with the published counts."""
+def test_real_files(capsys, name, train_rows, dev_rows, dev_positives):
+    """Compare the number of rows and labels with the published counts.
+
+    Nothing is printed: no file is taken for a CSV file, although 101 texts of MRPC's
+    train.tsv are in quotes, and no task has scarce examples.
+    """
     task = data.load_task(GLUE / name)
     assert task.name == name
     assert len(task.train) == train_rows
@@ -549,6 +683,9 @@ def test_real_files(name, train_rows, dev_rows, dev_positives):
         assert all(example.sentence2 for example in task.train)
     if dev_positives is not None:
         assert sum(example.label for example in task.dev) == dev_positives
+    _, holdout = data.split_holdout(task.train, 0.1, 0)
+    assert data.find_scarce_examples(task, holdout) == []
+    assert capsys.readouterr().out == ""
 
 
 @needs_glue
@@ -820,6 +957,73 @@ def test_compute_metrics():
         "matthews": pytest.approx(100 * 2 / 12 ** 0.5)}
     scores = data.compute_metrics("pearson+spearman", np.array([1., 2]), logits[:2, :1])
     assert set(scores) == {"score", "pearson", "spearman"}
+
+
+@pytest.mark.parametrize("value", [
+    pytest.param(np.nan, id="nan"),
+    pytest.param(np.inf, id="infinity"),
+])
+def test_a_score_is_never_nan(value):
+    """A label that is not finite ends an evaluation."""
+    labels, logits = np.array([1, value, 3]), np.array([[1.0], [2.0], [3.0]])
+    with np.errstate(invalid="ignore"), pytest.raises(UserError, match="spearman is nan"):
+        data.compute_metrics("pearson+spearman", labels, logits)
+
+
+def test_metrics_use_the_scores_as_read():
+    """Compare the correlations of large scores with those of NumPy in float64.
+
+    float32 would round all of these scores to four different values.
+    """
+    model = small_model(num_labels=1)
+    scores = 1e8 + np.arange(20.0)
+    rng = np.random.default_rng(0)
+    encoded = [data.Encoded(rng.integers(5, 50, 3 + i % 9).tolist(), [0] * (3 + i % 9), score)
+               for i, score in enumerate(scores)]
+    evaluate_arch = data.make_evaluator(model, [encoded], "pearson+spearman",
+                                        torch.device("cpu"), NO_AUTOCAST)
+    logits = []
+    for i in range(20):
+        *inputs, _ = data.collate(encoded, [i])
+        with torch.no_grad():
+            logits.append(model(*inputs).item())
+    ranks = np.argsort(np.argsort(logits))
+    values = evaluate_arch(model.config.arch)
+    expected = 100 * np.corrcoef(scores - 1e8, logits)[0, 1]
+    assert values["pearson"] == pytest.approx(expected, abs=1e-3)
+    expected = 100 * np.corrcoef(np.arange(20), ranks)[0, 1]
+    assert values["spearman"] == pytest.approx(expected, abs=1e-6)
+
+
+def scarce_examples(counts, num_held_out):
+    """Return the warnings for data with the labels and counts in a dict."""
+    train = []
+    for label, count in enumerate(counts.values()):
+        train += [data.Example(f"{label} {i}", None, label) for i in range(count)]
+    task = data.Task("x", train, train[:1], tuple(counts), "accuracy")
+    return data.find_scarce_examples(task, train[:num_held_out])
+
+
+@pytest.mark.parametrize("counts, num_held_out, warnings", [
+    pytest.param({"a": 50, "b": 50}, 50, [], id="enough"),
+    pytest.param({"a": 5, "b": 5}, 0, [], id="no-holdout-set"),
+    pytest.param({"a": 50, "b": 50}, 49, ["(49 of 100), so a search selects by chance"],
+                 id="small-holdout-set"),
+    pytest.param({"good": 9, "biling": 1}, 0, ["label biling has 1 example: "], id="one-example"),
+    pytest.param(
+        {"a": 9, "b": 4, "c": 3, "d": 2, "e": 1, "f": 0}, 0,
+        ["b has 4 examples, label c has 3 examples, label d has 2 examples, and 2 more"],
+        id="many-rare-labels"),
+    pytest.param({"ham": 90, "spam": 10}, 0, [], id="nine-tenths"),
+    pytest.param({"ham": 91, "spam": 9}, 0, ["91.0% of train has the label ham"],
+                 id="above-nine-tenths"),
+])
+def test_scarce_examples_are_named(counts, num_held_out, warnings):
+    """A rare label, a label of nearly all examples, and a small hold-out set are named."""
+    found = scarce_examples(counts, num_held_out)
+    assert len(found) == len(warnings)
+    for warning, fragment in zip(found, warnings):
+        assert fragment in warning
 
 
 # ---- yoco.py: the distribution P_theta and its natural gradient ----------------------------------
@@ -1691,6 +1895,34 @@ def test_use_in_python_refuses_unequal_lists(in_sub_bert_dir):
         encode(["good", "bad"], "ab")
 
 
+def test_use_in_python_of_a_missing_directory(tmp_path):
+    """The message names the kind of directory that is needed, not a download."""
+    with pytest.raises(UserError, match="nope/config.json does not exist: name a directory "
+                                        "that train or search wrote$"):
+        data.load(tmp_path / "nope")
+
+
+@pytest.mark.parametrize("found, message", [
+    pytest.param(dict(pairs=True, task="RTE", labels=("a", "b"), metric="accuracy"), None,
+                 id="same"),
+    pytest.param(dict(pairs=True, task="own"), None, id="own-data"),
+    pytest.param(dict(pairs=True, task="rte"), None, id="another-spelling"),
+    pytest.param(dict(pairs=False), "one text", id="single-texts"),
+    pytest.param(dict(pairs=True, task="MRPC"), "the task is MRPC", id="another-task"),
+    pytest.param(dict(pairs=True, labels=("b", "a")), "the labels are", id="another-order"),
+    pytest.param(dict(pairs=True, labels=()), "the labels are", id="regression"),
+    pytest.param(dict(pairs=True, metric="accuracy+f1"), "the metric is", id="another-metric"),
+])
+def test_data_must_fit_the_model(found, message):
+    """Data with other texts, labels, task or metric than the training's is refused."""
+    training = dict(pairs=True, task="RTE", labels=("a", "b"), metric="accuracy")
+    if message is None:
+        data.check_fit("here", training, **found)
+        return
+    with pytest.raises(UserError, match=f"^here: {message}"):
+        data.check_fit("here", training, **found)
+
+
 def test_predict(in_sub_bert_dir):
     """Compare predicted labels with the largest logits and probabilities."""
     model, encode = data.load(SUB_BERT)
@@ -2198,6 +2430,10 @@ def test_logits_must_agree_with_the_config(tmp_path, num_labels, changes):
         ["column sentence1: leave one out"],
         id="sentence-and-sentence1"),
     pytest.param(
+        {"train": b"premise\thypothesis\tlabel\tlabel\tidx\na\tb\t0\t0\t0\n"},
+        ["two columns of one name"],
+        id="column-twice-in-a-file-of-the-library"),
+    pytest.param(
         {"train": b"sentence\tlabel\na\t1\nb\t1\n"},
         ["only one label"],
         id="only-one-label"),
@@ -2219,6 +2455,35 @@ def test_logits_must_agree_with_the_config(tmp_path, num_labels, changes):
         {"train": b"sentence1\tsentence2\tscore\na\tb\t1\na\tb\tnan\n"},
         ["line 3: label 'nan' is not a number"],
         id="score-is-nan"),
+    *[pytest.param(
+        {"train": f"sentence\tscore\na\t1\nb\t{score}\n".encode()},
+        ["train.tsv, line 3", "is not a number such as 4.5"],
+        id=f"score-is-{name}")
+      for name, score in [("4_5", "4_5"), ("infinity", "infinity"), ("empty", ""),
+                          ("arabic", "\u0664"), ("full-width", "\uff14"), ("1e39", "1e39"),
+                          ("1e-50", "1e-50"), ("comma", "1,5"), ("after-nbsp", "\u00a04")]],
+    pytest.param(
+        {"train": b"sentence\tscore\na\t1\nb\t 2.5 \n",
+         "dev": b"sentence\tscore\na\t-1e39\n"},
+        ["dev.tsv, line 2: label '-1e39' is not a number"],
+        id="large-score-in-dev"),
+    pytest.param(
+        {"train": b"sentence\tlabel\na\t1\nb\t0\nsentence\tlabel\nc\t1\n"},
+        ["train.tsv, line 4: a second header"],
+        id="second-header"),
+    pytest.param(
+        {"train": b"sentence\tlabel\r\na\t1\r\n\xef\xbb\xbfLabel\tSentence\r\nc\t0\r\n"},
+        ["train.tsv, line 3: a second header"],
+        id="second-header-after-a-byte-order-mark"),
+    pytest.param(
+        {"train": b"sentence\tlabel\na\t1\nb\t0\n",
+         "dev": b"sentence\tlabel\na\t1\nsentence\tlabel\n"},
+        ["dev.tsv, line 3: a second header"],
+        id="second-header-in-dev"),
+    pytest.param(
+        {"train": b"sentence\tlabel\na\t1\nb\t0\n"},
+        ["d/dev.tsv does not exist: a directory of data needs train.tsv and dev.tsv"],
+        id="no-dev"),
 ])
 def test_bad_data_is_refused(tmp_path, monkeypatch, capsys, files, parts):
     """Bad data is refused in one line with its place, and nothing is written."""
@@ -2502,6 +2767,14 @@ SEARCH_PARAMS = ["search", "--max-params"]
         ["eval", "--model", "superbert/tiny", "--data", "names"],
         ["('0', '1')", "('no', 'yes')"],
         id="eval-on-other-labels"),
+    pytest.param(
+        ["eval", "--model", "superbert/tiny", "--data", "pairs"],
+        ["the data of pairs does not fit superbert/tiny: two texts", "single texts"],
+        id="eval-on-pairs"),
+    pytest.param(
+        ["eval", "--model", "superbert/tiny", "--data", "cola"],
+        ["the data of CoLA", "the metric is matthews", "trained for accuracy"],
+        id="eval-by-another-metric"),
 ])
 def test_bad_commands_are_refused(trained_project, in_trained_dir, capsys, words, parts):
     """A bad command is refused in one line, changes no file, and starts no run."""
@@ -2513,6 +2786,11 @@ def test_bad_commands_are_refused(trained_project, in_trained_dir, capsys, words
     names = in_trained_dir / "names"
     write_tsv(names / "train.tsv", HEADER, ["good", "yes"], ["bad", "no"])
     write_tsv(names / "dev.tsv", HEADER, ["good", "yes"])
+    for name in ("train", "dev"):
+        write_tsv(in_trained_dir / "pairs" / f"{name}.tsv", ["sentence1", "sentence2", "label"],
+                  ["good", "good", "1"], ["good", "bad", "0"])
+        write_tsv(in_trained_dir / "cola" / f"{name}.tsv",
+                  ["g", "1", "", "good"], ["g", "0", "*", "bad"])
 
     before = read_all_files()
     assert_refused(capsys, words, *parts)

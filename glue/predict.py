@@ -10,12 +10,13 @@ each label with its probability. A regression prints its score.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import data
 from glue import run_program
-from model import (load_bert, print_line, read_json, select_device_and_precision, UserError,
+from model import (load_bert, print_line, select_device_and_precision, UserError,
                    write_file)
 from yoco import Parser, read_run
 
@@ -29,11 +30,13 @@ def predict(options):
     """Print one line per text, or write the files of a submission."""
     if options.glue and (options.file or options.json):
         raise UserError("--glue reads the test.tsv of its directory: leave out FILE and --json")
+    if options.file is not None and not os.path.exists(options.file):
+        raise UserError(f"FILE {options.file[:60]!r} does not exist. Texts go to standard "
+                        f'input: echo "a text" | python -m glue.predict --model {options.model}')
     device, autocast = select_device_and_precision(options.device, options.precision)
-    model = load_bert(options.model).to(device)
-    run_path = Path(options.model, "run.json")
-    run = read_json(run_path) if run_path.exists() else {}
-    if "wrote" in run:
+    model = load_bert(data.existing_model(options.model)).to(device)
+    training = data.training_of(options.model)
+    if "wrote" in training:
         # Refuse a directory whose files have changed since run.json was written.
         read_run(options.model)
     # Answer each line of standard input before the next one arrives.
@@ -44,12 +47,12 @@ def predict(options):
         return data.predict(model, options.model, examples, autocast, batch_size)
 
     if options.glue:
-        if "task" not in run:
-            raise UserError(f"{run_path} names no task: name a --model that train or search "
-                            "wrote")
-        write_submission(options, run, predict_examples)
+        if "task" not in training:
+            raise UserError(f"{options.model}/run.json names no task: name a --model that "
+                            "train or search wrote")
+        write_submission(options, training, predict_examples)
         return
-    for label, probabilities in predict_examples(read_texts(options.file, run.get("pairs"))):
+    for label, probabilities in predict_examples(read_texts(options.file, training)):
         if options.json:
             line = json.dumps({"label": label, "probabilities": probabilities})
         elif probabilities:
@@ -60,23 +63,31 @@ def predict(options):
         print(line, flush=True)
 
 
-def write_submission(options, run, predict_examples):
+def write_submission(options, training, predict_examples):
     """Write GLUE's file of predictions for a task, or its two files for MNLI.
 
-    Raises UserError if a file exists and --overwrite is not given.
+    training: what the model was trained on (see `data.training_of`). Raises UserError if a
+    test file is of another task, if it numbers no rows, or if a file exists and --overwrite
+    is not given.
     """
-    out, task = Path(options.out), run["task"]
+    out, task = Path(options.out), training["task"]
     contents = {}                                                    # {path: lines}
     for test, name in SUBMISSIONS.get(task, {"test.tsv": f"{task}.tsv"}).items():
         if (out / name).exists() and not options.overwrite:
             raise UserError(f"{out / name} exists: choose another --out, or replace it with "
                             "--overwrite")
-        examples = read_table(Path(options.glue, test), run.get("pairs"))
+        path = Path(options.glue, test)
+        file_format, rows = data.read_table(path, test=True)
+        check_task(path, file_format, training)
+        examples = make_examples(path, rows, training)
+        if examples[0].label is None:
+            raise UserError(f"{path} has no column index, id or idx: add one, because a "
+                            "submission names each row by it")
         predictions = predict_examples(examples)
         lines = ["index\tprediction"]
-        for row, (example, (label, probabilities)) in enumerate(zip(examples, predictions)):
-            # read_table has put the column `index` in the place of the label.
-            index = row if example.label is None else example.label
+        for example, (label, probabilities) in zip(examples, predictions):
+            # read_table has put the number of the row in the place of the label.
+            index = example.label
             if task == "STS-B":
                 label = min(5.0, max(0.0, label))
             if probabilities:
@@ -90,10 +101,33 @@ def write_submission(options, run, predict_examples):
         print_line(f"wrote {path}: {len(lines) - 1} predictions")
 
 
-def read_texts(name, pairs):
+def check_task(path, file_format, training):
+    """Check that a test file has the format of the model's task.
+
+    Raises UserError if it does not, or if the model has other labels than GLUE's task.
+    """
+    task = training["task"]
+    data.check_fit(path, training, file_format.sentence2 is not None,
+                   data.glue_task_of(path.parent))
+    formats = []
+    for table_format in data.FORMATS + data.LIBRARY_FORMATS:
+        if table_format.name == data.glue_task(task):
+            formats.append(table_format)
+    # The formats without a name are those of other data.
+    texts = [(table_format.sentence1, table_format.sentence2) for table_format in formats]
+    if (file_format.sentence1, file_format.sentence2) not in texts:
+        raise UserError(f"{path} has the columns of another task, but the model was trained "
+                        f"on {task}: name a directory with the columns of {task}")
+    labels = formats[-1].labels
+    if data.glue_task(task) and sorted(labels) != sorted(training["labels"]):
+        raise UserError(f"the labels of the model are {training['labels']}, but GLUE's {task} "
+                        f"has {labels}: train on GLUE's data")
+
+
+def read_texts(name, training):
     """Yield one Example per line of the file `name`, or of standard input if `name` is None.
 
-    pairs: whether the model was trained on pairs, or None if that is unknown.
+    training: what the model was trained on (see `data.training_of`).
     Raises UserError if a line cannot be read, or if it does not fit the model.
     """
     if not name and sys.stdin is None:
@@ -115,12 +149,14 @@ def read_texts(name, pairs):
                 if not Path(name).is_file():
                     raise UserError(f"{where}: the header of a table. A table must be a file: "
                                     "name it as FILE")
-                yield from read_table(name, pairs)
+                # Read as a test file, a table may have labels or not. They are ignored.
+                _, rows = data.read_table(name, test=True)
+                yield from make_examples(name, rows, training)
                 return
             if len(columns) > 2:
                 raise UserError(f"{where}: {len(columns) - 1} tabs. A line holds one text, or "
                                 "two with a tab between them")
-            yield make_example(where, pairs, *columns)
+            yield make_example(where, training, *columns)
 
 
 def is_table(columns):
@@ -128,36 +164,30 @@ def is_table(columns):
 
     It does if it is a known header, or a row of CoLA, whose files have no header.
     """
-    for table_format in data.FORMATS:
+    for table_format in data.FORMATS + data.LIBRARY_FORMATS:
         text_columns = {table_format.sentence1, table_format.sentence2} - {None}
         if text_columns <= set(columns):
             return True
     return len(columns) == 4 and columns[1] in data.COLA.labels
 
 
-def read_table(path, pairs):
+def make_examples(path, rows, training):
     """Return one Example per row of a table.
 
-    The label of an Example is the column `index`, or None if the table has no `index`.
+    rows: what `data.read_table` returns for a test file. Each label is the number of the
+    row in the table, or None.
     """
-    # Read as a test file, a table may have labels or not. They are ignored.
-    _, rows = data.read_table(Path(path), test=True)
-    return [make_example(f"{path}, line {line}", pairs, *row) for line, *row in rows]
+    return [make_example(f"{path}, line {line}", training, *row) for line, *row in rows]
 
 
-def make_example(where, pairs, text, second_text=None, index=None):
-    """Return an Example, with the index in the place of its label.
+def make_example(where, training, text, second_text=None, index=None):
+    """Return an Example, with the number of its row in the place of its label.
 
-    where: the file and the line, for messages. pairs: whether the model was trained on
-    pairs, or None if that is unknown.
+    where: the file and the line, for messages. training: what the model was trained on.
     Raises UserError if the model was trained on pairs and there is one text, or on single
     texts and there are two.
     """
-    if pairs is False and second_text is not None:
-        raise UserError(f"{where}: two texts, but the model was trained on single texts")
-    if pairs and second_text is None:
-        raise UserError(f"{where}: one text, but the model was trained on pairs. Write two, "
-                        "with a tab between them")
+    data.check_fit(where, training, second_text is not None)
     return data.Example(text, second_text, index)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import yoco
 from glue import predict
 from model import BertConfig, ElasticBert, save_bert
@@ -163,6 +164,45 @@ def test_closed_output(trained_dir):
         assert (process.wait(), process.stderr.read()) == (0, b"")
 
 
+@pytest.mark.parametrize("content, name, texts", [
+    pytest.param(b"a\n\n\n", "texts", ["a", "", ""], id="empty-lines-at-the-end"),
+    pytest.param(b"a\n\nb", "texts", ["a", "", "b"], id="no-newline-at-the-end"),
+    pytest.param(b"\n", "texts", [""], id="one-empty-line"),
+    pytest.param(b"", "texts", [], id="empty-file"),
+    pytest.param(b"a\r\n\r\n\r\n", "texts", ["a", "", ""], id="crlf"),
+    pytest.param(b"a\tb\n\t\n\t", "pairs", ["a|b", "|", "|"], id="pairs"),
+    pytest.param(b"sentence\na\n\n\n", "texts", ["a", "", ""], id="table"),
+    pytest.param(b"sentence\r\na\r\n\r\n\r\n", "texts", ["a", "", ""], id="table-crlf"),
+    pytest.param(b"sentence\n\n\nb", "texts", ["", "", "b"], id="table-without-last-newline"),
+    pytest.param(b"sentence\n\n", "texts", [""], id="table-of-one-empty-text"),
+    pytest.param(b"sentence\nsentence\n", "texts", ["sentence"], id="text-like-the-header"),
+    pytest.param(b"index\tsentence\n0\ta\n1\t\n2\t", "texts", ["a", "", ""],
+                 id="table-with-index"),
+    pytest.param(b"sentence1\tsentence2\na\tb\n\t\n\t\n", "pairs", ["a|b", "|", "|"],
+                 id="table-of-pairs"),
+])
+def test_every_row_gets_an_answer(trained_dir, tmp_path, capsys, monkeypatch, content, name,
+                                  texts):
+    """Every row has its answer, as a file and on standard input, in JSON and in plain lines.
+
+    texts: the texts of the rows, counted by hand. A | joins the two texts of a pair.
+    """
+    model = trained_dir / name
+    network, encode = data.load(model)
+    expected = []
+    for text in texts:
+        logits = network(*encode(*text.split("|")))
+        expected.append(LABELS[logits.argmax()])
+    (tmp_path / "file").write_bytes(content)
+    answers = predictions(capsys, tmp_path / "file", "--model", model)
+    assert [answer["label"] for answer in answers] == expected
+    if not content.startswith((b"sentence", b"index")):
+        monkeypatch.setattr(sys, "stdin", open(tmp_path / "file"))
+        assert predict.main(["--model", str(model), *CPU]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split("\t")[0] for line in lines] == expected
+
+
 # In a command line, TEXTS and PAIRS stand for the two super-BERTs, and DATA for the data sets.
 @pytest.mark.parametrize("words, fragment", [
     pytest.param("two --model TEXTS",
@@ -177,9 +217,15 @@ def test_closed_output(trained_dir):
     pytest.param("latin --model TEXTS", "not UTF-8", id="latin-1"),
     pytest.param("long --model TEXTS", "1,000,000", id="long-line"),
     pytest.param("nowhere --model TEXTS", "nowhere", id="missing-file"),
+    pytest.param("good_film --model M",
+                 'FILE \'good film\' does not exist. Texts go to standard input: '
+                 'echo "a text" | python -m glue.predict --model M', id="text-as-file"),
+    pytest.param("LONG --model M", "Texts go to standard input", id="long-text-as-file"),
+    pytest.param("EMPTY --model M", "FILE '' does not exist", id="empty-text-as-file"),
     pytest.param(". --model TEXTS", ".", id="directory-as-file"),
     pytest.param("one", "--model", id="no-model"),
-    pytest.param("one --model nowhere", "nowhere/config.json", id="missing-model"),
+    pytest.param("one --model nowhere", "nowhere/config.json does not exist: name a "
+                 "directory that train or search wrote", id="missing-model"),
     pytest.param("one --model DATA/texts", "does not exist", id="model-without-weights"),
     pytest.param("one --model TEXTS --x", "--x", id="unknown-flag"),
     pytest.param("one --model TEXTS --glue .", "leave out", id="file-and-glue"),
@@ -195,7 +241,8 @@ def test_refusals(trained_dir, tmp_path, capsys, monkeypatch, words, fragment):
     Path("long").write_bytes(b"x" * 10**6 + b"xx\n")
     for name, path in (("TEXTS", "texts"), ("PAIRS", "pairs"), ("DATA", "data")):
         words = words.replace(name, str(trained_dir / path))
-    assert_refused(capsys, predict, words.split(), fragment)
+    texts = {"good_film": "good film", "LONG": "very " * 9999, "EMPTY": ""}
+    assert_refused(capsys, predict, [texts.get(w, w) for w in words.split()], fragment)
 
 
 def test_table_on_standard_input(trained_dir, capsys, monkeypatch):
@@ -227,9 +274,12 @@ def test_model_without_run_json(trained_dir, tmp_path, capsys, monkeypatch):
     pytest.param("RTE", "index\tsentence1\tsentence2", 1, id="RTE"),
     pytest.param("MNLI", "index\tpromptID\tpairID\tgenre\tsentence1_parse\tsentence2_parse\t"
                          "sentence1\tsentence2", 6, id="MNLI"),
-    pytest.param("own", "sentence", 0, id="own-regression"),
+    pytest.param("own", "idx\tsentence", 1, id="own-regression"),
     pytest.param("STS-B", "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\t"
                           "sentence1\tsentence2", 7, id="STS-B"),
+    pytest.param("MRPC", "idx\tsentence1\tsentence2", 1, id="MRPC-of-the-library"),
+    pytest.param("QNLI", "idx\tquestion\tsentence", 1, id="QNLI-of-the-library"),
+    pytest.param("MNLI", "idx\tpremise\thypothesis", 1, id="MNLI-of-the-library"),
 ])
 def test_submission(tmp_path, capsys, monkeypatch, task, header, column):
     """A submission has GLUE's file names, header, labels, and the indices of the test file.
@@ -255,13 +305,11 @@ def test_submission(tmp_path, capsys, monkeypatch, task, header, column):
     assert predict.main([*words, *CPU]) == 0
     names = ["MNLI-m.tsv", "MNLI-mm.tsv"] if task == "MNLI" else [f"{task}.tsv"]
     assert sorted(path.name for path in Path("submission").iterdir()) == names
-    # Without a column `index`, the index is the row number.
-    step = 7 if columns[0] == "index" else 1
     for name in names:
         text = Path("submission", name).read_text()
         lines = [line.split("\t") for line in text.splitlines()]
         assert lines[0] == ["index", "prediction"]
-        assert [index for index, _ in lines[1:]] == [str(step * i) for i in range(num_rows)]
+        assert [index for index, _ in lines[1:]] == [str(7 * i) for i in range(num_rows)]
         values = {value for _, value in lines[1:]}
         if task == "STS-B":
             assert {"0.000", "5.000"} < values
@@ -274,6 +322,45 @@ def test_submission(tmp_path, capsys, monkeypatch, task, header, column):
             assert len(values) > 1
     assert_refused(capsys, predict, words, "exists")
     assert predict.main([*words, *CPU, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("task, labels, directory, header, fragment", [
+    pytest.param("RTE", "entailment not_entailment", "x", "index #1_String #2_String",
+                 "the columns of another task", id="columns-of-MRPC"),
+    pytest.param("RTE", "entailment not_entailment", "MRPC", "index sentence1 sentence2",
+                 "the task is MRPC", id="name-of-MRPC"),
+    pytest.param("own", "0 1", "x", "index #1_String #2_String",
+                 "the columns of another task", id="own-model-on-MRPC"),
+    pytest.param("MRPC", "0 1", "x", "index question1 question2",
+                 "the columns of another task", id="MRPC-on-QQP"),
+    pytest.param("RTE", "entailment not_entailment", "x", "index sentence",
+                 "one text, but the model was trained on pairs", id="single-texts"),
+    pytest.param("RTE", "0 1", "RTE", "index sentence1 sentence2",
+                 "GLUE's RTE has ('entailment', 'not_entailment')", id="labels-of-the-model"),
+    pytest.param("RTE", "entailment not_entailment", "RTE", "sentence1 sentence2",
+                 "no column index, id or idx", id="no-index"),
+    pytest.param("RTE", "entailment not_entailment", "x", "index sentence1 sentence2",
+                 None, id="own-data-with-the-same-columns"),
+    pytest.param("RTE", "entailment not_entailment", "rte", "sentence1 sentence2 label idx",
+                 None, id="library"),
+])
+def test_submission_for_another_task(tmp_path, capsys, monkeypatch, task, labels, directory,
+                                     header, fragment):
+    """A test file of another task is refused, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    write_model_for_submission(tuple(labels.split()))
+    Path("model/run.json").write_text(json.dumps(dict(task=task, max_length=16, pairs=True)))
+    columns = [name.replace("_", " ") for name in header.split()]
+    write_table(Path(directory, "test.tsv"), columns, ["-1"] * len(columns))
+    words = ["--model", "model", "--glue", directory]
+    if fragment is None:
+        assert predict.main([*words, *CPU]) == 0
+        index, label = Path("submission", f"{task}.tsv").read_text().split()[2:]
+        assert index == "-1"
+        assert label in labels.split()
+    else:
+        assert_refused(capsys, predict, words, fragment)
+        assert not Path("submission").exists()
 
 
 def write_model_for_submission(labels):
