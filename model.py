@@ -304,6 +304,9 @@ def sliced_linear(x, linear, n_out=None, n_in=None):
 
     x [..., n_in] -> [..., n_out]. The slices are views. Nothing is copied.
     """
+    if n_out is None and n_in is None:
+        # Call the module itself. It may have hooks, or be a wrapper such as LoRA's.
+        return linear(x)
     return F.linear(x, linear.weight[:n_out, :n_in], linear.bias[:n_out])
 
 
@@ -330,7 +333,7 @@ class Layer(nn.Module):
     def __init__(self, config, n_heads, ffn_size):
         super().__init__()
         C, D = config.hidden_size, config.head_size
-        self.head_size = D
+        self.head_size, self.n_heads, self.ffn_size = D, n_heads, ffn_size
         self.query, self.key, self.value = (nn.Linear(C, n_heads * D) for _ in range(3))
         self.attention_out = nn.Linear(n_heads * D, C)
         self.attention_norm = nn.LayerNorm(C, config.layer_norm_eps)
@@ -351,32 +354,34 @@ class Layer(nn.Module):
         """
         p = self.dropout if self.training else 0.0
         p_attention = self.attention_dropout if self.training else 0.0
-        HD = n_heads * self.head_size
+        # The sizes of the slices. None means all.
+        HD = n_heads * self.head_size if n_heads < self.n_heads else None
+        n_neurons = ffn_size if ffn_size < self.ffn_size else None
 
-        key = self.project(x, self.key, n_heads)                         # [B, H, T, D]
-        value = self.project(x, self.value, n_heads)                     # [B, H, T, D]
+        key = self.project(x, self.key, HD)                              # [B, H, T, D]
+        value = self.project(x, self.value, HD)                          # [B, H, T, D]
         if cls_only:
             # [CLS] still attends to every token. From here on, T is 1 in the comments.
             x = x[:, :1]                                                 # [B, 1, C]
-        query = self.project(x, self.query, n_heads)                     # [B, H, T, D]
+        query = self.project(x, self.query, HD)                          # [B, H, T, D]
         a = attention(query, key, value, mask, p_attention)              # [B, H, T, D]
         if masks:
             a = a * masks[0][:, :, None, None]
-        a = a.transpose(1, 2).reshape(x.shape[0], -1, HD)                # [B, T, H*D]
+        a = a.transpose(1, 2).flatten(2)                                 # [B, T, H*D]
         a = sliced_linear(a, self.attention_out, n_in=HD)                # [B, T, C]
         x = self.attention_norm(x + dropout(a, p))
 
-        f = sliced_linear(x, self.ffn_in, n_out=ffn_size)                # [B, T, F]
+        f = sliced_linear(x, self.ffn_in, n_out=n_neurons)               # [B, T, F]
         f = self.activation(f)
         if masks:
             f = f * masks[1][:, None, :]
-        f = sliced_linear(f, self.ffn_out, n_in=ffn_size)                # [B, T, C]
+        f = sliced_linear(f, self.ffn_out, n_in=n_neurons)               # [B, T, C]
         return self.ffn_norm(x + dropout(f, p))
 
-    def project(self, x, linear, n_heads):
-        """Return the queries, keys or values of n_heads heads. [B, T, C] -> [B, H, T, D]."""
-        y = sliced_linear(x, linear, n_out=n_heads * self.head_size)     # [B, T, H*D]
-        return y.view(x.shape[0], -1, n_heads, self.head_size).transpose(1, 2)
+    def project(self, x, linear, HD):
+        """Return the queries, keys or values of H heads. [B, T, C] -> [B, H, T, D]."""
+        y = sliced_linear(x, linear, n_out=HD)                           # [B, T, H*D]
+        return y.unflatten(2, (-1, self.head_size)).transpose(1, 2)
 
 
 class ElasticBert(nn.Module):
@@ -422,7 +427,8 @@ class ElasticBert(nn.Module):
         if n_tokens > n_positions:
             raise UserError(f"{n_tokens} tokens are too many: the model has only "
                             f"{n_positions} positions")
-        x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:n_tokens]
+        positions = torch.arange(n_tokens, device=input_ids.device)      # [T]
+        x = (self.word_embeddings(input_ids) + self.position_embeddings(positions)
              + self.token_type_embeddings(token_type_ids))
         return dropout(self.embedding_norm(x), self.config.hidden_dropout_prob * self.training)
 
@@ -436,9 +442,10 @@ class ElasticBert(nn.Module):
             p = self.config.hidden_dropout_prob
         pooled = torch.tanh(self.pooler(x[:, 0]))                        # [B, C] from [CLS]
         pooled = dropout(pooled, p * self.training)
-        # The logits are always fp32, since bf16 would round the predictions of a regression.
+        # Autocast must not touch the logits, since bf16 would round the predictions of a
+        # regression. They have the type of the weights, which is fp32 unless you change it.
         with torch.autocast(x.device.type, enabled=False):
-            return self.classifier(pooled.float())
+            return self.classifier(pooled.to(self.embedding_norm.weight.dtype))
 
     def check(self, arch):
         """Raise UserError if `arch` has more layers, heads or neurons than the model."""
@@ -969,7 +976,7 @@ def device_name(device):
 def latency(model, n_tokens, autocast):
     """Return the milliseconds for one sequence of n_tokens tokens: the median of 20 runs."""
     warm_up, repeats = 3, 20
-    device = model.pooler.weight.device
+    device = model.embedding_norm.weight.device
     mask = torch.ones(1, n_tokens, dtype=torch.int64, device=device)
     # The time does not depend on which tokens these are.
     ids = types = torch.zeros_like(mask)
