@@ -304,6 +304,9 @@ def sliced_linear(x, linear, n_out=None, n_in=None):
 
     x [..., n_in] -> [..., n_out]. The slices are views. Nothing is copied.
     """
+    if n_out is None and n_in is None:
+        # Call the module itself. It may have hooks, or be a wrapper, for example LoRA's.
+        return linear(x)
     return F.linear(x, linear.weight[:n_out, :n_in], linear.bias[:n_out])
 
 
@@ -330,7 +333,7 @@ class Layer(nn.Module):
     def __init__(self, config, n_heads, ffn_size):
         super().__init__()
         C, D = config.hidden_size, config.head_size
-        self.head_size = D
+        self.head_size, self.n_heads, self.ffn_size = D, n_heads, ffn_size
         self.query, self.key, self.value = (nn.Linear(C, n_heads * D) for _ in range(3))
         self.attention_out = nn.Linear(n_heads * D, C)
         self.attention_norm = nn.LayerNorm(C, config.layer_norm_eps)
@@ -351,32 +354,34 @@ class Layer(nn.Module):
         """
         p = self.dropout if self.training else 0.0
         p_attention = self.attention_dropout if self.training else 0.0
-        HD = n_heads * self.head_size
+        # The sizes of the slices. None means all.
+        HD = n_heads * self.head_size if n_heads < self.n_heads else None
+        n_neurons = ffn_size if ffn_size < self.ffn_size else None
 
-        key = self.project(x, self.key, n_heads)                         # [B, H, T, D]
-        value = self.project(x, self.value, n_heads)                     # [B, H, T, D]
+        key = self.project(x, self.key, HD)                              # [B, H, T, D]
+        value = self.project(x, self.value, HD)                          # [B, H, T, D]
         if cls_only:
             # [CLS] still attends to every token. From here on, T is 1 in the comments.
             x = x[:, :1]                                                 # [B, 1, C]
-        query = self.project(x, self.query, n_heads)                     # [B, H, T, D]
+        query = self.project(x, self.query, HD)                          # [B, H, T, D]
         a = attention(query, key, value, mask, p_attention)              # [B, H, T, D]
         if masks:
             a = a * masks[0][:, :, None, None]
-        a = a.transpose(1, 2).reshape(x.shape[0], -1, HD)                # [B, T, H*D]
+        a = a.transpose(1, 2).flatten(2)                                 # [B, T, H*D]
         a = sliced_linear(a, self.attention_out, n_in=HD)                # [B, T, C]
         x = self.attention_norm(x + dropout(a, p))
 
-        f = sliced_linear(x, self.ffn_in, n_out=ffn_size)                # [B, T, F]
+        f = sliced_linear(x, self.ffn_in, n_out=n_neurons)               # [B, T, F]
         f = self.activation(f)
         if masks:
             f = f * masks[1][:, None, :]
-        f = sliced_linear(f, self.ffn_out, n_in=ffn_size)                # [B, T, C]
+        f = sliced_linear(f, self.ffn_out, n_in=n_neurons)               # [B, T, C]
         return self.ffn_norm(x + dropout(f, p))
 
-    def project(self, x, linear, n_heads):
-        """Return the queries, keys or values of n_heads heads. [B, T, C] -> [B, H, T, D]."""
-        y = sliced_linear(x, linear, n_out=n_heads * self.head_size)     # [B, T, H*D]
-        return y.view(x.shape[0], -1, n_heads, self.head_size).transpose(1, 2)
+    def project(self, x, linear, HD):
+        """Return the queries, keys or values of H heads. [B, T, C] -> [B, H, T, D]."""
+        y = sliced_linear(x, linear, n_out=HD)                           # [B, T, H*D]
+        return y.unflatten(2, (-1, self.head_size)).transpose(1, 2)
 
 
 class ElasticBert(nn.Module):
@@ -422,7 +427,8 @@ class ElasticBert(nn.Module):
         if n_tokens > n_positions:
             raise UserError(f"{n_tokens} tokens are too many: the model has only "
                             f"{n_positions} positions")
-        x = (self.word_embeddings(input_ids) + self.position_embeddings.weight[:n_tokens]
+        positions = torch.arange(n_tokens, device=input_ids.device)      # [T]
+        x = (self.word_embeddings(input_ids) + self.position_embeddings(positions)
              + self.token_type_embeddings(token_type_ids))
         return dropout(self.embedding_norm(x), self.config.hidden_dropout_prob * self.training)
 
@@ -436,9 +442,10 @@ class ElasticBert(nn.Module):
             p = self.config.hidden_dropout_prob
         pooled = torch.tanh(self.pooler(x[:, 0]))                        # [B, C] from [CLS]
         pooled = dropout(pooled, p * self.training)
-        # The logits are always fp32, since bf16 would round the predictions of a regression.
+        # Autocast must not touch the logits, since bf16 would round the predictions of a
+        # regression. They have the type of the weights, which is fp32 unless you change it.
         with torch.autocast(x.device.type, enabled=False):
-            return self.classifier(pooled.float())
+            return self.classifier(pooled.to(self.embedding_norm.weight.dtype))
 
     def check(self, arch):
         """Raise UserError if `arch` has more layers, heads or neurons than the model."""
@@ -522,6 +529,10 @@ def read_config(path):
         supported = SUPPORTED_VALUES.get(name, [value])
         if value not in supported:
             raise UserError(f"{path}: {name} is {value!r}, not one of {supported}")
+    if isinstance(values.get("id2label"), dict):
+        # transformers also takes whole numbers as names.
+        values["id2label"] = {i: str(name) if type(name) is int else name
+                              for i, name in values["id2label"].items()}
     return values
 
 
@@ -578,7 +589,7 @@ def is_list_of_sizes(value):
     """Return whether a value is a list of positive whole numbers."""
     if not isinstance(value, list):
         return False
-    return all(type(size) is int and size > 0 for size in value)
+    return all(map(is_size, value))
 
 
 def is_label(name):
@@ -664,11 +675,12 @@ def load_bert(directory, num_labels=None, labels=None):
     """Load an ElasticBert from the config.json and model.safetensors in a directory.
 
     num_labels: the number of logits. None: as many as the classifier in the file has.
-    labels: the names of the labels to train on, () for regression (see fit_classifier).
+    labels: the names of the labels to train on, () for regression (see fit_classifier). A
+    printed line says what happened to the classifier.
 
     If the file has no classifier, the model gets a random one, and also a random pooler if
-    there is none. A printed line says so. All other tensors must be in the file, with the
-    names and shapes of the model. Raises UserError if one is missing, unknown or different.
+    there is none. All other tensors must be in the file, with the names and shapes of the
+    model. Raises UserError if one is missing, unknown or different.
     """
     config, tensors = BertConfig.load(directory), read_tensors(directory)
     name_unknown_fields(directory)
@@ -677,42 +689,73 @@ def load_bert(directory, num_labels=None, labels=None):
         # The classifier of another architecture does not classify texts.
         tensors = {n: t for n, t in tensors.items() if not n.startswith("classifier.")}
     if labels is not None:
-        fit_classifier(tensors, config, labels, directory)
+        print_line(f"{directory}: classifier {fit_classifier(tensors, config, labels)}")
     if num_labels is None:
         if "classifier.weight" not in tensors:
             raise UserError(f"{directory} has no classifier: it was not fine-tuned")
         num_labels = len(torch.atleast_1d(tensors["classifier.weight"]))
     check_num_labels(config, num_labels, directory)
+    check_num_layers(config, tensors, directory)
     # On the "meta" device the model takes no memory until its shapes have been checked.
     with torch.device("meta"):
         model = ElasticBert(config, num_labels)
-    add_missing_heads(tensors, model, directory)
-    model.load_state_dict(move_to_state(tensors, model, directory), assign=True)
+    new_heads = missing_heads(tensors)
+    state = move_to_state(tensors, model, new_heads, directory)
+    for name in new_heads:
+        weight = torch.empty(getattr(model, name).weight.shape)
+        state[f"{name}.weight"] = weight.normal_(std=config.initializer_range)
+        state[f"{name}.bias"] = torch.zeros(len(weight))
+    if "pooler" in new_heads:
+        print_line(f"{directory}: pooler new")
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def fit_classifier(tensors, config, labels, directory):
+def fit_classifier(tensors, config, labels):
     """Fit the classifier in `tensors` to the label names of a task, () for regression.
 
     If it has the same names in another order, its rows are permuted. If it has other
-    names, it is removed. For a regression, a classifier with a single row is kept. The
-    names in `config` become those of the task.
+    names, it is removed. LABEL_i, the default name in transformers, is label i of a task
+    with the labels 0, 1, 2, ... For a regression, a classifier with a single row is kept.
+    The names in `config` become those of the task. Return a text that says what was done.
     """
     old_labels = config.labels
     config.name_labels(labels)
     names = [name for name in tensors if name.startswith("classifier.")]
     if not names:
-        return
-    num_rows = {tensors[name].shape[:1] for name in names}
-    if num_rows == {(len(labels),)} and sorted(labels) == sorted(old_labels):
+        return "new"
+    num_rows = {len(torch.atleast_1d(tensors[name])) for name in names}
+    indices = range(max(num_rows))
+    default_labels = tuple(f"LABEL_{i}" for i in indices)
+    numbers = tuple(map(str, indices))
+    # transformers does not write the default names of two labels.
+    old_labels = old_labels or default_labels
+    is_default, hint = old_labels == default_labels, ""
+    if is_default and sorted(labels) == sorted(numbers):
+        old_labels, hint = numbers, " (LABEL_i is i)"
+    if num_rows == {1} and not labels:
+        return "kept: one score"
+    if num_rows == {len(labels)} and sorted(labels) == sorted(old_labels):
         order = [old_labels.index(label) for label in labels]
         for name in names:
             tensors[name] = tensors[name][order]
-    elif labels or num_rows != {(1,)}:
-        old_names = ", ".join(old_labels) or "unnamed labels"
-        print_line(f"{directory}: its classifier (of {old_names}) is not used")
-        for name in names:
-            del tensors[name]
+        verb = "kept" if order == sorted(order) else "permuted"
+        return f"{verb}: {list_names(labels)}{hint}"
+    for name in names:
+        del tensors[name]
+    if num_rows == {1}:
+        return "new: the checkpoint predicted a score"
+    if is_default and num_rows == {len(labels)}:
+        hint = ". To keep their weights, name them in id2label of its config.json"
+    return f"new: the checkpoint's labels were {list_names(old_labels)}{hint}"
+
+
+def list_names(names):
+    """Return the first ten names in one text, and three dots if there are more."""
+    shown = list(names[:10])
+    if len(names) > 10:
+        shown.append("...")
+    return ", ".join(shown)
 
 
 def check_num_labels(config, num_labels, directory):
@@ -725,27 +768,38 @@ def check_num_labels(config, num_labels, directory):
                         'Let "id2label" name every logit, or remove it')
 
 
-def add_missing_heads(tensors, model, directory):
-    """Add a random classifier to `tensors` if it has none, and then a random pooler too."""
-    for name in ("classifier", "pooler"):
-        if hf_name(f"{name}.weight") in tensors:
-            # A classifier that was trained needs the pooler that it was trained with.
-            return
-        n_out, n_in = getattr(model, name).weight.shape
-        print_line(f"{directory}: a new {name} is initialised, {n_in} -> {n_out}")
-        weight = torch.empty(n_out, n_in).normal_(std=model.config.initializer_range)
-        tensors[hf_name(f"{name}.weight")] = weight
-        tensors[hf_name(f"{name}.bias")] = torch.zeros(n_out)
+def check_num_layers(config, tensors, directory):
+    """Raise UserError if config.json has more or fewer layers than the weights.
+
+    Building thousands of layers takes minutes, even on the "meta" device. So load_bert
+    compares this number first.
+    """
+    layers = {name.split(".")[3] for name in tensors if name.startswith("bert.encoder.layer.")}
+    if len(layers) != config.num_hidden_layers:
+        raise UserError(f"{directory}: num_hidden_layers in config.json is "
+                        f"{config.num_hidden_layers}, but the weights have {len(layers)} layers")
 
 
-def move_to_state(tensors, model, directory):
-    """Move all tensors into a state dict of the model, and return that.
+def missing_heads(tensors):
+    """Return which of "classifier" and "pooler" are not in `tensors` and start at random."""
+    if hf_name("classifier.weight") in tensors:
+        # A classifier that was trained needs the pooler that it was trained with.
+        return []
+    if hf_name("pooler.weight") in tensors:
+        return ["classifier"]
+    return ["classifier", "pooler"]
+
+
+def move_to_state(tensors, model, new_heads, directory):
+    """Move all tensors into a state dict of the model without `new_heads`, and return that.
 
     `tensors` is empty at the end, so that nothing is in memory twice. Raises UserError if a
     tensor is missing, unknown or of another shape.
     """
     state = {}
     for name, parameter in model.state_dict().items():
+        if name.split(".")[0] in new_heads:
+            continue
         title = f"{directory}: tensor {hf_name(name)}"
         tensor = tensors.pop(hf_name(name), None)
         if tensor is None:
@@ -966,10 +1020,13 @@ def device_name(device):
     return f"{processor}, {torch.get_num_threads()} threads"
 
 
-def latency(model, n_tokens, autocast):
-    """Return the milliseconds for one sequence of n_tokens tokens: the median of 20 runs."""
+def latency(model, n_tokens, autocast, device=None):
+    """Return the milliseconds for one sequence of n_tokens tokens: the median of 20 runs.
+
+    device: needed only if the model is another function than an ElasticBert.
+    """
     warm_up, repeats = 3, 20
-    device = model.pooler.weight.device
+    device = device or model.embedding_norm.weight.device
     mask = torch.ones(1, n_tokens, dtype=torch.int64, device=device)
     # The time does not depend on which tokens these are.
     ids = types = torch.zeros_like(mask)

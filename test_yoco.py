@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import ast
 import contextlib
+import copy
 import csv
 import dataclasses
 import doctest
@@ -268,6 +269,99 @@ def test_extracted_model_owns_its_memory():
         assert not addresses & {weight.data_ptr() for weight in sub_bert.parameters()}
 
 
+@pytest.mark.parametrize("dtype, tolerance", [
+    pytest.param(torch.float16, 5e-3, id="half"),
+    pytest.param(torch.bfloat16, 5e-2, id="bfloat16"),
+    pytest.param(torch.float64, 5e-6, id="double"),
+])
+def test_other_number_types(dtype, tolerance):
+    """Compare the logits of half(), bfloat16() and double() with those in fp32.
+
+    The model trains in these types, too, with dropout.
+    """
+    model, batch = small_model(), small_batch()
+    arch = Arch((2, 6, 4), (8, 48, 12))
+    for module, arch in ((extract(model, arch), None), (model, None), (model, arch)):
+        expected = module(*batch, arch)
+        converted = copy.deepcopy(module).to(dtype)
+        logits = converted(*batch, arch)
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits.float(), expected, atol=tolerance, rtol=0)
+        converted.train()(*batch, arch).sum().backward()
+        assert converted.pooler.weight.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_sub_bert():
+    """Compare the logits of int8 weights with those in fp32. The latency can be measured."""
+    sub_bert, batch = extract(small_model(), Arch((2, 6, 4), (8, 48, 12))), small_batch()
+    quantized = torch.ao.quantization.quantize_dynamic(sub_bert, {torch.nn.Linear})
+    assert not any(type(module) is torch.nn.Linear for module in quantized.modules())
+    logits = quantized(*batch)
+    assert not torch.equal(logits, sub_bert(*batch))
+    torch.testing.assert_close(logits, sub_bert(*batch), atol=0.1, rtol=0)
+    assert latency(quantized, 7, NO_AUTOCAST) > 0
+
+
+def test_hooks_see_every_call():
+    """A forward hook sees each linear layer, embedding and LayerNorm once per pass.
+
+    In a super-BERT it sees each once with the largest architecture.
+    """
+    model = small_model()
+    for module in (model, extract(model, Arch((2, 6, 4), (8, 48, 12)))):
+        calls = []
+        names = [name for name, part in module.named_modules() if hasattr(part, "weight")]
+        for name in names:
+            module.get_submodule(name).register_forward_hook(
+                lambda *_, name=name: calls.append(name))
+        module(*small_batch())
+        assert sorted(calls) == sorted(names)
+
+
+class LoRA(torch.nn.Module):
+    """Add a trainable matrix of rank 2 to a linear layer, as peft's lora.Linear does."""
+
+    def __init__(self, base_layer, has_attributes):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        n_out, n_in = base_layer.weight.shape
+        self.a = torch.nn.Parameter(0.1 * torch.randn(2, n_in))
+        self.b = torch.nn.Parameter(0.1 * torch.randn(n_out, 2))
+        if has_attributes:
+            self.in_features, self.out_features = n_in, n_out
+            self.weight, self.bias = base_layer.weight, base_layer.bias
+
+    def forward(self, x):
+        """Return the base layer's output plus that of the two thin matrices."""
+        return self.base_layer(x) + x @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize("has_attributes", [
+    pytest.param(True, id="like-peft"),
+    pytest.param(False, id="without-attributes-of-a-linear-layer"),
+])
+def test_lora(has_attributes):
+    """A sub-BERT with LoRA in all linear layers computes what the merged weights compute.
+
+    Every matrix of LoRA gets a gradient.
+    """
+    sub_bert, batch = extract(small_model(), Arch((2, 6, 4), (8, 48, 12))), small_batch()
+    merged = copy.deepcopy(sub_bert)
+    wrappers = []
+    for name, linear in list(sub_bert.named_modules()):
+        if isinstance(linear, torch.nn.Linear):
+            wrapper = LoRA(linear, has_attributes)
+            parent, _, attribute = name.rpartition(".")
+            setattr(sub_bert.get_submodule(parent), attribute, wrapper)
+            merged.get_submodule(name).weight.data += wrapper.b.data @ wrapper.a.data
+            wrappers.append(wrapper)
+    assert len(wrappers) == 3 * 6 + 2
+    torch.testing.assert_close(sub_bert(*batch), merged(*batch))
+    sub_bert(*batch).pow(2).sum().backward()
+    assert all(wrapper.a.grad.any() and wrapper.b.grad.any() for wrapper in wrappers)
+
+
 @pytest.mark.parametrize("num_layers, depth, evenly_spaced", [
     pytest.param(12, 6, [1, 3, 5, 7, 9, 11], id="6-of-12"),
     pytest.param(6, 3, [1, 3, 5], id="3-of-6"),
@@ -415,6 +509,16 @@ def test_search_space_of_a_minimal_bert():
     assert space.depths == (1,)
     assert space.heads == (1, 2)
     assert space.ffn_sizes == (1, 4)
+
+
+def test_number_of_architectures():
+    """The number of architectures prints for any depth. The exponent is the digits less one."""
+    for num_layers in (1, 12, 280, 300, 3000):
+        size = SearchSpace.for_config(small_config(num_hidden_layers=num_layers)).size()
+        exponent = re.search(r"(?:e\+|10\^)(\d+)$", yoco.scientific(size))[1]
+        assert int(exponent) - (len(str(size)) - 1) in (0, 1)
+    assert yoco.scientific(270_000) == "2.7e+05"
+    assert yoco.scientific(10**400) == "10^400"
 
 
 # ---- data.py: from GLUE files to scores ----------------------------------------------------------
@@ -2306,10 +2410,9 @@ def test_old_tensor_names(tmp_path, capsys):
                "hidden_act": None}
     (tmp_path / "config.json").write_text(json.dumps(config))
 
-    loaded = load_bert(tmp_path, 7)
+    loaded = load_bert(tmp_path, 7, tuple("abcdefg"))
     printed = capsys.readouterr().out
-    assert "a new classifier is initialised, 24 -> 7" in printed
-    assert "a new pooler" in printed
+    assert printed == f"{tmp_path}: classifier new\n{tmp_path}: pooler new\n"
     assert loaded.classifier.weight.shape == (7, 24)
     assert loaded.pooler.weight.any()
     for name, tensor in model.state_dict().items():
@@ -2369,6 +2472,105 @@ def test_classifier_follows_label_names(tmp_path):
     assert torch.allclose(permuted(*batch), model(*batch)[:, [2, 0, 1]], atol=1e-6)
     renamed = load_bert(tmp_path, 3, ("a", "b", "c"))
     assert not torch.isclose(renamed.classifier.weight, model.classifier.weight).any()
+
+
+NUMBERS = tuple("0123456789") + ("10", "11")
+DEFAULT_NAMES = ["LABEL_" + number for number in NUMBERS]
+
+
+@pytest.mark.parametrize("names, num_rows, labels, rows, text", [
+    pytest.param(
+        ["a", "b", "c"], 3, "abc", [0, 1, 2],
+        "kept: a, b, c",
+        id="same-names"),
+    pytest.param(
+        ["c", "a", "b"], 3, "abc", [1, 2, 0],
+        "permuted: a, b, c",
+        id="other-order"),
+    pytest.param(
+        [0, 1, 2], 3, "012", [0, 1, 2],
+        "kept: 0, 1, 2",
+        id="names-are-integers"),
+    pytest.param(
+        ["2", "0", "1"], 3, "012", [1, 2, 0],
+        "permuted: 0, 1, 2",
+        id="numbers-in-another-order"),
+    pytest.param(
+        DEFAULT_NAMES[:3], 3, "012", [0, 1, 2],
+        "kept: 0, 1, 2 (LABEL_i is i)",
+        id="default-names"),
+    pytest.param(
+        None, 2, "01", [0, 1],
+        "kept: 0, 1 (LABEL_i is i)",
+        id="two-default-names-which-transformers-does-not-write"),
+    pytest.param(
+        None, 2, ["LABEL_0", "LABEL_1"], [0, 1],
+        "kept: LABEL_0, LABEL_1",
+        id="default-names-in-the-data"),
+    pytest.param(
+        DEFAULT_NAMES, 12, sorted(NUMBERS), [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9],
+        "permuted: 0, 1, 10, 11, 2, 3, 4, 5, 6, 7, ... (LABEL_i is i)",
+        id="twelve-numbers-sorted-as-texts"),
+    pytest.param(
+        DEFAULT_NAMES[:3], 3, "abc", None,
+        "new: the checkpoint's labels were LABEL_0, LABEL_1, LABEL_2. To keep their weights, "
+        "name them in id2label of its config.json",
+        id="default-names-but-names-in-the-data"),
+    pytest.param(
+        DEFAULT_NAMES[:3], 3, "123", None,
+        "new: the checkpoint's labels were LABEL_0, LABEL_1, LABEL_2. To keep their weights, "
+        "name them in id2label of its config.json",
+        id="numbers-from-1"),
+    pytest.param(
+        DEFAULT_NAMES[:3], 3, "01", None,
+        "new: the checkpoint's labels were LABEL_0, LABEL_1, LABEL_2",
+        id="fewer-numbers"),
+    pytest.param(
+        ["a", "b", "c"], 3, "abd", None,
+        "new: the checkpoint's labels were a, b, c",
+        id="other-names"),
+    pytest.param(
+        ["LABEL_1", "LABEL_0"], 2, "01", None,
+        "new: the checkpoint's labels were LABEL_1, LABEL_0",
+        id="default-names-in-another-order"),
+    pytest.param(
+        ["LABEL_0"], 1, "", [0],
+        "kept: one score",
+        id="regression"),
+    pytest.param(
+        ["LABEL_0"], 1, "01", None,
+        "new: the checkpoint predicted a score",
+        id="labels-after-regression"),
+    pytest.param(
+        ["a", "b"], 2, "", None,
+        "new: the checkpoint's labels were a, b",
+        id="regression-after-labels"),
+    pytest.param(
+        None, 0, "01", None,
+        "new",
+        id="pretrained"),
+])
+def test_classifier_of_a_checkpoint(tmp_path, capsys, names, num_rows, labels, rows, text):
+    """The rows of the classifier go to the labels of the data, and one line says so."""
+    model = small_model(num_rows or 1)
+    save_bert(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if names:
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+    if not num_rows:
+        replace_tensor(tmp_path, "classifier.weight", None)
+        replace_tensor(tmp_path, "classifier.bias", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    loaded = load_bert(tmp_path, len(labels) or 1, tuple(labels))
+    assert capsys.readouterr().out == f"{tmp_path}: classifier {text}\n"
+    assert loaded.config.labels == tuple(labels)
+    if rows:
+        expected = model(*small_batch())[:, rows]
+        assert torch.allclose(loaded(*small_batch()), expected, atol=1e-6)
+    else:
+        assert loaded.classifier.weight.shape == (len(labels) or 1, 24)
+        assert not torch.isin(loaded.classifier.weight, model.classifier.weight).any()
 
 
 @pytest.mark.parametrize("num_labels, changes", [
@@ -2514,6 +2716,26 @@ def replace_tensor(directory, name, tensor):
     save_file(tensors, path)
 
 
+def split_weights(directory):
+    """Split a weights file into two, with an index, as large checkpoints have them."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    names = sorted(tensors)
+    files = {name: f"{i % 2}.safetensors" for i, name in enumerate(names)}
+    for file in sorted(set(files.values())):
+        save_file({name: tensors[name] for name in names if files[name] == file},
+                  directory / file)
+    path.with_name(path.name + ".index.json").write_text(json.dumps({"weight_map": files}))
+    path.unlink()
+
+
+def remove_heads(directory):
+    """Remove the pooler and the classifier from a weights file."""
+    for name in ("bert.pooler.dense", "classifier"):
+        replace_tensor(directory, f"{name}.weight", None)
+        replace_tensor(directory, f"{name}.bias", None)
+
+
 def append_line(path, line):
     """Append a line to a text file."""
     path.write_text(path.read_text() + line + "\n")
@@ -2591,6 +2813,31 @@ POOLER_BIAS = "bert.pooler.dense.bias"
         lambda d: replace_tensor(d, "pooler.dense.bias", torch.ones(12)),
         ["two tensors bert.pooler.dense.b"],
         id="tensor-twice"),
+    pytest.param(
+        lambda d: write_tiny_bert(d, num_hidden_layers=10_000),
+        ["num_hidden_layers in config.json is 10000, but the weights have"],
+        id="ten-thousand-layers"),
+    pytest.param(
+        lambda d: (split_weights(d), write_tiny_bert(d, num_hidden_layers=10_000)),
+        ["num_hidden_layers in config.json is 10000, but the weights have"],
+        id="ten-thousand-layers-two-files"),
+    pytest.param(
+        lambda d: write_tiny_bert(d, num_hidden_layers=1),
+        ["num_hidden_layers in config.json is 1, but the weights have"],
+        id="one-layer"),
+    pytest.param(
+        # The random heads would take 4 TB.
+        lambda d: (remove_heads(d), write_tiny_bert(d, hidden_size=999_996)),
+        ["expected [12, 999996]"],
+        id="huge-hidden-size"),
+    pytest.param(
+        lambda d: (remove_heads(d), write_tiny_bert(d, vocab_size=10**6)),
+        ["expected [1000000, 12]"],
+        id="huge-vocabulary"),
+    pytest.param(
+        lambda d: write_tiny_bert(d, layer_ffn_sizes=[10**12, 10**12]),
+        ["layer_ffn_sizes is"],
+        id="huge-ffn-of-a-sub-bert"),
     pytest.param(
         lambda d: write_tiny_bert(d, tokenizer_class="BertJapaneseTokenizer"),
         ["'BertJapaneseTokenizer'"],

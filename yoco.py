@@ -1288,6 +1288,14 @@ def read_log(directory):
         return [json.loads(line) for line in lines]
 
 
+def scientific(number):
+    """Return a positive whole number like 2.7e+05, or like 10^323 if a float overflows."""
+    try:
+        return f"{number:.1e}"
+    except OverflowError:
+        return f"10^{math.log10(number):.0f}"
+
+
 def start_or_resume(run, state, num_steps, steps_per_epoch):
     """Open the run directory, and restore `state` if a run is resumed.
 
@@ -1301,7 +1309,7 @@ def start_or_resume(run, state, num_steps, steps_per_epoch):
     run.progress = Progress(state.step, num_steps)
     num_archs = SearchSpace.for_config(state.model.config).size()
     print_line(f"{num_steps} steps, {num_steps / steps_per_epoch:.3g} epochs, "
-               f"{num_archs:.1e} architectures")
+               f"{scientific(num_archs)} architectures")
     return True
 
 

@@ -6,22 +6,29 @@
 
 hf is for the transformers library. The onnx and torch models take three int64 tensors
 [B, T], of any B and T: input_ids, token_type_ids, attention_mask. In a Hugging Face
-BERT all layers have the same size. The hf model therefore has the full width, with
-zeros for the heads and neurons that a sub-BERT dropped.
+BERT all layers have the same size. The hf model therefore has all heads in every layer,
+and as many FFN neurons as the largest FFN of the sub-BERT. Zeros fill the places of the
+heads and neurons that were dropped, so the hf model is larger and slower.
 
 Each export also holds config.json, which names the labels, and the tokenizer. Its
 tokenizer.json cuts texts to the length that was used in training. Before an export is
 kept, its logits are compared with the model's.
+
+export.json marks the directory. --overwrite replaces only a directory that has this file,
+and that has not changed since. Earlier versions did not write it. Where they exported to,
+choose another --out.
 """
 
 import io
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,16 +36,16 @@ import torch
 
 import data
 from glue import run_program
-from model import (ElasticBert, load_bert, print_line, read_json, save_bert, tokenizer_files,
-                   UserError, weight_files, write_file, TOKENIZER_FILES)
+from model import (Arch, BertConfig, count_params, ElasticBert, fingerprint, latency, load_bert,
+                   print_line, read_json, save_bert, tokenizer_files, UserError, weight_files,
+                   write_file, write_json)
 from yoco import Parser, read_run
 
 # The three inputs of every export, in this order.
 INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
 FILES = {"onnx": "model.onnx", "torch": "model.pt2", "hf": "model.safetensors"}
-# Every file that an export may write. --overwrite deletes a directory that holds no
-# other file.
-WRITTEN = {"config.json", *TOKENIZER_FILES, *FILES.values()}
+# The mark of an export. It holds the fingerprint of all other files.
+MARK = "export.json"
 # Texts of several lengths, for a model that has no dev set at hand.
 SENTENCES = ["One short sentence.", "Yes", "Né à Zürich, 1987: l'été 東京 unbelievably"]
 
@@ -56,12 +63,15 @@ def export(options):
         raise UserError(f"{model_dir} is a super-BERT: search it, and export the sub-BERT "
                         "that the search writes")
     model, examples = load_bert(model_dir), read_examples(run)
+    for leftover in temporary_directories(out):
+        remove_temporary(leftover, out)
     check_out(out, model_dir, options.overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     # --out appears when it is complete, so a failed or interrupted export leaves
     # nothing.
-    with tempfile.TemporaryDirectory(".tmp", f".{out.name}.", out.parent) as temporary:
-        new_dir = Path(temporary, "new")
+    temporary = Path(tempfile.mkdtemp(".tmp", f".{out.name}.", out.parent))
+    try:
+        new_dir = temporary / "new"
         new_dir.mkdir()
         for file_name, content in export_tokenizer(model_dir).items():
             (new_dir / file_name).write_bytes(content)
@@ -71,14 +81,15 @@ def export(options):
             warnings.simplefilter("ignore")
             exported = write_model(model, new_dir, options.format)
         difference = max_difference(model, exported, model_dir, new_dir, examples)
+        write_json(new_dir / MARK, wrote=fingerprint(*sorted(new_dir.iterdir())))
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(temporary / "old")
         new_dir.rename(out)
-    size = (out / FILES[options.format]).stat().st_size / 2**20
-    size_before = sum(path.stat().st_size for path in weight_files(model_dir)) / 2**20
-    print_line(f"wrote {options.out or out}: {size:.1f} MiB "
-               f"({model_dir}: {size_before:.1f} MiB). "
-               f"Its logits for {len(examples)} texts differ by at most {difference:.1e}")
+    finally:
+        remove_temporary(temporary, out)
+    print_line(f"wrote {options.out or out}. Its logits for {len(examples)} texts differ by "
+               f"at most {difference:.1e}")
+    compare_costs(model, model_dir, exported, out)
 
 
 def check_out(out, model_dir, overwrite):
@@ -89,13 +100,64 @@ def check_out(out, model_dir, overwrite):
     """
     if out == Path(os.path.realpath(model_dir)):
         raise UserError(f"--out {out} is the directory of --model: choose another --out")
-    names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if names - WRITTEN:
-        raise UserError(f"{out} holds {min(names - WRITTEN)}, which no export wrote: choose "
-                        "another --out")
-    if names and not overwrite:
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / MARK).exists():
+        raise UserError(f"{out} has no {MARK}, so it may hold files that no export wrote: "
+                        "choose another --out")
+    if not is_export(out):
+        raise UserError(f"{out} has changed since an export wrote it: choose another --out")
+    if not overwrite:
         raise UserError(f"{out} holds an export: choose another --out, or replace it with "
                         "--overwrite")
+
+
+def is_export(directory):
+    """Return whether a directory holds exactly the files that an export wrote."""
+    if not (directory / MARK).is_file():
+        return False
+    paths = sorted(set(directory.iterdir()) - {directory / MARK})
+    is_flat = all(path.is_file() for path in paths)
+    return is_flat and read_json(directory / MARK).get("wrote") == fingerprint(*paths)
+
+
+def temporary_directories(out):
+    """Return the temporary directories of exports to `out`, which killed ones leave."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.\w{{8}}\.tmp")
+    paths = out.parent.iterdir() if out.parent.exists() else []
+    return [path for path in paths if pattern.fullmatch(path.name) and path.is_dir()]
+
+
+def remove_temporary(temporary, out):
+    """Remove a temporary directory, unless it holds the only copy of `out`.
+
+    An export moves the old `out` there before the new one takes its place. If it stopped
+    in between, the old one is moved back.
+    """
+    if not out.exists() and is_export(temporary / "old"):
+        (temporary / "old").rename(out)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def compare_costs(model, model_dir, exported, out):
+    """Print the size, the parameters and the latency of a model and of its export."""
+    n_tokens = min(128, data.max_train_length(model_dir))
+    rows = [(model_dir, model, weight_files(model_dir)),
+            (out, exported, [out / name for name in FILES.values() if (out / name).exists()])]
+    for directory, forward, files in rows:
+        config = BertConfig.load(directory)
+        size = sum(path.stat().st_size for path in files) / 2**20
+        ms = latency(forward, n_tokens, nullcontext, "cpu")
+        print_line(f"{directory}: {size:.1f} MiB, {count_params(config, config.arch):,} "
+                   f"parameters, {ms:.1f} ms for {n_tokens} tokens on the CPU")
+    num_zeros = count_params(config, config.arch) - count_params(config, model.config.arch)
+    if num_zeros:
+        # The same model, but with the zeros of neurons and without those of heads.
+        arch = Arch(model.config.arch.heads, config.arch.ffn_sizes)
+        head_zeros = count_params(config, config.arch) - count_params(config, arch)
+        print_line(f"{num_zeros:,} of these parameters are zeros, {head_zeros:,} of them for "
+                   f"dropped heads: in Hugging Face's BERT every layer has "
+                   f"{config.num_attention_heads} heads and the same FFN size")
 
 
 def read_examples(run):
@@ -163,7 +225,9 @@ def write_model(model, directory, format_name):
     program = torch.onnx.export(trace(model), dynamo=True, verbose=False,
                                 input_names=INPUTS, output_names=["logits"])
     write_file(path, program.model_proto.SerializeToString())
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
     def run_onnx(*inputs):
         """Compute the logits [B, num_labels] of three [B, T] tensors."""
@@ -185,12 +249,14 @@ def trace(model):
 
 @torch.no_grad()
 def widen(model):
-    """Return a BERT with layers of full width that computes the same logits.
+    """Return a BERT with layers of equal size that computes the same logits.
 
-    The heads and neurons that a sub-BERT dropped are zeros. The layers that it dropped
-    stay out.
+    Every layer has all heads, since Hugging Face's hidden size is heads * head size, and the
+    largest FFN size of the sub-BERT. Zeros fill the places of dropped heads and neurons.
+    The layers that the sub-BERT dropped stay out.
     """
-    wide_config = replace(model.config, layer_heads=None, layer_ffn_sizes=None)
+    wide_config = replace(model.config, layer_heads=None, layer_ffn_sizes=None,
+                          intermediate_size=max(model.config.arch.ffn_sizes))
     wide = ElasticBert(wide_config, model.num_labels)
     weights = model.state_dict()
     for name, tensor in wide.state_dict().items():

@@ -5,7 +5,9 @@ import os
 if os.environ.get("YOCO_TEST_GPU") != "1":
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")   # before torch looks for one
 
+import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -50,7 +52,7 @@ def write_sub(labels, **run):
     config.id2label = {str(i): name for i, name in enumerate(labels)} or None
     config.problem_type = None if labels else "regression"
     torch.manual_seed(0)
-    model = extract(ElasticBert(config, len(labels) or 1).eval(), Arch((1, 3), (24, 5)))
+    model = extract(ElasticBert(config, len(labels) or 1).eval(), Arch((1, 3), (20, 5)))
     with torch.no_grad():
         model.classifier.weight *= 3
     save_bert(model, "sub", tokenizer_files("tiny"))
@@ -134,6 +136,8 @@ def test_hf(sub, capsys, labels, cased):
         "export/sub-hf", output_loading_info=True)
     assert not any(report.values())
     assert hf_model.config.num_hidden_layers == 2
+    # The largest FFN of the two layers. The super-BERT's has 24 neurons.
+    assert hf_model.config.intermediate_size == 20
     hf_model.eval()
     for ids, types, mask in random_inputs():
         logits = hf_model(input_ids=ids, token_type_ids=types, attention_mask=mask).logits
@@ -157,6 +161,25 @@ def test_hf(sub, capsys, labels, cased):
     assert len({json.dumps(answer) for answer in answers}) > 6
 
 
+def test_printed_costs(sub, capsys):
+    """Compare the printed numbers with the files, with transformers, and with zeros by hand."""
+    transformers = pytest.importorskip("transformers")
+    capsys.readouterr()
+    assert export.main([*EXPORT, "hf", "--out", "new"]) == 0
+    printed = capsys.readouterr().out
+    texts = re.findall(r"([\d,]+) parameters, [\d.]+ ms", printed)
+    before, after = [int(text.replace(",", "")) for text in texts]
+    # The classifier does not count. It has two rows of 12, and two biases.
+    assert before == sum(weight.numel() for weight in sub.parameters()) - 2 * 12 - 2
+    hf_model = transformers.BertModel.from_pretrained("new")
+    assert after == sum(weight.numel() for weight in hf_model.parameters())
+    # The first layer lacks 2 heads of size 4. The second lacks 15 neurons.
+    head_zeros = 3 * 8 * (12 + 1) + 12 * 8
+    num_zeros = head_zeros + 15 * (12 + 1) + 12 * 15
+    assert after == before + num_zeros
+    assert f"\n{num_zeros} of these parameters are zeros, {head_zeros} of them for dropped" in printed
+
+
 @pytest.mark.parametrize("error", [
     pytest.param(0.01, id="other-logits"),
     pytest.param(np.nan, id="not-a-number"),
@@ -176,7 +199,14 @@ def test_wrong_export_is_not_kept(sub, capsys, monkeypatch, error):
     assert directory_names() == {"tiny", "sub"}
 
 
-def test_overwrite(sub, capsys):
+@pytest.fixture
+def quick(sub, monkeypatch):
+    """Leave out the comparison of logits and costs, which other tests check."""
+    monkeypatch.setattr(export, "max_difference", lambda *_: 0.0)
+    monkeypatch.setattr(export, "compare_costs", lambda *_: None)
+
+
+def test_overwrite(quick, capsys):
     """--overwrite replaces an earlier export and no other directory."""
     new = [*EXPORT, "hf", "--out", "new"]
     assert export.main(new) == 0
@@ -184,9 +214,143 @@ def test_overwrite(sub, capsys):
     assert_refused(capsys, export, new, "--overwrite")
     assert export.main([*new, "--overwrite"]) == 0
     assert_refused(capsys, export, [*EXPORT, "hf", "--out", ".", "--overwrite"],
-                   "which no export wrote")
+                   "no export.json")
     assert_refused(capsys, export, [*EXPORT, "hf", "--out", "sub", "--overwrite"],
                    "the directory of --model")
+
+
+def save_with_transformers(path):
+    """Save a BERT with other weights into a directory, as a training with transformers does."""
+    transformers = pytest.importorskip("transformers")
+    transformers.BertForSequenceClassification.from_pretrained(path).save_pretrained(path)
+
+
+@pytest.mark.parametrize("change, fragment", [
+    pytest.param(
+        lambda path: (path / "export.json").unlink(), "no export.json",
+        id="no-mark"),
+    pytest.param(
+        lambda path: (path / "notes.txt").write_text("mine"), "has changed",
+        id="another-file"),
+    pytest.param(
+        lambda path: (path / "checkpoint-500").mkdir(), "has changed",
+        id="a-subdirectory"),
+    pytest.param(
+        lambda path: (path / "vocab.txt").unlink(), "has changed",
+        id="a-file-less"),
+    pytest.param(
+        lambda path: (path / "config.json").write_text("{}"), "has changed",
+        id="another-config"),
+    pytest.param(
+        save_with_transformers, "has changed",
+        id="saved-by-transformers"),
+    pytest.param(
+        lambda path: (path / "export.json").write_text("{}"), "has changed",
+        id="empty-mark"),
+    pytest.param(
+        lambda path: (path / "export.json").write_text("no"), "not a JSON object",
+        id="mark-is-no-json"),
+])
+def test_changed_export_is_kept(quick, capsys, change, fragment):
+    """A directory that holds more or other than an export wrote is refused, and stays."""
+    new = [*EXPORT, "hf", "--out", "new", "--overwrite"]
+    assert export.main(new) == 0
+    change(Path("new"))
+    before = read_files("new")
+    assert_refused(capsys, export, new, fragment)
+    assert read_files("new") == before
+
+
+def read_files(directory):
+    """Return the contents of all files in a directory as {name: bytes}."""
+    paths = [path for path in Path(directory).iterdir() if path.is_file()]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+class Killed(BaseException):
+    """Represent the end of the process."""
+
+
+def kill_at_call(monkeypatch, number):
+    """Let the process die at its nth change of a directory, before the change is made.
+
+    A dead process changes nothing more, so all later changes fail, too. Return a list with
+    an entry for each change before.
+    """
+    calls = []
+
+    def replacement(function, *args, **kwargs):
+        if len(calls) >= number:
+            raise Killed
+        calls.append(function.__name__)
+        return function(*args, **kwargs)
+
+    for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
+        monkeypatch.setattr(os, name, functools.partial(replacement, getattr(os, name)))
+    return calls
+
+
+def test_killed_export(quick, monkeypatch):
+    """An export that is killed at any moment loses nothing, and the next one cleans up.
+
+    --out holds the old or the new export, complete. If it is killed between the two
+    renames, --out is not there, and the next start brings the old one back.
+    """
+    def write_model(model, directory, _):
+        (directory / "model.safetensors").write_text(str(model))
+
+    # Only the moves of files and directories matter here, so the model is just a text.
+    monkeypatch.setattr(export, "write_model", write_model)
+    monkeypatch.setattr(export, "load_bert", BertConfig.load)
+    new = [*EXPORT, "hf", "--out", "new"]
+    # Another directory that only looks like a temporary one of --out.
+    Path(".new.x.abcdefgh.tmp").mkdir()
+    assert export.main(new) == 0
+    old_files = read_files("new")
+    write_sub(("a", "b"))
+    num_absent = number = 0
+    while True:
+        with monkeypatch.context() as patch:
+            calls = kill_at_call(patch, number)
+            try:
+                assert export.main([*new, "--overwrite"]) == 0
+            except Killed:
+                pass
+        if len(calls) < number:
+            break
+        num_absent += not Path("new").exists()
+        # The next start refuses to overwrite, but cleans up first.
+        assert export.main(new) == 2
+        assert directory_names() == {"tiny", "sub", "new", ".new.x.abcdefgh.tmp"}
+        is_new = BertConfig.load("new").labels == ("a", "b")
+        assert export.is_export(Path("new"))
+        assert is_new or read_files("new") == old_files
+        if is_new:
+            shutil.rmtree("new")
+            write_sub(LABELS)
+            assert export.main(new) == 0
+            write_sub(("a", "b"))
+        number += 1
+    assert number > 10
+    assert num_absent == 1
+
+
+def test_failed_rename(quick, capsys, monkeypatch):
+    """If the new export cannot take its place, the old one returns at once."""
+    new = [*EXPORT, "hf", "--out", "new", "--overwrite"]
+    assert export.main(new) == 0
+    before = read_files("new")
+    rename = os.rename
+
+    def rename_old_only(source, target):
+        if Path(source).name == "new" and Path(source).parent.name.endswith(".tmp"):
+            raise PermissionError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_old_only)
+    assert_refused(capsys, export, new, "no")
+    assert read_files("new") == before
+    assert directory_names() == {"tiny", "sub", "new"}
 
 
 def test_refusals(sub, capsys, monkeypatch):
