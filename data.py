@@ -1028,21 +1028,22 @@ def hint_for_missing_file(path):
             "dev_mismatched.tsv), and for predictions with --glue test.tsv")
 
 
-def majority_baseline(task):
-    """Return ACC(m) on dev, in %, of always giving the most frequent label of train.
+def majority_baseline(task, parts=None):
+    """Return ACC(m), in %, of always giving the most frequent label of train.
 
-    With two dev sets this is the mean of both. For regression it is 0, because a constant
-    answer has no correlation with the scores.
+    parts: the lists of examples to evaluate on, by default dev. With two lists this is the
+    mean of both. For regression it is 0, because a constant answer has no correlation with
+    the scores.
     """
     if not task.labels:
         return 0.0
     label = Counter(example.label for example in task.train).most_common(1)[0][0]
     scores = []
-    for dev in task.devs:
-        dev_labels = np.array([example.label for example in dev])        # [n]
-        logits = np.zeros((len(dev), len(task.labels)))                  # [n, num_labels]
+    for examples in parts or task.devs:
+        labels = np.array([example.label for example in examples])       # [n]
+        logits = np.zeros((len(examples), len(task.labels)))             # [n, num_labels]
         logits[:, label] = 1
-        scores.append(compute_metrics(task.metric, dev_labels, logits)["score"])
+        scores.append(compute_metrics(task.metric, labels, logits)["score"])
     return float(np.mean(scores))
 
 

@@ -47,6 +47,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import glue
 import model as model_module
 import yoco
 from model import (Arch, archs_to_tensor, attention, BertConfig, count_flops, count_params,
@@ -1324,6 +1325,15 @@ def test_theta_stays_a_distribution():
     assert all(np.array_equal(new, old) for new, old in zip(P.theta, before))
 
 
+def test_longest_step():
+    """With the largest --delta, theta stays a distribution that numpy can sample from."""
+    field, = (field for field in dataclasses.fields(yoco.TrainSettings) if field.name == "delta")
+    P, rng = Categorical([4, 12, 12]), np.random.default_rng(0)
+    for _ in range(300):
+        P.step([P.sample(rng), P.sample(rng)], rng.random(2), field.metadata["high"])
+        assert all(abs(theta.sum() - 1) < 1e-9 for theta in P.theta)
+
+
 def test_theta_min_of_two_categories():
     """theta_min is at most half of the uniform probability: 1/4 for two categories."""
     P = Categorical([2])
@@ -1841,6 +1851,36 @@ def test_latency_budgets(text, milliseconds):
     assert yoco.parse_budget(budget, 1, 40, "ms") == milliseconds
 
 
+@pytest.mark.parametrize("text, smallest, full, unit, message", [
+    pytest.param(
+        "1m", 13254912, 22713216, "parameters",
+        "the budget of 1,000,000 parameters: the smallest has 13,254,912 parameters (0.584x)",
+        id="parameters"),
+    pytest.param(
+        "0.1x", 1430000000, 2860000000, "FLOPs",
+        "the budget of 286,000,000 FLOPs: the smallest has 1,430,000,000 FLOPs (0.500x)",
+        id="flops"),
+    pytest.param(
+        "0.01", 10.6175139999, 9.6, "ms",
+        "the budget of 0.01 ms: the smallest has 10.62 ms (1.106x). Did you mean 0.01x?",
+        id="latency"),
+    pytest.param(
+        "0.5", 10, 20, "parameters",
+        "the budget of 0.5 parameters: the smallest has 10 parameters (0.500x). "
+        "Did you mean 0.5x?",
+        id="share-without-x"),
+    pytest.param(
+        "1", 10, 20, "parameters",
+        "the budget of 1 parameters: the smallest has 10 parameters (0.500x). Did you mean 1x?",
+        id="one"),
+])
+def test_sizes_in_messages(text, smallest, full, unit, message):
+    """Compare the refusal of a budget with the sentence that a person would write."""
+    with pytest.raises(UserError) as refusal:
+        yoco.parse_budget(text, smallest, full, unit)
+    assert str(refusal.value) == f"no sub-BERT fits {message}"
+
+
 # ---- The commands: train, search, eval -----------------------------------------------------------
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
@@ -1980,6 +2020,30 @@ def test_sub_bert_keeps_its_budget(in_sub_bert_dir):
     assert facts["budget"] == 0.9 * full
     assert facts["params"] < 0.9 * full
     assert count_weights(model) == facts["params"]
+
+
+def test_eval_gives_shares_of_the_super_bert(in_sub_bert_dir, capsys):
+    """eval of a sub-BERT gives the shares that search has printed.
+
+    Without the sizes of the super-BERT, in an older run.json, it gives no shares.
+    """
+    facts = read_facts(SUB_BERT)
+    config = BertConfig.load("tiny")
+    sizes = ""
+    for name, count, unit in (("params", count_params, "parameters"),
+                              ("flops", count_flops, "FLOPs")):
+        share = facts[name] / count(config, config.arch)
+        assert share < 1
+        sizes += f"  {facts[name]:,} {unit} ({share:.3f}x)"
+    assert yoco.main(["eval", "--model", SUB_BERT, *CPU]) == 0
+    assert sizes in capsys.readouterr().out
+
+    del facts["full_params"], facts["full_flops"]
+    Path(SUB_BERT, "run.json").write_text(json.dumps(facts))
+    assert yoco.main(["eval", "--model", SUB_BERT, *CPU]) == 0
+    printed = capsys.readouterr().out
+    assert f"{facts['params']:,} parameters  {facts['flops']:,} FLOPs  " in printed
+    assert "x)" not in printed
 
 
 def test_use_in_python(in_sub_bert_dir):
@@ -2172,6 +2236,7 @@ def test_plain_fine_tuning(in_data_dir, capsys):
     words = TRAIN + ["--stages", "largest"]
     assert_refused(capsys, words + ["--distill"], "a single architecture")
     assert yoco.main(words) == 0
+    assert "epochs, one architecture\n" in capsys.readouterr().out
     logged = {(line["stage"], line["K"]) for line in read_log_lines("superbert/tiny")}
     assert logged == {("largest", 1.0)}
     assert_refused(capsys, SEARCH + ["--model", "superbert/tiny"], "nothing to search")
@@ -2323,12 +2388,51 @@ def write_regression_data(directory, num_train=40):
         write_tsv(directory / f"{name}.tsv", ["sentence1", "sentence2", "score"], *rows)
 
 
-def test_regression(in_data_dir):
+@pytest.mark.parametrize("labels, score, warned", [
+    pytest.param("classes", 75.0, True, id="as-good"),
+    pytest.param("classes", 60.0, True, id="worse"),
+    pytest.param("classes", 75.1, False, id="better"),
+    pytest.param("one class on dev", 100.0, False, id="nothing-can-be-better"),
+    pytest.param("scores", 0.0, True, id="regression"),
+    pytest.param("scores", 0.1, False, id="regression-better"),
+])
+def test_nothing_was_learned(in_data_dir, monkeypatch, capsys, labels, score, warned):
+    """train and search warn if the model is no better than a constant answer.
+
+    Three of four labels are 1, in the hold-out set and in dev. The correlation with the
+    mean is 0.
+    """
+    rows = [[f"the film {i}", "1" if i % 4 else "0"] for i in range(80)]
+    write_tsv(in_data_dir / "tiny" / "train.tsv", HEADER, *rows)
+    dev_rows = [row for row in rows[:20] if labels == "classes" or row[1] == "1"]
+    write_tsv(in_data_dir / "tiny" / "dev.tsv", HEADER, *dev_rows)
+    answer = "the most frequent answer, which scores 75.00"
+    if labels == "scores":
+        write_regression_data(in_data_dir / "tiny")
+        answer = "the mean, which scores 0.00"
+    monkeypatch.setattr(data, "make_evaluator", lambda *_: lambda arch: {"score": score})
+    warnings = {}
+    for name, words in (("train", TRAIN + ["--epochs", "1"]), ("search", SEARCH)):
+        assert yoco.main(words) == 0
+        lines = capsys.readouterr().out.splitlines()
+        warnings[name] = [line for line in lines
+                          if line.startswith("WARNING") and "no" in line and "better" in line]
+    if not warned:
+        assert warnings == {"train": [], "search": []}
+        return
+    (in_train,), (in_search,) = warnings.values()
+    assert f"{answer} on the hold-out set: try a higher or another --lr" in in_train
+    assert f"{answer} on dev: choose a larger budget, or train again" in in_search
+
+
+def test_regression(in_data_dir, capsys):
     """Train and search on STS-B's format, and compare a prediction with the logit."""
     write_regression_data(in_data_dir / "tiny")
     assert yoco.main(TRAIN) == 0
     assert yoco.main(SEARCH) == 0
     assert set(read_facts(SUB_BERT)["dev"]) == {"score", "pearson", "spearman"}
+    assert yoco.main(["eval", "--model", SUB_BERT, *CPU]) == 0
+    assert "Always giving the mean scores 0.00" in capsys.readouterr().out
     model, encode = data.load(SUB_BERT)
     pair = data.Example("good film", "bad", 0)
     prediction, = data.predict(model, SUB_BERT, [pair], NO_AUTOCAST)
@@ -2915,6 +3019,24 @@ SEARCH_PARAMS = ["search", "--max-params"]
         ["train", "--depth-keeps", "even"],
         ["--depth-keeps is called --keep-layers now"],
         id="old-name-of-a-flag"),
+    pytest.param(
+        ["train", "--learning_rate", "1"], ["Did you mean --lr?"], id="flag-of-a-library"),
+    pytest.param(
+        ["train", "--batch_size=1"], ["Did you mean --batch-size?"], id="underscore"),
+    pytest.param(
+        ["train", "--output_dir", "x"], ["Did you mean --out?"], id="output-dir"),
+    pytest.param(
+        ["train", "--model_name_or_path", "x"], ["Did you mean --bert?"], id="train-name-or-path"),
+    pytest.param(
+        ["eval", "--model_name_or_path", "x"], ["Did you mean --model?"], id="eval-name-or-path"),
+    pytest.param(["train", "--model", "x"], ["Did you mean --bert?"], id="train-model"),
+    pytest.param(["search", "--bert", "x"], ["Did you mean --model?"], id="search-bert"),
+    pytest.param(
+        ["train", "--warmup", "1"], ["unknown: --warmup 1 (see --help)"], id="nothing-similar"),
+    pytest.param(["train", "MRPC"], ["unknown: MRPC (see --help)"], id="not-a-flag"),
+    pytest.param(
+        ["predict", "--model", "x"], ["type python -m glue.predict"], id="other-program"),
+    pytest.param(["train", "--delta", "1e9"], ["at most 1000"], id="delta-too-long"),
     pytest.param(["train", "--batch-size", "0"], ["at least 1"], id="batch-size-0"),
     pytest.param(["train", "--batch-size", "1.5"], ["int"], id="fractional-batch-size"),
     pytest.param(["train", "--epochs", "nan"], ["--epochs"], id="epochs-nan"),
@@ -2973,6 +3095,12 @@ SEARCH_PARAMS = ["search", "--max-params"]
     pytest.param([*SEARCH_PARAMS, "nan"], ["budget"], id="budget-nan"),
     pytest.param([*SEARCH_PARAMS, "inf"], ["budget"], id="budget-inf"),
     pytest.param([*SEARCH_PARAMS, "1e999"], ["budget"], id="budget-overflows"),
+    pytest.param(
+        [*SEARCH_PARAMS, "9" * 400], ["is not a positive budget"], id="budget-of-400-digits"),
+    pytest.param(
+        ["search", "--max-latency", "9" * 400 + "ms"],
+        ["is not a positive budget"],
+        id="latency-of-400-digits"),
     pytest.param([*SEARCH_PARAMS, "12ms"], ["budget"], id="parameters-in-milliseconds"),
     pytest.param([*SEARCH_PARAMS, ""], ["budget"], id="empty-budget"),
     pytest.param([*SEARCH_PARAMS, "-5"], ["budget"], id="negative-budget"),
@@ -3469,11 +3597,12 @@ def test_memory_does_not_grow(in_data_dir, monkeypatch):
 
 # ---- Several processes (torchrun) ----------------------------------------------------------------
 
-def run_two_processes(words, patches=("", "")):
+def run_two_processes(words, patches=("", ""), **environment):
     """Run a command in two processes, with the environment that torchrun gives them.
 
-    Each runs the code of its patch first. Returns (exit status, output) of both. The
-    status of a process that a signal ended is minus the signal.
+    Each runs the code of its patch first. environment: further variables. Returns (exit
+    status, output) of both. The status of a process that a signal ended is minus the
+    signal.
     """
     with socket.socket() as free_socket:
         free_socket.bind(("127.0.0.1", 0))
@@ -3482,7 +3611,7 @@ def run_two_processes(words, patches=("", "")):
     for rank, patch in enumerate(patches):
         processes.append(start_in_subprocess(
             words, patch, WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment))
     outputs = ["".join(process.communicate(timeout=120)) for process in processes]
     return [(process.returncode, output) for process, output in zip(processes, outputs)]
 
@@ -3569,16 +3698,73 @@ def test_processes_stop_together_and_resume(in_data_dir, capsys):
     assert read_log_lines("part") == read_log_lines("whole")
 
 
-def test_search_refuses_several_processes(in_data_dir):
-    """Only train shares its work between processes. search says so in one line."""
-    first, second = run_two_processes(SEARCH)
-    first_status, first_output = first
-    second_status, second_output = second
-    assert first_status == 2
-    assert second_status == 2
-    assert len(first_output.splitlines()) == 1
-    assert "only train can use several processes" in first_output
-    assert not second_output
+@pytest.mark.parametrize("words, message", [
+    pytest.param(SEARCH, "only train can use several processes", id="search"),
+    pytest.param([*TRAIN, "--epoch", "1"], "Did you mean --epochs?", id="misspelt-flag"),
+    pytest.param(
+        [*TRAIN, "--out", "out", "--overwrite"], "another run is writing out",
+        id="error-of-one-process"),
+])
+def test_several_processes_print_one_error(in_data_dir, words, message):
+    """Two processes of torchrun print one line together, and both end with status 2.
+
+    Only train shares its work between processes, and search says so. Only process 0
+    locks the directory, and the other process must not outlive it.
+    """
+    settings, _ = yoco.parse([*TRAIN, "--out", "out"])
+    run = yoco.RunDirectory(yoco.resolve_defaults(settings, "tiny"), "tiny", "tiny")
+    run.lock_and_clear()
+    results = run_two_processes(words, TORCHELASTIC_RUN_ID="1")
+    assert [status for status, _ in results] == [2, 2], results
+    # Process 0 may have printed a summary of the task before its error.
+    lines = "".join(output for _, output in results).splitlines()
+    error, = [line for line in lines if line.startswith("yoco.py: ")]
+    assert message in error
+    assert "Traceback" not in lines
+
+
+@pytest.mark.parametrize("variables", [
+    pytest.param("WORLD_SIZE=2", id="incomplete"),
+    pytest.param("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost", id="no-port"),
+    pytest.param("WORLD_SIZE=2 RANK=2 MASTER_ADDR=localhost MASTER_PORT=1", id="large-rank"),
+    pytest.param("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=99999", id="large-port"),
+    pytest.param("WORLD_SIZE=two RANK=0 MASTER_ADDR=localhost MASTER_PORT=1", id="word"),
+    pytest.param("WORLD_SIZE=0 RANK=0 MASTER_ADDR=localhost MASTER_PORT=1", id="none"),
+    pytest.param(
+        "WORLD_SIZE=2 RANK=0 LOCAL_RANK=x MASTER_ADDR=localhost MASTER_PORT=1", id="local-rank"),
+])
+def test_bad_environment(in_trained_dir, capsys, monkeypatch, variables):
+    """Variables that describe no process are one line for train. eval ignores them."""
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    assert_refused(capsys, TRAIN + ["--out", "new"], variables.split()[0], "unset WORLD_SIZE")
+    assert not Path("new").exists()
+    assert_refused(capsys, ["eval", "--model", "tiny"], "run.json does not exist")
+
+
+@pytest.mark.parametrize("variables", [
+    pytest.param("WORLD_SIZE=1", id="world-size-1"),
+    pytest.param("WORLD_SIZE= RANK= MASTER_ADDR= MASTER_PORT=", id="empty"),
+    pytest.param("RANK=3 MASTER_ADDR=localhost MASTER_PORT=1 SLURM_NTASKS=4", id="leftovers"),
+])
+def test_environment_of_a_single_process(in_data_dir, monkeypatch, variables):
+    """Without a WORLD_SIZE above 1, train is an ordinary single run."""
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    assert yoco.main(TRAIN + ["--epochs", "1"]) == 0
+    assert read_facts("superbert/tiny")["num_processes"] == 1
+
+
+def test_only_train_reads_the_environment(in_data_dir, monkeypatch):
+    """--help does not wait for other processes, and the programs of glue/ train in one."""
+    for name, value in dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT="9").items():
+        monkeypatch.setenv(name, value)
+    process = start_in_subprocess(["train", "--help"])
+    assert "usage: yoco.py" in process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    parser = yoco.Parser("program")
+    assert glue.run_program(parser, lambda _: yoco.main(TRAIN + ["--epochs", "1"]), []) == 0
 
 
 def test_torchrun(in_data_dir):

@@ -84,9 +84,9 @@ import torch.nn.functional as F
 
 import data
 
-# torchrun sets these: the number of processes, and the index of this one.
-NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-PROCESS_INDEX = int(os.environ["RANK"]) if NUM_PROCESSES > 1 else 0
+# The number of processes, and the index of this one. `join_process_group` changes both.
+NUM_PROCESSES = 1
+PROCESS_INDEX = 0
 received_signals = []        # Ctrl-C or SIGTERM. train and search finish the current step and stop.
 
 
@@ -815,9 +815,31 @@ def finish_training(run, state, task, sets, device, autocast, **facts):
         data=run.settings.data, train=sets.train_file, held_out=sets.holdout_split,
         lr=run.settings.lr, max_length=sets.max_length, theta=theta, holdout=scores, **facts)
     for name, score in scores.items():
-        text = format_scores(model.config, archs[name], score)
+        text = format_scores(model.config, archs[name], score, full_sizes(model.config))
         print_line(f"hold-out, {name}: {text}")
+    if scores:
+        best = max(score["score"] for score in scores.values())
+        baseline = data.majority_baseline(task, [sets.holdout])
+        if is_no_better(best, baseline):
+            print_line(f"WARNING: none of these is better than always giving "
+                       f"{constant_answer(model.config)}, which scores {baseline:.2f} on "
+                       "the hold-out set: try a higher or another --lr, or more --epochs")
     return result
+
+
+def is_no_better(score, baseline):
+    """Return whether a model scores no more than `baseline`, a constant answer's score.
+
+    It is False if the constant answer scores 100, because no model can score more.
+    """
+    return score <= baseline < 100
+
+
+def constant_answer(config):
+    """Return the words for the constant answer that `data.majority_baseline` scores."""
+    if config.problem_type == "regression":
+        return "the mean"
+    return "the most frequent answer"
 
 
 class Progress:
@@ -865,6 +887,7 @@ class SearchSetup:
     space: SearchSpace
     evaluate: object            # architecture -> ACC(m) on the data that selects, in %
     evaluate_on_dev: object     # architecture -> every metric on dev, in %
+    dev_baseline: float         # ACC(m) on dev of a constant answer, in %
     measure: object             # architecture -> T(m)
     unit: str                   # the unit of T(m)
     runs: list                  # [(RunDirectory, Omega)], one pair per budget
@@ -912,9 +935,9 @@ def open_search(settings):
         settings=settings, superbert=superbert, superbert_run=superbert_run,
         tokenizer=tokenizer_files(superbert), model=model, space=space,
         evaluate=lambda arch: select(arch)["score"],
-        evaluate_on_dev=evaluate_on_dev, measure=measure, unit=UNITS[kind],
-        runs=list(zip(runs, budgets)), scores=scores, costs=costs, device=device,
-        autocast=autocast)
+        evaluate_on_dev=evaluate_on_dev, dev_baseline=data.majority_baseline(task),
+        measure=measure, unit=UNITS[kind], runs=list(zip(runs, budgets)), scores=scores,
+        costs=costs, device=device, autocast=autocast)
 
 
 def best_within(setup, budget):
@@ -925,7 +948,8 @@ def best_within(setup, budget):
     while True:
         best = best_fit(setup.scores, setup.costs.get, budget)
         if best is None:
-            raise UserError(f"no sub-BERT met the budget of {budget:.4g} {setup.unit} "
+            raise UserError(f"no sub-BERT met the budget of "
+                            f"{format_cost(budget, setup.unit)} {setup.unit} "
                             "when it was measured a second time: choose a larger budget")
         # Latency is noisy, so measure the winner once more. If it no longer fits, its
         # new cost rules it out, and the loop takes the next best.
@@ -942,13 +966,15 @@ def write_sub_bert(setup, run, budget, best):
     inherited = ("task", "metric", "pairs", "data", "train", "held_out", "max_length")
     # The first line of the log is its header. Every other line is an evaluation.
     evaluations_run = len(read_log(run.path)) - 1
+    full_params, full_flops = full_sizes(config)
     run.write_result(
         setup.device, setup.autocast, **{name: trained[name] for name in inherited},
         superbert=setup.superbert, unit=setup.unit, budget=budget,
         cost=setup.costs[best], full_cost=setup.costs[setup.space.largest()],
         arch=best._asdict(), selected_on=setup.settings.select_on,
         params=count_params(config, best), flops=count_flops(config, best),
-        selection_score=setup.scores[best], dev=dev,
+        full_params=full_params, full_flops=full_flops,
+        selection_score=setup.scores[best], dev=dev, dev_baseline=setup.dev_baseline,
         evaluations_asked=setup.settings.evaluations, evaluations_run=evaluations_run)
 
 
@@ -1009,7 +1035,9 @@ def split_budget(text, unit):
     if unit == "ms":
         suffixes = ("", "ms", "x")
         example = "12, 12ms or 0.5x"
-    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?)([a-z]*)", text)
+    # Few digits, because float() turns a number of 400 digits into infinity.
+    digits = r"(?:\d{1,30}\.?\d{0,30}|\.\d{1,30})"
+    match = re.fullmatch(rf"({digits}(?:e\+?\d{{1,2}})?)([a-z]*)", text)
     if not match or match[2] not in suffixes or float(match[1]) == 0:
         raise UserError(f"{text!r} is not a positive budget in {unit}: write it like "
                         f"{example}, without blanks")
@@ -1027,12 +1055,21 @@ def parse_budget(text, smallest_cost, full_cost, unit):
     budget = number * scales[suffix]
     if smallest_cost >= budget:
         share = smallest_cost / full_cost
-        raise UserError(f"no sub-BERT fits the budget of {budget:,.12g} {unit}: "
-                        f"the smallest has {smallest_cost:,.12g} ({share:.3f}x)")
+        hint = f". Did you mean {text}x?" if suffix == "" and number <= 1 else ""
+        raise UserError(f"no sub-BERT fits the budget of {format_cost(budget, unit)} {unit}: "
+                        f"the smallest has {format_cost(smallest_cost, unit)} {unit} "
+                        f"({share:.3f}x){hint}")
     if budget > full_cost:
-        print_line(f"warning: the budget of {budget:,.12g} {unit} exceeds the full "
-                   f"model's {full_cost:,.12g}, so every sub-BERT fits")
+        print_line(f"warning: the budget of {format_cost(budget, unit)} {unit} exceeds the "
+                   f"full model's {format_cost(full_cost, unit)}, so every sub-BERT fits")
     return budget
+
+
+def format_cost(cost, unit):
+    """Return the number of a cost or of a budget: 13,254,912 (parameters) or 10.62 (ms)."""
+    if cost < 1:
+        return f"{cost:.3g}"
+    return f"{cost:,.2f}" if unit == "ms" else f"{cost:,.0f}"
 
 
 def cost_function(kind, model, autocast):
@@ -1065,15 +1102,19 @@ def evaluate(settings):
     evaluate_arch = data.make_evaluator(model, dev_sets, task.metric, device, autocast)
     measure = cost_function("latency", model, autocast)
     archs = {"sub-BERT": model.config.arch}
+    # Older runs of search do not name the sizes of their super-BERT.
+    shares_of = run.get("full_params"), run.get("full_flops")
     if "theta" in run:
         archs = reference_archs(SearchSpace.for_config(model.config), run["theta"])
+        shares_of = full_sizes(model.config)
     for name, arch in archs.items():
+        scores = format_scores(model.config, arch, evaluate_arch(arch), shares_of)
         print_line(f"{name}: {arch}\n"
-                   f"  {format_scores(model.config, arch, evaluate_arch(arch))}\n"
+                   f"  {scores}\n"
                    f"  latency {measure(arch):.2f} ms for one sequence of at most "
                    f"128 tokens on {device_name(device)}")
-    print_line(f"on dev of {task.name}. Always giving the most frequent answer scores "
-               f"{data.majority_baseline(task):.2f}")
+    print_line(f"on dev of {task.name}. Always giving {constant_answer(model.config)} "
+               f"scores {data.majority_baseline(task):.2f}")
 
 
 def reference_archs(space, theta):
@@ -1085,34 +1126,49 @@ def reference_archs(space, theta):
     }
 
 
-def format_scores(config, arch, scores):
+def full_sizes(config):
+    """Return the parameters and the FLOPs of the largest architecture of a model."""
+    return count_params(config, config.arch), count_flops(config, config.arch)
+
+
+def format_scores(config, arch, scores, shares_of):
     """Return one line with the parameters, the FLOPs and the scores of a sub-BERT.
 
-    The line also gives both sizes as shares of the full model. scores: {metric: %}.
+    scores: {metric: %}. shares_of: the parameters and the FLOPs of the super-BERT. The
+    line gives both sizes as shares of these numbers, unless they are None.
     """
-    params, flops = count_params(config, arch), count_flops(config, arch)
-    params_share = params / count_params(config, config.arch)
-    flops_share = flops / count_flops(config, config.arch)
-    metrics = "  ".join(f"{name} {value:.2f}" for name, value in scores.items())
-    return (f"{params:,} parameters ({params_share:.3f}x)  "
-            f"{flops / 1e9:.3g} GFLOPs ({flops_share:.3f}x)  {metrics}")
+    sizes = count_params(config, arch), count_flops(config, arch)
+    texts = []
+    for size, unit, full_size in zip(sizes, ("parameters", "FLOPs"), shares_of):
+        share = f" ({size / full_size:.3f}x)" if full_size else ""
+        texts.append(f"{format_cost(size, unit)} {unit}{share}")
+    texts += [f"{name} {value:.2f}" for name, value in scores.items()]
+    return "  ".join(texts)
 
 
 def format_result(config, path, result):
     """Return two lines about the sub-BERT that a search has found.
 
+    A third line is a warning, if the sub-BERT is no better than a constant answer.
     result: the contents of its run.json.
     """
     arch, selected_on = Arch(**result["arch"]), result["selected_on"]
+    cost, budget = (format_cost(result[name], result["unit"]) for name in ("cost", "budget"))
     dev = "dev"
     if selected_on == "dev":
         dev = "dev (optimistic, because the search selected on it)"
-    return (f"found: {arch}, {result['cost']:,.6g} of {result['budget']:,.6g} "
-            f"{result['unit']}, in {path} "
+    text = (f"found: {arch}, {cost} of {budget} {result['unit']}, in {path} "
             f"({selected_on} score {result['selection_score']:.2f}, "
             f"{result['evaluations_asked']} sampled, "
             f"{result['evaluations_run']} evaluated)\n"
-            f"  {dev}: {format_scores(config, arch, result['dev'])}")
+            f"  {dev}: {format_scores(config, arch, result['dev'], full_sizes(config))}")
+    # An older run.json has no baseline, and gets no warning.
+    baseline = result.get("dev_baseline", -math.inf)
+    if is_no_better(result["dev"]["score"], baseline):
+        text += (f"\nWARNING: this sub-BERT is no better than always giving "
+                 f"{constant_answer(config)}, which scores {baseline:.2f} on dev: choose a "
+                 "larger budget, or train again with another --lr or more --epochs")
+    return text
 
 
 # ---- The run directory: log, checkpoint, resuming ------------------------------------------------
@@ -1308,8 +1364,10 @@ def start_or_resume(run, state, num_steps, steps_per_epoch):
         restore(run, state)
     run.progress = Progress(state.step, num_steps)
     num_archs = SearchSpace.for_config(state.model.config).size()
-    print_line(f"{num_steps} steps, {num_steps / steps_per_epoch:.3g} epochs, "
-               f"{scientific(num_archs)} architectures")
+    archs = f"{scientific(num_archs)} architectures"
+    if run.settings.stages == "largest":
+        archs = "one architecture"
+    print_line(f"{num_steps} steps, {num_steps / steps_per_epoch:.3g} epochs, {archs}")
     return True
 
 
@@ -1486,12 +1544,44 @@ def any_signal():
     return int(number)
 
 
-def join_process_group():
-    """Join the process group if torchrun has started this process.
+# Process 0 or torchrun holds this store. All processes count their failures in it.
+shared_store = None
 
-    Afterwards only process 0 prints.
+
+def processes_from_environment():
+    """Return WORLD_SIZE, RANK and LOCAL_RANK, which torchrun sets.
+
+    These are the number of processes, the index of this process, and its index on this
+    machine. Clusters export such variables, too. If WORLD_SIZE is 1, empty or not set,
+    this is an ordinary single process, and the other variables are not read. Raises
+    UserError if they are incomplete or malformed.
     """
-    if NUM_PROCESSES == 1:
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    values = [os.environ.get(name, "") for name in names]
+    size, index, local_index, address, port = values
+    if size in ("", "1"):
+        return 1, 0, 0
+    # Launchers other than torchrun may leave LOCAL_RANK out.
+    local_index = local_index or index
+    numbers = (size, index, local_index, port)
+    if not (all(re.fullmatch("[0-9]{1,9}", number) for number in numbers)
+            and int(index) < int(size) and int(port) < 2**16 and address):
+        given = " ".join(f"{name}={value}" for name, value in zip(names, values))
+        raise UserError("the environment does not describe one of several processes "
+                        f"({given}): start them with torchrun, or unset WORLD_SIZE "
+                        "to train in a single process")
+    return int(size), int(index), int(local_index)
+
+
+def join_process_group():
+    """Join the process group if the environment describes several processes.
+
+    Afterwards only process 0 prints. Only an error is printed by the first process that
+    has one.
+    """
+    global NUM_PROCESSES, PROCESS_INDEX, shared_store
+    size, index, local_index = processes_from_environment()
+    if size == 1:
         return
     # Import torch._dynamo before the group is made. Adam would import it later, and it
     # would then keep the group alive. A thread of the group that still holds a tensor
@@ -1499,11 +1589,41 @@ def join_process_group():
     import torch._dynamo                                     # noqa: F401
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(local_index % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    try:
+        shared_store, *_ = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=dist.PrefixStore("group", shared_store),
+                                rank=index, world_size=size)
+    except RuntimeError as error:
+        raise UserError(f"process {index} of {size} cannot join the others: {error}") from None
+    NUM_PROCESSES, PROCESS_INDEX = size, index
     if PROCESS_INDEX > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def leave_process_group():
+    """Leave the process group, if this process has joined one."""
+    global NUM_PROCESSES, PROCESS_INDEX
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    NUM_PROCESSES, PROCESS_INDEX = 1, 0
+
+
+def print_error(error):
+    """Print one line about an error, unless another process has failed before.
+
+    Most errors happen in every process, but one line is enough.
+    """
+    if NUM_PROCESSES > 1:
+        # Without torchrun, process 0 holds the store. If it has ended, it has printed.
+        num_failed = 2
+        with contextlib.suppress(RuntimeError):
+            num_failed = shared_store.add("failed", 1)
+        if num_failed > 1:
+            return
+        sys.stderr = sys.__stderr__
+    print_progress(f"yoco.py: error: {error_line(error)}")
 
 
 # ---- Faster, same results: one masked pass and CUDA graphs ---------------------------------------
@@ -1624,8 +1744,9 @@ class RunSettings(Settings):
     resume: bool = setting(False, "Continue an interrupted run.")
     archs_per_step: int = setting(
         2, "Architectures sampled per step (lambda). With 1, theta never changes.", 1)
+    # A longer step moves theta to its bounds, and the sum of theta to 1 loses digits.
     delta: float = setting(
-        1.0, "Length of a step of theta, in the Fisher norm (delta).", 0)
+        1.0, "Length of a step of theta, in the Fisher norm (delta).", 0, 1000)
     seed: int = setting(0, "The seed of everything random.", 0)
 
 
@@ -1715,6 +1836,31 @@ class EvalSettings(Settings):
 COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
             "eval": (EvalSettings, evaluate)}
 RENAMED_FLAGS = {"--depth-keeps": "--keep-layers"}
+# These names come from other commands and other libraries. The flags here may be meant.
+OTHER_NAMES = {
+    "--bert": ["--model"],
+    "--model": ["--bert"],
+    "--model-name": ["--bert", "--model"],
+    "--model-name-or-path": ["--bert", "--model"],
+    "--learning-rate": ["--lr"],
+    "--num-epochs": ["--epochs"],
+    "--num-train-epochs": ["--epochs"],
+    "--train-batch-size": ["--batch-size"],
+    "--per-device-train-batch-size": ["--batch-size"],
+    "--max-seq-length": ["--max-length"],
+    "--max-len": ["--max-length"],
+    "--data-dir": ["--data"],
+    "--dataset": ["--data"],
+    "--task": ["--data"],
+    "--task-name": ["--data"],
+    "--output": ["--out"],
+    "--output-dir": ["--out"],
+    "--save-steps": ["--checkpoint-every"],
+    "--fp16": ["--precision"],
+    "--bf16": ["--precision"],
+}
+# These are started with python -m glue.NAME.
+GLUE_PROGRAMS = ("bench", "download", "export", "paper", "plot", "predict", "toy")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1769,6 +1915,9 @@ def parse(argv):
                                       description=description, allow_abbrev=False)
         for field in dataclasses.fields(settings_class):
             add_flag(command, field)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in GLUE_PROGRAMS:
+        raise UserError(f"{argv[0]} is another program: type python -m glue.{argv[0]}")
     options, unknown = parser.parse_known_args(argv)
     options = vars(options)
     settings_class, function = COMMANDS[options.pop("command")]
@@ -1785,12 +1934,38 @@ def parse(argv):
 
 
 def refuse_unknown_flags(parser, unknown, flags):
-    """Raise UserError with the unknown flags and the flags that may be meant."""
+    """Raise UserError with the unknown flags and the flag that may be meant."""
     first = unknown[0].partition("=")[0]
     if first in RENAMED_FLAGS:
         parser.error(f"{first} is called {RENAMED_FLAGS[first]} now")
-    similar = difflib.get_close_matches(first, flags, 1) or flags
-    parser.error(f"unknown: {' '.join(unknown)}. Did you mean {' '.join(similar)}?")
+    name = flag_of(first.lower().lstrip("-"))
+    similar = [flag for flag in OTHER_NAMES.get(name, []) if flag in flags]
+    if not similar and first.startswith("-"):
+        similar = difflib.get_close_matches(name, flags, 1)
+    hint = f". Did you mean {similar[0]}?" if similar else ""
+    parser.error(f"unknown: {' '.join(unknown)}{hint}")
+
+
+def parse_and_join(argv):
+    """Parse the command line. `train` then joins the other processes, if there are any.
+
+    Other commands refuse several processes of torchrun, which would do the same work
+    twice and write the same files. They ignore variables that a cluster exports.
+    """
+    is_torchrun = dist.is_torchelastic_launched()
+    try:
+        settings, function = parse(argv)
+    except UserError:
+        # Join, so that only one process of torchrun prints the error.
+        if is_torchrun:
+            join_process_group()
+        raise
+    if function is train or is_torchrun:
+        join_process_group()
+    if function is not train and NUM_PROCESSES > 1:
+        raise UserError("only train can use several processes: "
+                        "start this without torchrun")
+    return settings, function
 
 
 def on_signal(number, _):
@@ -1817,11 +1992,7 @@ def main(argv=None):
     handlers = {number: signal.getsignal(number)
                 for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        join_process_group()
-        settings, function = parse(argv)
-        if function is not train and NUM_PROCESSES > 1:
-            raise UserError("only train can use several processes: "
-                            "start this without torchrun")
+        settings, function = parse_and_join(argv)
         for number, handler in handlers.items():
             # A signal that is ignored already stays ignored, for example in a job that
             # a shell script has started in the background.
@@ -1837,13 +2008,16 @@ def main(argv=None):
         print_progress(f"\nstopped{hint}")
         return 128 + signal_number
     except (UserError, OSError, RuntimeError, MemoryError) as error:
-        print_progress(f"yoco.py: error: {error_line(error)}")
+        if NUM_PROCESSES > 1:
+            # torchrun sends SIGTERM to the other processes as soon as one has failed.
+            # They fail, too, and end with the same status.
+            handlers[signal.SIGTERM] = signal.SIG_IGN
+        print_error(error)
         return 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_process_group()
     return 0
 
 

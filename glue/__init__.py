@@ -1,6 +1,7 @@
 """The programs around the method, each run as `python -m glue.NAME`."""
 
 import contextlib
+import os
 import sys
 
 
@@ -17,6 +18,9 @@ def run_program(parser, work, argv):
         # The stream's encoding may lack the letters of a label. A closed stream is None.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    # These programs and the trainings that they start are single processes, whatever
+    # WORLD_SIZE a cluster exports.
+    os.environ.pop("WORLD_SIZE", None)
     try:
         return work(parser.parse_args(argv)) or 0
     except BrokenPipeError:
