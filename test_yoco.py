@@ -2627,8 +2627,10 @@ def test_two_runs_one_directory(in_data_dir, capsys):
     """A second run in one directory is refused, with any option, and changes nothing."""
     words = TRAIN + ["--out", "out"]
     settings, _ = yoco.parse(words)
-    first = yoco.RunDirectory(yoco.resolve_defaults(settings, "tiny"), "tiny", "tiny")
-    first.lock_and_clear()
+    first = yoco.RunDirectory(yoco.resolve_defaults(settings, "tiny"), "tiny", "tiny",
+                              task="tiny")
+    first.lock()
+    first.begin()
     first.log(step=1)
     assert_refused(capsys, words, "holds an unfinished run")
     assert_refused(capsys, words + ["--overwrite"], "another run is writing out")
