@@ -56,7 +56,6 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import hashlib
 import json
 import math
 import os
@@ -64,6 +63,7 @@ import re
 import signal
 import sys
 import time
+import zlib
 from collections import Counter, defaultdict, namedtuple
 from importlib import metadata
 from pathlib import Path
@@ -649,8 +649,12 @@ def choose_holdout(settings, train_file):
     """
     path = Path(settings.bert) / "run.json"
     earlier_run = read_json(path) if path.exists() else {}
-    if earlier_run.get("train") == train_file:
-        return earlier_run["held_out"]
+    with user_errors_for(path):
+        check_fields(earlier_run)
+        # The run.json of another program has neither field. Ours has both.
+        is_ours = "train" in earlier_run or "held_out" in earlier_run
+        if is_ours and earlier_run["train"] == train_file:
+            return earlier_run["held_out"]
     return [settings.holdout, settings.seed]
 
 
@@ -1263,14 +1267,15 @@ class RunDirectory:
         facts = json.loads(json.dumps(facts))
         with user_errors_for(self.log_path):
             # An older version has logged no facts.
-            old_facts = {**self.old_header.get("facts", {name: facts[name] for name in facts})}
+            old_facts = {**self.old_header.get("facts", facts)}
             for name, value in facts.items():
                 if old_facts.get(name) != value:
+                    old_text, text = json.dumps(old_facts.get(name)), json.dumps(value)
                     raise UserError(
-                        f"{self.path} was started with {name} "
-                        f"{json.dumps(old_facts.get(name)):.60}, but now it is "
-                        f"{json.dumps(value):.60}: undo the change of the data directory's "
-                        "name or of a run.json, or start over with --overwrite")
+                        f"{self.path} was started with another {name}. It was "
+                        f"{old_text:.60}, and now it is {text:.60}. Was the data directory "
+                        "renamed, or a run.json changed? Undo that, or start over with "
+                        "--overwrite")
 
     def add_facts(self, **facts):
         """Add facts to the header of the log. Raises UserError as `check_facts` does."""
@@ -1438,18 +1443,18 @@ def save(run, state):
         log_bytes=run.log_path.stat().st_size,
         seconds=time.perf_counter() - run.started)
     text = json.dumps(numbers)
-    digest = checkpoint_digest(tensors, text, run.log_path.read_bytes())
-    content = safetensors.torch.save(tensors, {"state": text, "digest": digest})
+    checksum = checkpoint_checksum(tensors, text, run.log_path.read_bytes())
+    content = safetensors.torch.save(tensors, {"state": text, "checksum": checksum})
     write_file(run.checkpoint, content)
 
 
-def checkpoint_digest(tensors, text, log):
-    """Return one sha256 of the tensors and the text of a checkpoint, and of the log."""
-    digest = hashlib.sha256(text.encode() + log)
+def checkpoint_checksum(tensors, text, log):
+    """Return a checksum of the tensors and the text of a checkpoint, and of the log."""
+    checksum = zlib.crc32(text.encode() + log)
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {tensor.shape}".encode(), checksum)
+        checksum = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), checksum)
+    return str(checksum)
 
 
 def restore(run, state):
@@ -1468,8 +1473,9 @@ def restore(run, state):
             if run.log_path.stat().st_size < log_bytes:
                 raise ValueError("the log is shorter than when it was written")
             log = run.log_path.read_bytes()[:log_bytes]
-            if metadata["digest"] != checkpoint_digest(tensors, metadata["state"], log):
-                raise ValueError("it or the log differs from what was saved")
+            checksum = checkpoint_checksum(tensors, metadata["state"], log)
+            if metadata["checksum"] != checksum:
+                raise ValueError("the checksum of its content and of the log is wrong")
             groups = defaultdict(dict)
             for key, tensor in tensors.items():
                 group, name = key.split("/")
@@ -1543,10 +1549,14 @@ def check_result(run, config):
         if not all(abs(sum(theta) - 1) < 1e-9 for theta in run["theta"]):
             raise ValueError("theta does not sum to 1")
         return
-    if Arch(**run["arch"]) != config.arch:
+    if run["arch"] != {name: list(sizes) for name, sizes in config.arch._asdict().items()}:
         raise ValueError("arch is not the architecture of the model")
-    budgets = [settings[f"max_{kind}"] for kind, unit in UNITS.items() if unit == run["unit"]]
-    split_budget(*budgets[0], run["unit"])
+    for kind, unit in UNITS.items():
+        budgets = settings[f"max_{kind}"]
+        if unit == run["unit"] and not " ".join(budgets).isascii():
+            raise ValueError(f"the budget is {budgets!r:.50}")
+        if unit != run["unit"] and budgets is not None:
+            raise ValueError(f"unit is {run['unit']}, but there is a budget in {unit}")
     missing = {"superbert", "budget", "cost", "full_cost", "selected_on", "params", "flops",
                "selection_score", "dev", "evaluations_asked", "evaluations_run"} - set(run)
     if missing:
@@ -1624,7 +1634,7 @@ LEGAL_FIELDS = {
 
 
 def check_fields(record):
-    """Raise ValueError if a field of a run.json or of a log has a value without a sense."""
+    """Raise ValueError if a run.json or a line of a log has a value that none can have."""
     for name, value in record.items():
         if name in LEGAL_FIELDS and not LEGAL_FIELDS[name](value):
             raise ValueError(f"{name} is {value!r:.50}")
