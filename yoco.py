@@ -1191,9 +1191,10 @@ class RunDirectory:
         """
         files = {}
         for name in (*RUN_FILES, "log.jsonl"):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                # A link counts as a file, even if its target does not exist.
-                status = os.lstat(self.path / name)
+            path = self.path / name
+            if os.path.lexists(path):
+                # A link to a file that does not exist counts as a file, too.
+                status = path.stat(follow_symlinks=path.exists())
                 if status.st_size or name != "log.jsonl":
                     files[name] = status.st_mtime_ns, status.st_size
         return files
@@ -1227,7 +1228,7 @@ class RunDirectory:
         if beginning == LOG_BEGINNING:
             return
         foreign = set(self.checked_files)
-        if LOG_BEGINNING.startswith(beginning):
+        if self.log_path.exists() and LOG_BEGINNING.startswith(beginning):
             # A run that was killed at its start leaves such a log, and no other file.
             foreign -= {"log.jsonl"}
         if foreign:
