@@ -649,12 +649,12 @@ def choose_holdout(settings, train_file):
     """
     path = Path(settings.bert) / "run.json"
     earlier_run = read_json(path) if path.exists() else {}
-    with user_errors_for(path):
-        check_fields(earlier_run)
-        # The run.json of another program has neither field. Ours has both.
-        is_ours = "train" in earlier_run or "held_out" in earlier_run
-        if is_ours and earlier_run["train"] == train_file:
-            return earlier_run["held_out"]
+    # The run.json of another program has neither field. Ours has both.
+    if "train" in earlier_run or "held_out" in earlier_run:
+        with user_errors_for(path):
+            check_fields(earlier_run)
+            if earlier_run["train"] == train_file:
+                return earlier_run["held_out"]
     return [settings.holdout, settings.seed]
 
 
@@ -1135,7 +1135,7 @@ def format_result(config, path, result):
 # The files that a run writes beside its log. A run replaces and removes no other files.
 RUN_FILES = ("run.json", "checkpoint.safetensors", "config.json", "model.safetensors",
              *TOKENIZER_FILES)
-# The first bytes of every log, which tell a run's directory from that of another model.
+# The first bytes of every log. A directory of another model has no file that begins so.
 LOG_BEGINNING = b'{"settings": {'
 # The form of the time in run.json.
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
@@ -1152,10 +1152,9 @@ class RunDirectory:
     def __init__(self, settings, *inputs, **facts):
         """Check that the command may write the directory settings.out.
 
-        inputs: the directories that the command reads. facts: what it has found there
-        that changes the result (see `check_facts`). Raises UserError if settings.out
-        holds files that must not be overwritten, or a run that cannot be resumed with
-        these settings.
+        inputs: the directories that the command reads. facts: values that change the
+        result (see `check_facts`). Raises UserError if settings.out holds files that must
+        not be overwritten, or a run that cannot be resumed with these settings.
         """
         self.settings = settings
         self.path = Path(settings.out)
@@ -1229,7 +1228,8 @@ class RunDirectory:
             return
         foreign = set(self.checked_files)
         if self.log_path.exists() and LOG_BEGINNING.startswith(beginning):
-            # A run that was killed at its start leaves such a log, and no other file.
+            # A run that was killed at its start leaves half of these bytes, and no other
+            # file.
             foreign -= {"log.jsonl"}
         if foreign:
             raise UserError(f"{self.path} holds {min(foreign)}, but {self.log_path} {fault}: "
@@ -1261,8 +1261,9 @@ class RunDirectory:
     def check_facts(self, facts):
         """Raise UserError if a resumed run was started with other facts.
 
-        A fact is what a setting came to, or what another run's run.json says. The number
-        of epochs, for example, may follow from the name of the data directory.
+        Facts are the values that settings came to, and the values in another run's
+        run.json. For example, the number of epochs may follow from the name of the data
+        directory.
         """
         # JSON has no tuples, so compare what the log would say.
         facts = json.loads(json.dumps(facts))
@@ -1317,8 +1318,8 @@ class RunDirectory:
         # A run that was killed may have left temporary files of `write_file`.
         names = "|".join(map(re.escape, RUN_FILES))
         for path in self.path.glob(".*.tmp"):
-            if "log.jsonl" in self.checked_files and re.fullmatch(
-                    rf"\.({names})\.\d+\.tmp", path.name):
+            is_ours = re.fullmatch(rf"\.({names})\.\d+\.tmp", path.name)
+            if is_ours and "log.jsonl" in self.checked_files:
                 path.unlink()
         if self.resumed:
             # A crash may have left half a line.
@@ -1392,7 +1393,8 @@ def read_log(directory):
         records = [{**json.loads(line)} for line in lines]
         for record in records:
             check_fields(record)
-        if len({tuple(map(len, record.get("theta", []))) for record in records} - {()}) > 1:
+        shapes = {tuple(map(len, record["theta"])) for record in records if "theta" in record}
+        if len(shapes) > 1:
             raise ValueError("theta does not always have the same shape")
         return records
 
@@ -1467,15 +1469,15 @@ def restore(run, state):
     with user_errors_for(run.checkpoint):
         if run.checkpoint.exists():
             with safetensors.safe_open(regular_file(run.checkpoint), "pt") as file:
-                metadata = file.metadata()
+                texts = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-            numbers = json.loads(metadata["state"])
+            numbers = json.loads(texts["state"])
             log_bytes = numbers["log_bytes"]
             if run.log_path.stat().st_size < log_bytes:
                 raise ValueError("the log is shorter than when it was written")
             log = run.log_path.read_bytes()[:log_bytes]
-            checksum = checkpoint_checksum(tensors, metadata["state"], log)
-            if metadata["checksum"] != checksum:
+            checksum = checkpoint_checksum(tensors, texts["state"], log)
+            if texts["checksum"] != checksum:
                 raise ValueError("the checksum of its content and of the log is wrong")
             groups = defaultdict(dict)
             for key, tensor in tensors.items():
@@ -1558,22 +1560,24 @@ def check_result(run, config):
             raise ValueError(f"the budget is {budgets!r:.50}")
         if unit != run["unit"] and budgets is not None:
             raise ValueError(f"unit is {run['unit']}, but there is a budget in {unit}")
-    missing = {"superbert", "budget", "cost", "full_cost", "selected_on", "params", "flops",
-               "selection_score", "dev", "evaluations_asked", "evaluations_run"} - set(run)
-    if missing:
-        raise ValueError(f"{min(missing)} is missing")
+    for name in ("superbert", "budget", "cost", "full_cost", "params", "flops", "dev",
+                 "selected_on", "selection_score", "evaluations_asked", "evaluations_run"):
+        if name not in run:
+            raise ValueError(f"{name} is missing")
 
 
 def is_text(value):
     """Return whether a value is a text that could name a file."""
     with contextlib.suppress(ValueError):
-        return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
     return False
 
 
 def is_number(value):
-    """Return whether a value is a number, finite and not absurdly large."""
-    return type(value) in (int, float) and abs(value) < 1e18
+    """Return whether a value is a finite number that fits into 64 bits."""
+    if type(value) is int:
+        return abs(value) < 2**63
+    return type(value) is float and math.isfinite(value)
 
 
 def is_positive(value):
@@ -1583,7 +1587,7 @@ def is_positive(value):
 
 def is_count(value):
     """Return whether a value is a whole number from 0."""
-    return type(value) is int and is_number(value) and value >= 0
+    return type(value) is int and 0 <= value < 2**63
 
 
 def is_list_of_choices(value):
@@ -1618,19 +1622,39 @@ def is_scores(value):
 
 # The check of every field of a run.json or a log.jsonl that a program reads.
 LEGAL_FIELDS = {
-    # in both, or only in a log
-    "settings": lambda value: isinstance(value, dict) and is_text(value.get("data", "-")),
+    # in both files
+    "settings": lambda value: isinstance(value, dict) and is_text(value.get("data", "")),
     "theta": is_theta,
-    "choices": is_list_of_choices, "score": is_number, "cost": is_positive,
-    "step": is_count, "stage": is_text, "loss": is_number, "K": is_number,
-    "floor": is_number, "most_likely_params": is_count,
-    # only in a run.json
-    "task": is_text, "metric": is_text, "pairs": lambda value: type(value) is bool,
-    "data": is_text, "train": is_text, "held_out": is_holdout_split, "max_length": is_size,
-    "superbert": is_text, "unit": lambda value: value in UNITS.values(),
-    "budget": is_positive, "full_cost": is_positive, "params": is_count, "flops": is_count,
-    "selected_on": lambda value: value in ("holdout", "dev"), "selection_score": is_number,
-    "dev": is_scores, "evaluations_asked": is_count, "evaluations_run": is_count,
+    "cost": is_positive,
+    # in a log
+    "choices": is_list_of_choices,
+    "score": is_number,
+    "step": is_count,
+    "stage": is_text,
+    "loss": is_number,
+    "K": is_number,
+    "floor": is_number,
+    "most_likely_params": is_count,
+    # in a run.json
+    "task": is_text,
+    "metric": is_text,
+    "pairs": lambda value: type(value) is bool,
+    "data": is_text,
+    "train": is_text,
+    "held_out": is_holdout_split,
+    "max_length": is_size,
+    # in the run.json of a sub-BERT
+    "superbert": is_text,
+    "unit": lambda value: value in UNITS.values(),
+    "budget": is_positive,
+    "full_cost": is_positive,
+    "params": is_count,
+    "flops": is_count,
+    "selected_on": lambda value: value in ("holdout", "dev"),
+    "selection_score": is_number,
+    "dev": is_scores,
+    "evaluations_asked": is_count,
+    "evaluations_run": is_count,
 }
 
 
