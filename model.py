@@ -1053,6 +1053,22 @@ def peak_memory(device):
 
 # ---- Files and messages --------------------------------------------------------------------------
 
+def open_closed_streams():
+    """Connect each standard stream that is closed to the null device.
+
+    Otherwise the next file that a program opens would take the place of the stream, and
+    messages would go into the file.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # os.open takes the lowest descriptor that is free, which is this one.
+            os.open(os.devnull, os.O_RDWR)
+    # If sys.stderr were None, print would write errors to stdout, among the answers.
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+
+
 @contextmanager
 def user_errors_for(path, fault="is damaged or in an unexpected format"):
     """Turn any error while parsing a file into a UserError that names the file."""

@@ -50,6 +50,7 @@ import data
 import glue
 import model as model_module
 import yoco
+from glue import predict
 from model import (Arch, archs_to_tensor, attention, BertConfig, count_flops, count_params,
                    dropout, ElasticBert, extract, latency, load_bert, save_bert, SearchSpace,
                    sort_by_importance, UserError)
@@ -3258,7 +3259,7 @@ def test_damaged_files_are_refused(in_trained_dir, capsys, monkeypatch,
     path.write_bytes(before[path])
 
     # To open a pipe would wait for ever, so a pipe is refused, too.
-    if hasattr(os, "mkfifo") and path.suffix != ".jsonl":
+    if hasattr(os, "mkfifo"):
         path.unlink()
         os.mkfifo(path)
         assert_refused(capsys, words, f"{path} is not a file")
@@ -3275,13 +3276,171 @@ def test_damaged_files_are_refused(in_trained_dir, capsys, monkeypatch,
     assert yoco.main(words) == 0
 
 
+@pytest.mark.parametrize("name, value", [
+    pytest.param("theta", [[2.0, -1.0]] + 2 * [[1 / 9] * 9], id="theta-of-minus-one"),
+    pytest.param("theta", 3 * [[0.5, 0.5]], id="theta-of-another-space"),
+    pytest.param("theta", "0.5", id="theta-is-a-text"),
+    pytest.param("theta", float("nan"), id="theta-is-nan"),
+    pytest.param("theta", None, id="theta-is-missing"),
+    pytest.param("held_out", [0.1], id="hold-out-without-seed"),
+    pytest.param("held_out", [7, 0], id="hold-out-of-seven"),
+    pytest.param("max_length", "16", id="length-is-a-text"),
+    pytest.param("data", ["tiny"], id="data-is-a-list"),
+    pytest.param("settings", [], id="settings-are-a-list"),
+    pytest.param("pairs", "no", id="pairs-is-a-text"),
+])
+def test_values_of_run_json(in_trained_dir, capsys, name, value):
+    """A run.json with a value that no run writes is refused by name.
+
+    No value (None) means that the field is removed.
+    """
+    path = Path("superbert/tiny/run.json")
+    run = json.loads(path.read_text())
+    del run[name]
+    if value is not None:
+        run[name] = value
+    path.write_text(json.dumps(run))
+    assert_refused(capsys, ["eval", "--model", "superbert/tiny"], str(path), name)
+
+
+@pytest.mark.parametrize("values", [
+    pytest.param(dict(choices=[0, -1, None]), id="negative-choice"),
+    pytest.param(dict(choices="01"), id="choices-are-a-text"),
+    pytest.param(dict(score="high"), id="score-is-a-text"),
+    pytest.param(dict(score=float("nan")), id="score-is-nan"),
+    pytest.param(dict(cost=-5), id="negative-cost"),
+    pytest.param(dict(cost=10**400), id="huge-cost"),
+    pytest.param(dict(theta=[[0.5, 0.4]]), id="theta-of-another-sum"),
+    pytest.param(dict(loss=[]), id="loss-is-a-list"),
+])
+def test_values_of_logs(tmp_path, values):
+    """A log with a value that no run logs is refused."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"settings": {}}\n' + json.dumps(values) + "\n")
+    with pytest.raises(UserError, match="log.jsonl is damaged"):
+        yoco.read_log(tmp_path)
+
+
+def test_changed_checkpoints_are_refused(in_data_dir, capsys, monkeypatch):
+    """A checkpoint is refused if a bit, a tensor or a number of it has changed.
+
+    It is also refused if the log has changed, up to the line that was saved last.
+    """
+    send_signal_in_step(monkeypatch, 12)
+    assert yoco.main(RESUME[:-1]) == 128 + signal.SIGTERM
+    path, log = Path("part/checkpoint.safetensors"), Path("part/log.jsonl")
+    content, log_content = path.read_bytes(), log.read_bytes()
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+
+    for name in ("model/pooler.weight", "adam 5/step", "rng/cpu"):
+        changed = tensors | {name: tensors[name].clone()}
+        changed[name].view(-1).view(torch.uint8)[-1] ^= 1
+        save_file(changed, path, metadata)
+        assert_refused(capsys, RESUME, f"{path} is damaged", "checksum")
+    fewer = {key: tensor for key, tensor in tensors.items() if key != "adam 5/exp_avg"}
+    save_file(fewer, path, metadata)
+    assert_refused(capsys, RESUME, f"{path} is damaged", "checksum")
+
+    state = json.loads(metadata["state"])
+    state["theta"][0] = [0.4, 0.4]
+    save_file(tensors, path, metadata | {"state": json.dumps(state)})
+    assert_refused(capsys, RESUME, f"{path} is damaged", "checksum")
+
+    path.write_bytes(content)
+    log.write_bytes(log_content.replace(b'"loss": 0', b'"loss": 1'))
+    assert_refused(capsys, RESUME, f"{path} is damaged", "checksum")
+
+
+@pytest.mark.parametrize("name", [
+    "model.safetensors", "checkpoint.safetensors", "run.json", "config.json",
+    "log.jsonl", "vocab.txt", "tokenizer.json",
+])
+def test_foreign_files_are_kept(in_data_dir, capsys, name):
+    """A directory with a file that no run of ours wrote is refused, with any option."""
+    Path("foreign").mkdir()
+    Path("foreign", name).write_bytes(b"mine")
+    for options in ([], ["--overwrite"], ["--resume"]):
+        assert_refused(capsys, [*TRAIN, "--out", "foreign", *options],
+                       f"foreign holds {name}", "choose another --out")
+    # A link to a file that does not exist is a file, too.
+    Path("foreign", name).unlink()
+    os.symlink("gone", Path("foreign", name))
+    for options in ([], ["--overwrite"], ["--resume"]):
+        assert_refused(capsys, [*TRAIN, "--out", "foreign", *options],
+                       f"foreign holds {name}", "choose another --out")
+    assert os.listdir("foreign") == [name]
+
+
+def test_overwrite_replaces_the_files_of_a_run(in_trained_dir, capsys):
+    """--overwrite replaces a finished run, and removes no temporary file of others."""
+    capsys.readouterr()
+    assert yoco.main(TRAIN) == 2
+    message = capsys.readouterr().err
+    assert "--overwrite" in message
+    assert "--resume" not in message
+    out = Path("superbert/tiny")
+    ours = {".run.json.123.tmp", ".model.safetensors.4.tmp"}
+    others = {".notes.tmp", ".run.json.tmp", ".run.json.a1.tmp", ".notes.5.tmp", "notes.txt",
+              "model.safetensors.index.json"}
+    before = {path.name for path in out.iterdir()}
+    for name in ours | others:
+        (out / name).write_bytes(b"{}")
+    assert yoco.main([*TRAIN, "--epochs", "0.5", "--overwrite"]) == 0
+    assert {path.name for path in out.iterdir()} == before | others
+
+
+@pytest.mark.parametrize("options", [
+    pytest.param([], id="new"),
+    pytest.param(["--overwrite"], id="overwrite"),
+    pytest.param(["--resume"], id="resume"),
+])
+def test_a_run_that_ends_before_the_lock(in_trained_dir, capsys, monkeypatch, options):
+    """A run that ends between the check and the lock of a second run keeps its result."""
+    if options:
+        Path("out").mkdir()
+        log = Path("superbert/tiny/log.jsonl").read_text()
+        # The first run has only begun when the second one checks the directory.
+        Path("out/log.jsonl").write_text(log.splitlines(keepends=True)[0])
+    initial_model = yoco.initial_model
+
+    def finish_first_run(*args):
+        shutil.copytree("superbert/tiny", "out", dirs_exist_ok=True)
+        return initial_model(*args)
+
+    monkeypatch.setattr(yoco, "initial_model", finish_first_run)
+    assert_refused(capsys, [*TRAIN, "--out", "out", *options], "out have changed")
+    for path in Path("superbert/tiny").iterdir():
+        assert Path("out", path.name).read_bytes() == path.read_bytes()
+
+
+def test_search_clears_nothing_before_it_has_every_lock(in_trained_dir, capsys, monkeypatch):
+    """If the last of three directories cannot be taken, the first ones keep their results."""
+    words = ["search", "--max-params", "0.9x", "0.8x", "0.7x", "--evaluations", "2",
+             "--out", "sub", *CPU]
+    assert yoco.main(words) == 0
+    before = read_all_files()
+    cost_function = yoco.cost_function
+
+    def touch_last_log(*args):
+        os.utime("sub/0.7x/log.jsonl")
+        return cost_function(*args)
+
+    monkeypatch.setattr(yoco, "cost_function", touch_last_log)
+    assert_refused(capsys, [*words, "--overwrite"], "sub/0.7x have changed")
+    assert read_all_files() == before
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks on Windows")
 def test_two_runs_one_directory(in_data_dir, capsys):
     """A second run in one directory is refused, with any option, and changes nothing."""
     words = TRAIN + ["--out", "out"]
     settings, _ = yoco.parse(words)
-    first = yoco.RunDirectory(yoco.resolve_defaults(settings, "tiny"), "tiny", "tiny")
-    first.lock_and_clear()
+    first = yoco.RunDirectory(yoco.resolve_defaults(settings, "tiny"), "tiny", "tiny",
+                              task="tiny")
+    first.lock()
+    first.begin()
     first.log(step=1)
     assert_refused(capsys, words, "holds an unfinished run")
     assert_refused(capsys, words + ["--overwrite"], "another run is writing out")
@@ -3461,6 +3620,59 @@ def test_interrupted_equals_whole(in_trained_dir, monkeypatch, capsys, words, st
     assert "is finished" in capsys.readouterr().out
 
 
+def test_resume_needs_the_name_of_the_data(in_data_dir, capsys, monkeypatch):
+    """A run whose data directory was renamed, and linked back, is not resumed.
+
+    The name decides the learning rate and the epochs, if no flag does. The log records
+    both, and they may not change in another way either.
+    """
+    words = ["train", "--data", "tiny", "--out", "part", *CPU]
+    send_signal_in_step(monkeypatch, 3)
+    assert yoco.main(words) == 128 + signal.SIGTERM
+    with open("part/log.jsonl") as log:
+        header = json.loads(log.readline())
+    # 54 examples are two batches. This BERT has seven stages of three epochs.
+    assert header["settings"]["lr"] == 2e-5
+    assert header["facts"]["epochs"] == 21
+    assert header["facts"]["stages"][1]["first_step"] == 6
+
+    os.rename("tiny", "TOY")
+    os.symlink("TOY", "tiny")
+    before = read_all_files()
+    assert_refused(capsys, [*words, "--resume"], 'another task. It was "tiny"', '"TOY"')
+    os.unlink("tiny")
+    os.rename("TOY", "tiny")
+    monkeypatch.setitem(yoco.STAGE_EPOCHS, "default", yoco.STAGE_EPOCHS["RTE"])
+    assert_refused(capsys, [*words, "--resume"], "another epochs", "21.0")
+    assert all(before[path] == path.read_bytes() for path in Path("part").iterdir())
+
+
+def test_resume_needs_the_run_json_of_its_inputs(in_trained_dir, capsys, monkeypatch):
+    """A run is not resumed if a fact in another run's run.json has changed.
+
+    A search reads several facts of its super-BERT, and a training the hold-out set of its
+    BERT. Times and the like may change.
+    """
+    search = [*SEARCH_TINY, "--out", "sub"]
+    train = [*TRAIN, "--bert", "superbert/tiny", "--out", "part"]
+    send_signal_in_step(monkeypatch, 3)
+    assert yoco.main(search) == 128 + signal.SIGTERM
+    send_signal_in_step(monkeypatch, 3)
+    assert yoco.main(train) == 128 + signal.SIGTERM
+    path = Path("superbert/tiny/run.json")
+    run = json.loads(path.read_text())
+    changes = {"theta": [theta[::-1] for theta in run["theta"]], "held_out": [0.1, 1],
+               "max_length": 8}
+    for name, value in changes.items():
+        path.write_text(json.dumps(run | {name: value}))
+        assert_refused(capsys, [*search, "--resume"], f"another {name}")
+    path.write_text(json.dumps(run | {"held_out": [0.1, 1]}))
+    assert_refused(capsys, [*train, "--resume"], "another held_out", "[0.1, 0]", "[0.1, 1]")
+
+    path.write_text(json.dumps(run | {"seconds": 0, "hardware": "another"}))
+    assert yoco.main([*search, "--resume"]) == 0
+
+
 def test_second_signal_stops_at_once(in_data_dir, monkeypatch):
     """A second Ctrl-C does not wait for the end of the step, so there is no checkpoint.
 
@@ -3516,6 +3728,43 @@ def test_signal_to_a_process(in_data_dir, output_is_read):
     if output_is_read:
         assert "--resume to continue" in errors
         assert "Traceback" not in errors
+
+
+CLOSE_STREAMS = ["sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no sh on Windows")
+def test_closed_streams(in_data_dir):
+    """With standard streams closed, no text goes into the log or among the answers."""
+    # Libraries write to the descriptors 1 and 2, not to sys.stdout and sys.stderr.
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import yoco
+original = yoco.report
+
+def report_and_write(*args):
+    os.write(1, b"text of a library")
+    os.write(2, b"text of a library")
+    original(*args)
+
+yoco.report = report_and_write
+sys.exit(yoco.main({[*TRAIN, "--epochs", "1"]!r}))
+"""
+    assert subprocess.run([*CLOSE_STREAMS, sys.executable, "-c", code]).returncode == 0
+    assert read_log_lines("superbert/tiny")[-1]["stage"] == "depth"
+
+
+@pytest.mark.parametrize("main, words", [
+    pytest.param(yoco.main, ["eval", "--model", "gone"], id="yoco"),
+    pytest.param(predict.main, ["--model", "gone"], id="glue"),
+])
+def test_errors_do_not_go_to_stdout(tmp_path, capsys, monkeypatch, main, words):
+    """Without a stderr, an error leaves stdout empty. Python has None for a closed stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(words) == 2
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("room", [

@@ -63,6 +63,7 @@ import re
 import signal
 import sys
 import time
+import zlib
 from collections import Counter, defaultdict, namedtuple
 from importlib import metadata
 from pathlib import Path
@@ -71,10 +72,11 @@ from typing import Literal, get_args
 # Keep model first: it sets OMP_WAIT_POLICY, which torch reads when it is imported.
 from model import (TOKENIZER_FILES, Arch, BertConfig, ElasticBert, SearchSpace, UserError,
                    archs_to_tensor, capture_graph, count_flops, count_params, device_name,
-                   escape_control_chars, extract, fingerprint, forward_many, latency, load_bert,
-                   name_unknown_fields, peak_memory, print_line, read_json, regular_file,
-                   save_bert, select_device_and_precision, sort_by_importance, tokenizer_files,
-                   user_errors_for, weight_files, write_file, write_json)
+                   escape_control_chars, extract, fingerprint, forward_many, is_size, latency,
+                   load_bert, name_unknown_fields, open_closed_streams, peak_memory, print_line,
+                   read_json, regular_file, save_bert, select_device_and_precision,
+                   sort_by_importance, tokenizer_files, user_errors_for, weight_files,
+                   write_file, write_json)
 
 import numpy as np
 import safetensors.torch
@@ -338,7 +340,7 @@ def train(settings):
     # Set up the data, the weights W, the distribution P_theta, and the stages.
     task = data.load_task(settings.data)
     settings = resolve_defaults(settings, task.name)
-    run = RunDirectory(settings, settings.data, settings.bert)
+    run = RunDirectory(settings, settings.data, settings.bert, task=task.name)
     device, autocast = select_device_and_precision(settings.device, settings.precision)
     torch.manual_seed(settings.seed)
     model = initial_model(settings, task).to(device).train()                     # 1
@@ -350,7 +352,7 @@ def train(settings):
     num_steps = stages[-1].first_step + stages[-1].num_steps
     interval = max(1, sets.steps_per_epoch // 20)        # I: 5% of an epoch, as the authors
     forward_backward = fastest_gradient(device)          # weight_gradient, or a faster equal
-    if not start_or_resume(run, state, num_steps, sets.steps_per_epoch):
+    if not start_or_resume(run, state, stages, sets):
         return read_run(run.path)                        # the run was finished before
     batches = data.batches(sets.train, settings.batch_size, settings.seed, first=state.step)
 
@@ -647,8 +649,12 @@ def choose_holdout(settings, train_file):
     """
     path = Path(settings.bert) / "run.json"
     earlier_run = read_json(path) if path.exists() else {}
-    if earlier_run.get("train") == train_file:
-        return earlier_run["held_out"]
+    # The run.json of another program has neither field. Ours has both.
+    if "train" in earlier_run or "held_out" in earlier_run:
+        with user_errors_for(path):
+            check_fields(earlier_run)
+            if earlier_run["train"] == train_file:
+                return earlier_run["held_out"]
     return [settings.holdout, settings.seed]
 
 
@@ -876,6 +882,10 @@ def print_progress(text):
 
 # ---- Setting up a search, and writing what it chose ----------------------------------------------
 
+# The run.json of a sub-BERT repeats these fields from the run.json of its super-BERT.
+INHERITED_FACTS = ("task", "metric", "pairs", "data", "train", "held_out", "max_length")
+
+
 @dataclasses.dataclass
 class SearchSetup:
     """A super-BERT to be searched, its data, and all scores and costs known so far."""
@@ -921,7 +931,8 @@ def open_search(settings):
     # Open one run per budget. Read back the scores and costs that an interrupted search
     # has logged.
     kind, settings_per_budget = budgets_from_settings(settings, superbert)
-    runs = [RunDirectory(run_settings, superbert_run["data"], superbert)
+    facts = {name: superbert_run[name] for name in (*INHERITED_FACTS, "theta")}
+    runs = [RunDirectory(run_settings, superbert_run["data"], superbert, **facts)
             for run_settings in settings_per_budget.values()]
     measure = cost_function(kind, model, autocast)
     scores, logged_costs = read_logged_scores(runs, space)
@@ -929,8 +940,11 @@ def open_search(settings):
     costs = {largest: measure(largest), smallest: measure(smallest)} | logged_costs
     budgets = [parse_budget(text, costs[smallest], costs[largest], UNITS[kind])
                for text in settings_per_budget]
+    # Lock every directory before the first one is cleared.
     for run in runs:
-        run.lock_and_clear()
+        run.lock()
+    for run in runs:
+        run.begin()
     return SearchSetup(
         settings=settings, superbert=superbert, superbert_run=superbert_run,
         tokenizer=tokenizer_files(superbert), model=model, space=space,
@@ -963,12 +977,11 @@ def write_sub_bert(setup, run, budget, best):
     trained, config = setup.superbert_run, setup.model.config
     dev = setup.evaluate_on_dev(best)
     save_bert(extract(setup.model, best), run.path, setup.tokenizer)
-    inherited = ("task", "metric", "pairs", "data", "train", "held_out", "max_length")
     # The first line of the log is its header. Every other line is an evaluation.
     evaluations_run = len(read_log(run.path)) - 1
     full_params, full_flops = full_sizes(config)
     run.write_result(
-        setup.device, setup.autocast, **{name: trained[name] for name in inherited},
+        setup.device, setup.autocast, **{name: trained[name] for name in INHERITED_FACTS},
         superbert=setup.superbert, unit=setup.unit, budget=budget,
         cost=setup.costs[best], full_cost=setup.costs[setup.space.largest()],
         arch=best._asdict(), selected_on=setup.settings.select_on,
@@ -991,6 +1004,8 @@ def read_logged_scores(runs, space):
             # The first line is the header.
             for line in read_log(run.path)[1:]:
                 arch = space.arch(line["choices"])
+                if space.choices(arch) != line["choices"]:
+                    raise ValueError(f"no search logs the choices {line['choices']}")
                 scores[arch], costs[arch] = float(line["score"]), line["cost"]
     return scores, costs
 
@@ -1173,6 +1188,15 @@ def format_result(config, path, result):
 
 # ---- The run directory: log, checkpoint, resuming ------------------------------------------------
 
+# The files that a run writes beside its log. A run replaces and removes no other files.
+RUN_FILES = ("run.json", "checkpoint.safetensors", "config.json", "model.safetensors",
+             *TOKENIZER_FILES)
+# The first bytes of every log. A directory of another model has no file that begins so.
+LOG_BEGINNING = b'{"settings": {'
+# The form of the time in run.json.
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+
+
 class RunDirectory:
     """The directory that a command writes.
 
@@ -1181,22 +1205,23 @@ class RunDirectory:
     process 0 writes.
     """
 
-    def __init__(self, settings, *inputs):
+    def __init__(self, settings, *inputs, **facts):
         """Check that the command may write the directory settings.out.
 
-        inputs: the directories that the command reads. Raises UserError if settings.out
-        holds results that must not be overwritten, or a run that cannot be resumed with
-        these settings.
+        inputs: the directories that the command reads. facts: values that change the
+        result (see `check_facts`). Raises UserError if settings.out holds files that must
+        not be overwritten, or a run that cannot be resumed with these settings.
         """
         self.settings = settings
         self.path = Path(settings.out)
         self.started = time.perf_counter()
         self.log_path = self.path / "log.jsonl"
         self.checkpoint = self.path / "checkpoint.safetensors"
+        self.checked_files = self.list_files()
         self.finished = (self.path / "run.json").exists() and not settings.overwrite
         self.header = dict(settings=dataclasses.asdict(settings),
                            inputs=fingerprint_directories(*inputs),
-                           num_processes=NUM_PROCESSES)
+                           num_processes=NUM_PROCESSES, facts={})
         # These three flags do not change the results, so a resumed run may change them.
         for name in ("out", "overwrite", "resume"):
             del self.header["settings"][name]
@@ -1204,12 +1229,30 @@ class RunDirectory:
         old_log = read_log(self.path) if settings.resume else []
         self.resumed = bool(old_log)
         if self.resumed:
-            self.check_can_resume(old_log[0], inputs)
+            self.old_header = old_log[0]
+            self.check_facts(facts)
+            self.check_can_resume(inputs)
         elif settings.resume and (self.finished or self.checkpoint.exists()):
-            raise UserError(f"{self.log_path} is damaged: start over with --overwrite")
+            raise UserError(f"{self.log_path} is damaged: choose another --out")
+        self.header["facts"] |= facts
         if NUM_PROCESSES > 1:
             # Process 0 writes next. Wait until every process has checked the directory.
             dist.barrier()
+
+    def list_files(self):
+        """Return {name: (time of the last change, size)} of the files of a run.
+
+        An empty log is left out, because `lock` makes one.
+        """
+        files = {}
+        for name in (*RUN_FILES, "log.jsonl"):
+            path = self.path / name
+            if os.path.lexists(path):
+                # A link to a file that does not exist counts as a file, too.
+                status = path.stat(follow_symlinks=path.exists())
+                if status.st_size or name != "log.jsonl":
+                    files[name] = status.st_mtime_ns, status.st_size
+        return files
 
     def check_can_write(self, inputs):
         """Raise UserError if the command must not write this directory."""
@@ -1220,40 +1263,90 @@ class RunDirectory:
         if settings.resume and settings.overwrite:
             raise UserError("--resume and --overwrite are mutually exclusive: "
                             "leave one out")
+        self.refuse_foreign_files()
         if settings.overwrite or (settings.resume and self.log_path.exists()):
             return
-        refused = {"run.json": "a finished result", "log.jsonl": "an unfinished run",
-                   "config.json": "another model"}
-        for name, contents in refused.items():
-            if (self.path / name).exists():
-                raise UserError(f"{self.path} holds {contents}: choose another --out, "
-                                "replace it with --overwrite, or continue an unfinished "
-                                "run with --resume")
+        if self.finished:
+            raise UserError(f"{self.path} holds a finished result: choose another --out, "
+                            "or replace it with --overwrite")
+        if os.path.lexists(self.log_path):
+            raise UserError(f"{self.path} holds an unfinished run: choose another --out, "
+                            "replace it with --overwrite, or continue it with --resume")
 
-    def check_can_resume(self, old_header, inputs):
+    def refuse_foreign_files(self):
+        """Raise UserError if this run would replace a file that no earlier run wrote."""
+        beginning, fault = b"", "does not exist"
+        if regular_file(self.log_path).exists():
+            fault = "is damaged or not the log of a run"
+            with open(self.log_path, "rb") as log_file:
+                beginning = log_file.read(len(LOG_BEGINNING))
+        if beginning == LOG_BEGINNING:
+            return
+        foreign = set(self.checked_files)
+        if self.log_path.exists() and LOG_BEGINNING.startswith(beginning):
+            # A run that was killed at its start leaves half of these bytes, and no other
+            # file.
+            foreign -= {"log.jsonl"}
+        if foreign:
+            raise UserError(f"{self.path} holds {min(foreign)}, but {self.log_path} {fault}: "
+                            "choose another --out")
+
+    def check_can_resume(self, inputs):
         """Raise UserError if the run was started with other files or settings."""
         with user_errors_for(self.log_path):
-            old_settings = {**old_header["settings"]}
-            same_inputs = old_header["inputs"] == self.header["inputs"]
-            old_num_processes = old_header.get("num_processes", 1)
-        if not same_inputs:
-            raise UserError(f"the files in {' or '.join(inputs)} have changed since "
-                            f"{self.path} was started: put them back, or start over "
-                            "with --overwrite")
-        if old_num_processes != NUM_PROCESSES:
-            raise UserError(f"{self.path} was started with {old_num_processes} processes, "
-                            f"but now there are {NUM_PROCESSES}: start as many, or start "
-                            "over with --overwrite")
-        for name, value in self.header["settings"].items():
-            old_value = old_settings.get(name)
-            if old_value != value:
-                raise UserError(f"{self.path} was started with {as_typed(name, old_value)}, "
-                                f"but you gave {as_typed(name, value)}: pass "
-                                f"{as_typed(name, old_value)}, or start over with "
-                                "--overwrite")
+            old_settings = {**self.old_header["settings"]}
+            same_inputs = self.old_header["inputs"] == self.header["inputs"]
+            old_num_processes = self.old_header.get("num_processes", 1)
+            if not same_inputs:
+                raise UserError(f"the files in {' or '.join(inputs)} have changed since "
+                                f"{self.path} was started: put them back, or start over "
+                                "with --overwrite")
+            if old_num_processes != NUM_PROCESSES:
+                raise UserError(f"{self.path} was started with {old_num_processes} "
+                                f"processes, but now there are {NUM_PROCESSES}: start as "
+                                "many, or start over with --overwrite")
+            for name, value in self.header["settings"].items():
+                old_value = old_settings.get(name)
+                if old_value != value:
+                    raise UserError(f"{self.path} was started with "
+                                    f"{as_typed(name, old_value)}, but you gave "
+                                    f"{as_typed(name, value)}: pass "
+                                    f"{as_typed(name, old_value)}, or start over with "
+                                    "--overwrite")
 
-    def lock_and_clear(self):
-        """Lock the directory, and clear it and begin the log unless a run is resumed."""
+    def check_facts(self, facts):
+        """Raise UserError if a resumed run was started with other facts.
+
+        Facts are the values that settings came to, and the values in another run's
+        run.json. For example, the number of epochs may follow from the name of the data
+        directory.
+        """
+        # JSON has no tuples, so compare what the log would say.
+        facts = json.loads(json.dumps(facts))
+        with user_errors_for(self.log_path):
+            # An older version has logged no facts.
+            old_facts = {**self.old_header.get("facts", facts)}
+            for name, value in facts.items():
+                if old_facts.get(name) != value:
+                    old_text, text = json.dumps(old_facts.get(name)), json.dumps(value)
+                    raise UserError(
+                        f"{self.path} was started with another {name}. It was "
+                        f"{old_text:.60}, and now it is {text:.60}. Was the data directory "
+                        "renamed, or a run.json changed? Undo that, or start over with "
+                        "--overwrite")
+
+    def add_facts(self, **facts):
+        """Add facts to the header of the log. Raises UserError as `check_facts` does."""
+        if self.resumed:
+            self.check_facts(facts)
+        self.header["facts"] |= facts
+
+    def lock(self):
+        """Lock the directory until the process ends.
+
+        Raises UserError if another run holds the lock, or if it has written the directory
+        since the check.
+        """
         if PROCESS_INDEX > 0:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -1270,16 +1363,25 @@ class RunDirectory:
         except (ImportError, OSError):
             # Some network disks have no locks either. We go on without a lock.
             pass
-        # A run that was killed may have left temporary files.
+        if self.list_files() != self.checked_files:
+            raise UserError(f"the files in {self.path} have changed since this command "
+                            "began: run it again when no other run is writing there")
+
+    def begin(self):
+        """Clear the locked directory, and begin the log, unless a run is resumed."""
+        if PROCESS_INDEX > 0:
+            return
+        # A run that was killed may have left temporary files of `write_file`.
+        names = "|".join(map(re.escape, RUN_FILES))
         for path in self.path.glob(".*.tmp"):
-            path.unlink()
+            is_ours = re.fullmatch(rf"\.({names})\.\d+\.tmp", path.name)
+            if is_ours and "log.jsonl" in self.checked_files:
+                path.unlink()
         if self.resumed:
             # A crash may have left half a line.
             self.log_file.truncate(self.log_path.read_bytes().rindex(b"\n") + 1)
         else:
-            for name in ("run.json", "checkpoint.safetensors", "config.json",
-                         "model.safetensors", "model.safetensors.index.json",
-                         *TOKENIZER_FILES):
+            for name in RUN_FILES:
                 (self.path / name).unlink(missing_ok=True)
             self.log_file.truncate(0)
             self.log(**self.header)
@@ -1315,7 +1417,7 @@ class RunDirectory:
             precision="bf16" if is_bf16 else "fp32",
             wrote=fingerprint_directories(self.path),
             versions={name: metadata.version(name) for name in packages},
-            finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+            finished=time.strftime(TIME_FORMAT, time.gmtime()))
         write_json(self.path / "run.json", **facts)
         self.checkpoint.unlink(missing_ok=True)
         print_line(f"wrote {self.path} ({facts['seconds']:.0f} s, peak memory "
@@ -1334,14 +1436,23 @@ def fingerprint_directories(*directories):
 
 
 def read_log(directory):
-    """Return the complete lines of a run's log as dicts, or [] if there is no log."""
-    path = Path(directory, "log.jsonl")
+    """Return the complete lines of a run's log as dicts, or [] if there is no log.
+
+    Raises UserError if a field has a value that no run logs.
+    """
+    path = regular_file(Path(directory, "log.jsonl"))
     with user_errors_for(path):
         if not path.exists():
             return []
         # A crash may have left half a line after the last newline.
         lines = path.read_bytes().split(b"\n")[:-1]
-        return [json.loads(line) for line in lines]
+        records = [{**json.loads(line)} for line in lines]
+        for record in records:
+            check_fields(record)
+        shapes = {tuple(map(len, record["theta"])) for record in records if "theta" in record}
+        if len(shapes) > 1:
+            raise ValueError("theta does not always have the same shape")
+        return records
 
 
 def scientific(number):
@@ -1352,12 +1463,17 @@ def scientific(number):
         return f"10^{math.log10(number):.0f}"
 
 
-def start_or_resume(run, state, num_steps, steps_per_epoch):
+def start_or_resume(run, state, stages, sets):
     """Open the run directory, and restore `state` if a run is resumed.
 
     Return False if the run was finished before, and True otherwise.
     """
-    run.lock_and_clear()
+    num_steps = stages[-1].first_step + stages[-1].num_steps
+    num_epochs = num_steps / sets.steps_per_epoch
+    run.lock()
+    run.add_facts(epochs=num_epochs, held_out=sets.holdout_split,
+                  stages=[stage._asdict() for stage in stages])
+    run.begin()
     if run.finished:
         return False
     if run.resumed:
@@ -1367,7 +1483,7 @@ def start_or_resume(run, state, num_steps, steps_per_epoch):
     archs = f"{scientific(num_archs)} architectures"
     if run.settings.stages == "largest":
         archs = "one architecture"
-    print_line(f"{num_steps} steps, {num_steps / steps_per_epoch:.3g} epochs, {archs}")
+    print_line(f"{num_steps} steps, {num_epochs:.3g} epochs, {archs}")
     return True
 
 
@@ -1395,8 +1511,19 @@ def save(run, state):
         rng=state.rng.bit_generator.state,
         log_bytes=run.log_path.stat().st_size,
         seconds=time.perf_counter() - run.started)
-    content = safetensors.torch.save(tensors, {"state": json.dumps(numbers)})
+    text = json.dumps(numbers)
+    checksum = checkpoint_checksum(tensors, text, run.log_path.read_bytes())
+    content = safetensors.torch.save(tensors, {"state": text, "checksum": checksum})
     write_file(run.checkpoint, content)
+
+
+def checkpoint_checksum(tensors, text, log):
+    """Return a checksum of the tensors and the text of a checkpoint, and of the log."""
+    checksum = zlib.crc32(text.encode() + log)
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {tensor.shape}".encode(), checksum)
+        checksum = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), checksum)
+    return str(checksum)
 
 
 def restore(run, state):
@@ -1407,20 +1534,26 @@ def restore(run, state):
     log_bytes = run.log_path.read_bytes().index(b"\n") + 1
     with user_errors_for(run.checkpoint):
         if run.checkpoint.exists():
-            groups = defaultdict(dict)
             with safetensors.safe_open(regular_file(run.checkpoint), "pt") as file:
-                numbers = json.loads(file.metadata()["state"])
-                for key in file.keys():
-                    group, name = key.split("/")
-                    groups[group][name] = file.get_tensor(key)
+                texts = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            numbers = json.loads(texts["state"])
+            log_bytes = numbers["log_bytes"]
+            if run.log_path.stat().st_size < log_bytes:
+                raise ValueError("the log is shorter than when it was written")
+            log = run.log_path.read_bytes()[:log_bytes]
+            checksum = checkpoint_checksum(tensors, texts["state"], log)
+            if texts["checksum"] != checksum:
+                raise ValueError("the checksum of its content and of the log is wrong")
+            groups = defaultdict(dict)
+            for key, tensor in tensors.items():
+                group, name = key.split("/")
+                groups[group][name] = tensor
             restore_tensors(groups, state)
             state.step, state.K = numbers["step"], numbers["K"]
             state.P.theta = [np.array(theta) for theta in numbers["theta"]]
             state.rng.bit_generator.state = numbers["rng"]
             run.started -= numbers["seconds"]
-            log_bytes = numbers["log_bytes"]
-            if run.log_path.stat().st_size < log_bytes:
-                raise ValueError("the log is shorter than when it was written")
     if PROCESS_INDEX == 0:
         run.log_file.truncate(log_bytes)
 
@@ -1455,13 +1588,147 @@ def read_run(directory):
     path = Path(directory) / "run.json"
     run = read_json(path, "does not exist: name a directory that train or search has "
                           "finished")
-    if not {"data", "max_length", "held_out", "wrote", "train", "settings"} <= set(run):
+    if not {"data", "max_length", "held_out", "wrote", "train", "settings", "task",
+            "metric", "pairs"} <= set(run):
         raise UserError(f"{path} was not written by train or search of this version: "
                         "run the command again")
     if run["wrote"] != fingerprint_directories(directory):
         raise UserError(f"files in {directory} have changed since run.json was written: "
                         "run the command again")
+    with user_errors_for(path):
+        check_fields(run)
+        check_result(run, BertConfig.load(directory))
     return run
+
+
+def check_result(run, config):
+    """Raise an exception if a run.json does not fit the config.json beside it.
+
+    Its fields have been checked with `check_fields`.
+    """
+    settings = {**run["settings"]}
+    if "stages" in settings:
+        # train wrote it.
+        sizes = tuple(map(len, run["theta"]))
+        if settings["stages"] not in get_args(TrainSettings.__annotations__["stages"]):
+            raise ValueError(f"unknown stages {settings['stages']}")
+        if sizes != SearchSpace.for_config(config).categories:
+            raise ValueError("theta has another number of categories than the model")
+        # The log rounds theta, but here it is exact.
+        if not all(abs(sum(theta) - 1) < 1e-9 for theta in run["theta"]):
+            raise ValueError("theta does not sum to 1")
+        return
+    if run["arch"] != {name: list(sizes) for name, sizes in config.arch._asdict().items()}:
+        raise ValueError("arch is not the architecture of the model")
+    for kind, unit in UNITS.items():
+        budgets = settings[f"max_{kind}"]
+        if unit == run["unit"] and not " ".join(budgets).isascii():
+            raise ValueError(f"the budget is {budgets!r:.50}")
+        if unit != run["unit"] and budgets is not None:
+            raise ValueError(f"unit is {run['unit']}, but there is a budget in {unit}")
+    for name in ("superbert", "budget", "cost", "full_cost", "params", "flops", "dev",
+                 "selected_on", "selection_score", "evaluations_asked", "evaluations_run"):
+        if name not in run:
+            raise ValueError(f"{name} is missing")
+
+
+def is_text(value):
+    """Return whether a value is a text that could name a file."""
+    with contextlib.suppress(ValueError):
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    return False
+
+
+def is_number(value):
+    """Return whether a value is a finite number that fits into 64 bits."""
+    if type(value) is int:
+        return abs(value) < 2**63
+    return type(value) is float and math.isfinite(value)
+
+
+def is_positive(value):
+    """Return whether a value is a number above 0."""
+    return is_number(value) and value > 0
+
+
+def is_count(value):
+    """Return whether a value is a whole number from 0."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_list_of_choices(value):
+    """Return whether a value is a list of categories, with None for layers left out."""
+    return isinstance(value, list) and all(c is None or is_count(c) for c in value)
+
+
+def is_theta(value):
+    """Return whether a value is a list of distributions, each exact to 1e-3."""
+    if not isinstance(value, list) or not value:
+        return False
+    for theta in value:
+        if not isinstance(theta, list) or not all(is_number(p) and p >= 0 for p in theta):
+            return False
+        if abs(sum(theta) - 1) > 1e-3:
+            return False
+    return True
+
+
+def is_holdout_split(value):
+    """Return whether a value is [share, seed]."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    share, seed = value
+    return is_number(share) and 0 <= share <= 0.9 and is_count(seed)
+
+
+def is_scores(value):
+    """Return whether a value is {metric: %}."""
+    return isinstance(value, dict) and value != {} and all(map(is_number, value.values()))
+
+
+# The check of every field of a run.json or a log.jsonl that a program reads.
+LEGAL_FIELDS = {
+    # in both files
+    "settings": lambda value: isinstance(value, dict) and is_text(value.get("data", "")),
+    "theta": is_theta,
+    "cost": is_positive,
+    # in a log
+    "choices": is_list_of_choices,
+    "score": is_number,
+    "step": is_count,
+    "stage": is_text,
+    "loss": is_number,
+    "K": is_number,
+    "floor": is_number,
+    "most_likely_params": is_count,
+    # in a run.json
+    "task": is_text,
+    "metric": is_text,
+    "pairs": lambda value: type(value) is bool,
+    "data": is_text,
+    "train": is_text,
+    "held_out": is_holdout_split,
+    "max_length": is_size,
+    # in the run.json of a sub-BERT
+    "superbert": is_text,
+    "unit": lambda value: value in UNITS.values(),
+    "budget": is_positive,
+    "full_cost": is_positive,
+    "params": is_count,
+    "flops": is_count,
+    "selected_on": lambda value: value in ("holdout", "dev"),
+    "selection_score": is_number,
+    "dev": is_scores,
+    "evaluations_asked": is_count,
+    "evaluations_run": is_count,
+}
+
+
+def check_fields(record):
+    """Raise ValueError if a run.json or a line of a log has a value that none can have."""
+    for name, value in record.items():
+        if name in LEGAL_FIELDS and not LEGAL_FIELDS[name](value):
+            raise ValueError(f"{name} is {value!r:.50}")
 
 
 def read_superbert(directory):
@@ -1477,6 +1744,9 @@ def read_superbert(directory):
     if run["train"] != fingerprint(f"{run['data']}/train.tsv"):
         raise UserError(f"{run['data']}/train.tsv has changed since {directory} was "
                         "trained, so its hold-out set is lost: train again")
+    if (run["metric"], run["pairs"]) != (task.metric, task.pairs):
+        raise UserError(f"{directory}/run.json is damaged: its data has the metric "
+                        f"{task.metric}, and pairs is {task.pairs}")
     return run, task
 
 
@@ -1485,9 +1755,11 @@ def latest_superbert():
     finished = []
     for path in Path("superbert").glob("*/run.json"):
         run = read_json(path)
-        # Plain fine-tuning (--stages largest) makes no super-BERT.
-        if run.get("settings", {}).get("stages", "largest") != "largest":
-            finished.append((run["finished"], str(path.parent)))
+        with user_errors_for(path):
+            # Plain fine-tuning (--stages largest) makes no super-BERT.
+            if run.get("settings", {}).get("stages", "largest") != "largest":
+                finished_at = time.strptime(run["finished"], TIME_FORMAT)
+                finished.append((finished_at, str(path.parent)))
     if not finished:
         raise UserError("no finished super-BERT in superbert/: train one, or name one "
                         "with --model")
@@ -1984,6 +2256,7 @@ def main(argv=None):
     The status is 0 if the command ends well, 2 after an error, 130 after Ctrl-C, and
     143 after SIGTERM. If the same signal comes twice, it is 130.
     """
+    open_closed_streams()
     # Escape a character that the terminal cannot show, as stderr does by default.
     # stdout is None if it was closed.
     if hasattr(sys.stdout, "reconfigure"):

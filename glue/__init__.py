@@ -13,7 +13,8 @@ def run_program(parser, work, argv):
     one line to stderr.
     """
     # Imported late, because glue.toy runs without torch.
-    from model import UserError, escape_control_chars
+    from model import UserError, escape_control_chars, open_closed_streams
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # The stream's encoding may lack the letters of a label. A closed stream is None.
         if hasattr(stream, "reconfigure"):
