@@ -1069,6 +1069,26 @@ def print_shares_kept(cells, tasks):
                       f"{format_mean(kept)}")
 
 
+def print_leads(cells, tasks):
+    """Print in how many pairs of the same recipe, task and seed EE-SNG leads, and by how much."""
+    for strategy in STRATEGIES:
+        texts = []
+        for title in ("dev, 0.5x", "hold-out, 0.5x", "hold-out, uniform"):
+            leads = []
+            for task in tasks:
+                for recipe in ("paper", "best"):
+                    other = f"{recipe} {strategy}"
+                    scores = field_values(cells, task, recipe, FIELDS[title], other)
+                    for seed, score in field_values(cells, task, other, FIELDS[title]).items():
+                        if seed in scores:
+                            leads.append(scores[seed] - score)
+            if leads:
+                num_ahead = sum(lead > 0 for lead in leads)
+                texts.append(f"{title}: {num_ahead} of {len(leads)}, {np.mean(leads):+.1f}")
+        if texts:
+            print(f"EE-SNG is ahead of {strategy}, and its mean lead: {'. '.join(texts)}")
+
+
 def print_named_table(name, cells):
     """Print the table of a name, followed by the time and the machines of its cells.
 
@@ -1093,6 +1113,8 @@ def print_named_table(name, cells):
             print_by_task(part, cells, tasks, fields)
     if name == "core":
         print_shares_kept(cells, tasks)
+    if name == "4":
+        print_leads(cells, tasks)
     all_facts = facts_of(cells)
     hours = sum(facts["seconds"] for facts in all_facts) / 3600
     machines = sorted({f"{facts['hardware']} ({facts['precision']})" for facts in all_facts})

@@ -131,6 +131,18 @@ def test_precisions_do_not_mix():
     assert half("best noise", "best") == {0: 40}
 
 
+def test_leads(capsys):
+    """The leads of EE-SNG count the pairs of the same recipe, task and seed."""
+    cells = {("CoLA", "best"): {"bf16": {0: make_facts(0, 5), 1: make_facts(0, 4)}},
+             ("CoLA", "best noise"): {"bf16": {0: make_facts(0, 2), 1: make_facts(0, 5),
+                                               2: make_facts(0, 9)}},
+             ("MRPC", "paper"): {"bf16": {0: make_facts(0, 7)}},
+             ("MRPC", "paper noise"): {"bf16": {0: make_facts(0, 3)}}}
+    paper.print_leads(cells, ["MRPC", "CoLA"])
+    assert capsys.readouterr().out == ("EE-SNG is ahead of noise, and its mean lead: "
+                                       "dev, 0.5x: 2 of 3, +2.0\n")
+
+
 def test_sampling_stats(tmp_path):
     """All statistics of four drawn architectures and one search agree with those found by hand.
 
