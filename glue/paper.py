@@ -435,7 +435,8 @@ def committed_code():
     try:
         commit = git("rev-parse", "--short", "HEAD").strip()
         # Files that git does not track count, because the program may import them.
-        changed = git("status", "--porcelain", "--", ":(glob)*.py", ":(glob)glue/*.py")
+        changed = git("status", "--porcelain", "--untracked-files=all", "--", ":(glob)*.py",
+                      ":(glob)glue/*.py")
     except (OSError, subprocess.CalledProcessError):
         raise UserError("a cell names the commit of its code, and git finds none: run this "
                         "program in a clone made by git") from None
@@ -859,6 +860,8 @@ def check_cell(facts):
         raise ValueError("a score, a time or a seed is not a number")
     if not all(type(facts[name]) is str for name in names) or not results:
         raise ValueError("a name or the scores are missing")
+    if facts["precision"] not in PRECISIONS:
+        raise ValueError("the precision is neither fp32 nor bf16")
     # The name of a task becomes the name of its file.
     if not facts["task"] or Path(facts["task"]).name != facts["task"]:
         raise ValueError("the task is not a name")
@@ -1065,8 +1068,9 @@ def print_shares_kept(cells, tasks):
                 for seed in half:
                     if full.get(seed, baseline) > baseline:
                         kept[seed] = 100 * (half[seed] - baseline) / (full[seed] - baseline)
-                print(f"{variant} at half keeps, in % of {reference}'s mean{text}: "
-                      f"{format_mean(kept)}")
+                if kept:
+                    print(f"{variant} at half keeps, in % of {reference}'s mean{text}: "
+                          f"{format_mean(kept)}")
 
 
 def print_leads(cells, tasks):

@@ -219,7 +219,7 @@ def typed_budget(run):
 
 
 def draw_budgets(axes, runs):
-    """Draw a thin line with its name above it at each budget, and a dotted one at the full model."""
+    """Draw a line at each budget and a dotted one at the full model, with names above them."""
     budgets = {}                                            # {text: set of costs}
     for run in runs:
         budgets.setdefault(typed_budget(run), set()).add(run["budget"])
@@ -355,7 +355,7 @@ ROW_NAMES = {
 }
 COLORS = {"plain": "#000000", "truncated": "#E69F00", "paper": "#0072B2", "best": "#D55E00",
           "HAT": "#009E73", "OFA": "#CC79A7"}
-# What the differences are of: {name: (the keys of the score, marker, color)}.
+# The scores whose differences are drawn, {name: (the keys of the score, marker, color)}.
 FOUND_ON_DEV = {"found below half of the encoder, dev": (paper.SMALLEST, "o", "#D55E00")}
 FOUND = {"found below half of the encoder, hold-out": ((0.5, "holdout", "score"), "s", "#0072B2")}
 DRAWN = {"mean of 20 drawn ones, hold-out": (("uniform",), "^", "#009E73")}
@@ -593,7 +593,7 @@ def draw_difference_panels(figure, cells, rows, measures):
 def draw_ablation(figure, cells):
     """Draw what the recipe `best` loses without each of its parts."""
     first, *others = paper.TABLES["ablation"][0]
-    if not tasks_with(cells, [first, *others[:-1]]):
+    if not set(TABLE_TASKS) & set(tasks_with(cells, [first, *others[:-1]])):
         return False
     figure.suptitle("difference from the recipe best", fontsize="medium")
     draw_difference_panels(figure, cells, [(other, first) for other in others],
@@ -604,7 +604,7 @@ def draw_ablation(figure, cells):
 def draw_strategies(figure, cells):
     """Draw other ways to sample architectures in training, against the paper's (Tab. 3, 4)."""
     rows = [(variant, first) for first, *others in paper.TABLES["4"] for variant in others]
-    if not tasks_with(cells, [variant for variant, _ in rows]):
+    if not set(TABLE_TASKS) & set(tasks_with(cells, [variant for variant, _ in rows])):
         return False
     rows[len(paper.STRATEGIES):len(paper.STRATEGIES)] = [("HAT", "paper"), ("OFA", "paper")]
     figure.set_size_inches(WIDTH, 4.6)
@@ -646,7 +646,8 @@ def draw_tuning(figure, cells):
     for axes in panels[-1]:
         axes.set_xlabel("learning rate of the further fine-tuning")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), frameon=False, ncols=4,
-                  loc="outside lower center", title="the sub-BERT was found in the super-BERT of (open: one seed)",
+                  loc="outside lower center",
+                  title="the sub-BERT was found in the super-BERT of (open: one seed)",
                   fontsize="small", title_fontsize="small")
     return True
 

@@ -540,6 +540,7 @@ def damage(facts, path, value):
     pytest.param(["evaluations"], None, id="no-evaluations"),
     pytest.param(["settings"], [], id="settings-list"),
     pytest.param(["precision"], None, id="no-precision"),
+    pytest.param(["precision"], "fp8", id="unknown-precision"),
     pytest.param(["scores"], {}, id="scores-object"),
     pytest.param(["scores"], [], id="scores-empty"),
     pytest.param(["scores", 0, "budget"], [1], id="budget-list"),

@@ -239,7 +239,8 @@ def test_differences_are_those_of_the_table(drawn, capsys):
 def test_directory_named_results(runs_dir, drawn):
     """The word `results` means the results page, and ./results a directory of that name."""
     shutil.copytree(runs_dir / "super", "results")
-    assert draw(["./results"], "results.svg") == draw([runs_dir / "super"], "super.svg")
+    assert draw(["./results"], "results.svg")
+    assert len(drawn["pcolormesh"]) == len(yoco.read_run("results")["theta"])
 
 
 def test_results_without_cells(tmp_path, capsys):
