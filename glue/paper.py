@@ -1,19 +1,25 @@
 """Run the paper's experiments on real data with MiniLM, and print their tables.
 
     python -m glue.paper run [--tasks MRPC RTE] [--variants core 4] [--seeds 0 1 2]
+    python -m glue.paper collect [--cells DIR] [--results DIR]
     python -m glue.paper table choose|core|1|3|4|5|ablation|matters [--tasks MRPC ...]
 
 `run` fills cells. A cell is one task, one variant and one seed. Its result is one JSON
-file under glue/results/. `run` skips the cells that have a result, resumes the ones
-that were interrupted, and skips a cell that another process is filling. You can
-therefore start the same command several times at once. `table` only reads the JSON
-files.
+file in a working directory that git ignores, superbert/paper/cells. `run` skips the
+cells that have a result there, resumes the ones that were interrupted, and skips a cell
+that another process is filling. You can therefore start the same command several times
+at once. A cell names the commit of its code. `run` refuses to start while the project's
+Python files differ from their commit.
+
+`collect` adds the cells of the working directory to the store, one JSON Lines file for
+each task in glue/results/. `table` and `python -m glue.plot results` read the store.
 
 A variant is a way to train, and its name is one of those defined below. The name of a
 table means all variants in that table. A variant's name may be followed by settings
 that replace the chosen ones: `lr=5e-5`, `epochs=3` (plain fine-tuning only) or
-`length=0.5` (the fraction of the authors' epochs, elastic training only). A variant
-that begins with the model of another cell takes no settings.
+`length=0.5` (the fraction of the authors' epochs, elastic training only). Settings that
+equal the chosen ones are dropped from the name. A variant that begins with the model of
+another cell takes no settings.
 
 An elastic cell does four things:
 
@@ -34,6 +40,7 @@ import math
 import subprocess
 import sys
 import time
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +52,7 @@ import yoco
 from glue import run_program
 from model import (Arch, BertConfig, count_flops, count_params, device_name, extract, load_bert,
                    read_json, save_bert, SearchSpace, select_device_and_precision, tokenizer_files,
-                   user_errors_for, UserError, write_json)
+                   user_errors_for, UserError, write_file, write_json)
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("MRPC", "RTE", "CoLA", "STS-B", "SST-2")
@@ -66,6 +73,9 @@ RATE = 1e-4
 LENGTHS = {"MRPC": 0.5, "CoLA": 0.25, "STS-B": 0.25, "SST-2": 0.125}
 # Plain fine-tuning takes 10 epochs, except where this says otherwise.
 PLAIN_EPOCHS = {"SST-2": 2}
+
+# A variant may have cells in both precisions. Then the tables show the first of these.
+PRECISIONS = ("fp32", "bf16")
 
 # How many architectures a cell of `matters` draws.
 NUM_DRAWN = 300
@@ -169,6 +179,36 @@ def split_variant(variant):
     if len(settings) < len(pairs):
         raise UserError(f"variant {variant!r} names a setting twice: leave one out")
     return base, settings
+
+
+def chosen_settings(task, base):
+    """Return the settings that were chosen for a variant and a task, {name: number}."""
+    if VARIANT_TYPES[base] == "plain":
+        return {"lr": RATE, "epochs": PLAIN_EPOCHS.get(task, 10)}
+    if VARIANT_TYPES[base] == "elastic":
+        return {"lr": RATE, "length": LENGTHS.get(task, 1)}
+    return {}
+
+
+def canonical_variant(task, variant):
+    """Return the name under which the cells of a variant and a task are stored.
+
+    The settings that equal the chosen ones are dropped. The others get a fixed order and
+    number format. Raises UserError like `split_variant`.
+
+    >>> canonical_variant("MRPC", "plain epochs=3.0 lr=0.00002")
+    'plain lr=2e-5 epochs=3'
+    >>> canonical_variant("MRPC", "plain lr=1e-4 epochs=10")
+    'plain'
+    """
+    base, settings = split_variant(variant)
+    words = [base]
+    for name, chosen in chosen_settings(task, base).items():
+        number = Decimal(settings.get(name, str(chosen))).normalize()
+        if number != Decimal(str(chosen)):
+            # A rate has an exponent (2e-5), the other settings have none (0.5).
+            words.append(f"{name}={number:e}" if name == "lr" else f"{name}={number:f}")
+    return " ".join(words)
 
 
 def is_positive(text):
@@ -382,20 +422,47 @@ def arch_facts(budget, config, arch, holdout, evaluators):
                 flops=count_flops(config, arch), holdout=holdout, dev=evaluators["dev"](arch))
 
 
-def code_commit():
-    """Return the commit of this code, with a "+" if a tracked file differs from it."""
-    git = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
-    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+def committed_code():
+    """Return the commit of the project's Python files.
+
+    Raises UserError if one of them differs from the commit, or if git knows no commit.
+    A cell could then not say by which code it was made.
+    """
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True,
+                              check=True).stdout
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD").strip()
+        # Files that git does not track count, because the program may import them.
+        changed = git("status", "--porcelain", "--untracked-files=all", "--", ":(glob)*.py",
+                      ":(glob)glue/*.py")
+    except (OSError, subprocess.CalledProcessError):
+        raise UserError("a cell names the commit of its code, and git finds none: run this "
+                        "program in a clone made by git") from None
+    if changed:
+        # A line of git holds two letters, a blank and the name.
+        names = ", ".join(line[3:] for line in changed.splitlines())
+        raise UserError(f"a cell names the commit of its code, and these files differ from "
+                        f"{commit}: {names}: commit them first")
+    return commit
+
+
+def cells_directory(options):
+    """Return the working directory into which `run` writes, and which `collect` reads."""
+    return Path(options.cells or f"{options.work}/cells")
 
 
 class Cell:
     """One task, one variant and one seed, with the code that fills its result file."""
 
     def __init__(self, task, variant, seed, options):
-        self.task, self.variant, self.seed, self.options = task, variant, seed, options
-        self.base, self.settings = split_variant(variant)
-        self.name = f"{task}-{variant}-{seed}".replace(" ", "_")
-        self.path = Path(options.results) / f"paper-{self.name}.json"
+        self.task, self.seed, self.options = task, seed, options
+        self.variant = canonical_variant(task, variant)
+        self.base, changed_settings = split_variant(self.variant)
+        self.settings = chosen_settings(task, self.base) | changed_settings
+        self.name = f"{task}-{self.variant}-{seed}".replace(" ", "_")
+        self.path = cells_directory(options) / f"paper-{self.name}.json"
         self.model_dir = f"{options.work}/{self.name}"
 
     def ensure(self, needed=False):
@@ -422,11 +489,9 @@ class Cell:
                 "bands": self.search_bands,
                 "matters": self.compare_searches,
             }
-            # Read the commit first: somebody may commit while the cell is being filled.
-            commit = code_commit()
             facts = fill_functions[VARIANT_TYPES[self.base]]()
             write_json(self.path, task=self.task, variant=self.variant, seed=self.seed,
-                       commit=commit, **facts)
+                       commit=self.options.commit, **facts)
 
     def require(self, variant):
         """Return the filled cell of another variant, with the same task and seed."""
@@ -444,19 +509,18 @@ class Cell:
     def epochs(self, pretrained):
         """Return for how many epochs this cell trains."""
         if self.base in PLAIN:
-            return float(self.settings.get("epochs", PLAIN_EPOCHS.get(self.task, 10)))
+            return float(self.settings["epochs"])
         # With one step per epoch, the number of steps is the number of the authors'
         # epochs.
         space = SearchSpace.for_config(BertConfig.load(pretrained))
         last_stage = yoco.make_stages(space, self.task, 1)[-1]
-        length = float(self.settings.get("length", LENGTHS.get(self.task, 1)))
-        return length * (last_stage.first_step + last_stage.num_steps)
+        return float(self.settings["length"]) * (last_stage.first_step + last_stage.num_steps)
 
     def train(self, pretrained, *flags):
         """Run `train`, which resumes an earlier training, and load the result."""
         self.run_yoco(
             "train", "--data", f"{self.options.data}/{self.task}", "--bert", pretrained,
-            "--out", self.model_dir, "--lr", str(float(self.settings.get("lr", RATE))),
+            "--out", self.model_dir, "--lr", str(float(self.settings["lr"])),
             "--epochs", str(self.epochs(pretrained)), "--batch-size", str(BATCH_SIZE),
             "--holdout", str(HOLDOUT.get(self.task, 0.1)), *flags)
         return load_run(self.model_dir, self.options)
@@ -640,29 +704,140 @@ class Cell:
         return self.facts(ctx, drawn=drawn, methods=methods, examples=num_examples)
 
 
-# ---- Tables, from the JSON files -----------------------------------------------------------------
+# ---- The store: one JSON Lines file per task -----------------------------------------------------
 
-def load_cells(options):
-    """Load the cells of the chosen tasks and seeds, {(task, variant): {seed: facts}}.
+def cell_key(facts):
+    """Return the fields that identify a stored cell, in the order of the store."""
+    return facts["task"], facts["variant"], facts["precision"], facts["seed"]
 
-    Raises UserError if the seeds of a variant were run with different settings.
+
+def read_store(directory):
+    """Return all cells of a directory, {cell_key: facts}.
+
+    Raises UserError, with the file and the line, if a line is damaged.
     """
-    cells = {}
-    for path in sorted(Path(options.results).glob("paper-*.json")):
+    store = {}
+    for path in sorted(Path(directory).glob("*.jsonl")):
+        headers = {}                                # {(variant, precision): header}
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            with user_errors_for(f"{path}, line {number},", "is not a line of `collect`"):
+                record = {**json.loads(line)}
+                group = record["variant"], record["precision"]
+                if "seed" not in record:
+                    headers[group] = {**record, "settings": {**record["settings"]}}
+                    continue
+                header = headers[group]
+                # The seed among the settings is that of the cell.
+                settings = {**header["settings"], **record.get("settings", {}),
+                            "seed": record["seed"]}
+                facts = {**header, **record, "settings": settings}
+                check_cell(facts)
+                if cell_key(facts) in store:
+                    raise ValueError("it is stored twice")
+                store[cell_key(facts)] = facts
+    return store
+
+
+def store_lines(cells):
+    """Return the lines of one task's file.
+
+    Before the cells of a variant and precision, in the order of their seeds, there is a
+    header with the settings that they share.
+    """
+    groups = {}                                     # {header's key: cells}
+    for facts in sorted(cells, key=cell_key):
+        groups.setdefault(cell_key(facts)[:3], []).append(facts)
+    lines = []
+    for (task, variant, precision), members in groups.items():
+        shared = {name: value for name, value in sorted(members[0]["settings"].items())
+                  if name != "seed"
+                  and all(facts["settings"].get(name) == value for facts in members)}
+        lines.append(dict(task=task, variant=variant, precision=precision, settings=shared))
+        for facts in members:
+            record = {name: facts[name] for name in ("variant", "precision", "seed", "commit",
+                                                     "hardware")}
+            own = {name: value for name, value in sorted(facts["settings"].items())
+                   if name != "seed" and name not in shared}
+            for name in sorted(set(facts) - set(record) - {"task", "settings"}):
+                record[name] = facts[name]
+            lines.append(record | ({"settings": own} if own else {}))
+    return [json.dumps(line) + "\n" for line in lines]
+
+
+def check_same_settings(store):
+    """Raise UserError if two seeds of a variant and precision have different settings."""
+    first_cells = {}
+    for key, facts in sorted(store.items()):
+        first = first_cells.setdefault(key[:3], facts)
+        if comparable_settings(first) != comparable_settings(facts):
+            raise UserError(f"seed {facts['seed']} of {facts['variant']} on {facts['task']} has "
+                            f"other settings than seed {first['seed']}: collect cells of "
+                            "the same settings, or use another --results")
+
+
+def is_chosen(options, facts):
+    """Return whether the command line asks for the task, variant, precision and seed of a cell."""
+    task, variant, precision, seed = cell_key(facts)
+    if options.variants:
+        names = sum(map(variants_of, options.variants), [])
+        if variant not in [canonical_variant(task, name) for name in names]:
+            return False
+    return (task in (options.tasks or [task]) and seed in (options.seeds or [seed])
+            and options.precision in ("auto", precision))
+
+
+def collect_cells(options):
+    """Add the cells of the working directory to the store.
+
+    Raises UserError, and changes no file, if a cell is in the store with other contents
+    and --overwrite was not given.
+    """
+    directory = cells_directory(options)
+    store = read_store(options.results)
+    collected = {}                                  # {cell_key: path}
+    for path in sorted(directory.glob("paper-*.json")):
         facts = read_json(path)
         with user_errors_for(path, "is not a cell of `run`"):
             check_cell(facts)
-        task, variant, seed = facts["task"], facts["variant"], facts["seed"]
-        if options.seeds and seed not in options.seeds:
+            facts["variant"] = canonical_variant(facts["task"], facts["variant"])
+        if not is_chosen(options, facts):
             continue
-        if options.tasks and task not in options.tasks:
-            continue
-        by_seed = cells.setdefault((task, variant), {})
-        for earlier in by_seed.values():
-            if comparable_settings(earlier) != comparable_settings(facts):
-                raise UserError(f"{path} has other settings than seed {earlier['seed']}: "
-                                "remove one of the two files")
-        by_seed[seed] = index_scores(facts)
+        key = cell_key(facts)
+        if store.get(key, facts) != facts:
+            if key in collected:
+                raise UserError(f"{path} and {collected[key]} are different results of the "
+                                "same cell: remove one of them")
+            if not options.overwrite:
+                raise UserError(f"{path} is in {options.results} with other contents: pass "
+                                "--overwrite to replace it")
+        store[key] = facts
+        collected[key] = path
+    if not collected:
+        raise UserError(f"{directory} holds none of these cells: fill them with python -m "
+                        "glue.paper run, or name their directory with --cells")
+    check_same_settings(store)
+    Path(options.results).mkdir(parents=True, exist_ok=True)
+    for task in sorted({key[0] for key in collected}):
+        cells = [facts for key, facts in store.items() if key[0] == task]
+        path = Path(options.results, f"{task}.jsonl")
+        write_file(path, "".join(store_lines(cells)).encode())
+        print(f"{path}: {len(cells)} cells")
+
+
+# ---- Tables, from the store ----------------------------------------------------------------------
+
+def load_cells(options):
+    """Load the chosen cells, {(task, variant): {precision: {seed: facts}}}.
+
+    Raises UserError if the seeds of a variant were run with different settings.
+    """
+    store = read_store(options.results)
+    check_same_settings(store)
+    cells = {}
+    for (task, variant, precision, seed), facts in sorted(store.items()):
+        if is_chosen(options, facts):
+            by_precision = cells.setdefault((task, variant), {})
+            by_precision.setdefault(precision, {})[seed] = index_scores(facts)
     return cells
 
 
@@ -671,11 +846,11 @@ def check_cell(facts):
 
     The same is true of a field with a value that `run` never writes.
     """
-    names = ("task", "variant", "hardware", "precision")
+    names = ("task", "variant", "commit", "hardware", "precision")
     numbers = [facts["seed"], facts["seconds"], facts["evaluations"], facts.get("uniform", 0)]
     results = facts.get("scores", []) + list(facts.get("methods", {}).values())
     for result in results:
-        numbers += [result["holdout"]["score"], result["dev"]["score"]]
+        numbers += [result["params"], result["holdout"]["score"], result["dev"]["score"]]
     for drawn in facts.get("drawn", []):
         depth, holdout_score, dev_score = drawn
         numbers += [depth, holdout_score, dev_score]
@@ -685,6 +860,11 @@ def check_cell(facts):
         raise ValueError("a score, a time or a seed is not a number")
     if not all(type(facts[name]) is str for name in names) or not results:
         raise ValueError("a name or the scores are missing")
+    if facts["precision"] not in PRECISIONS:
+        raise ValueError("the precision is neither fp32 nor bf16")
+    # The name of a task becomes the name of its file.
+    if not facts["task"] or Path(facts["task"]).name != facts["task"]:
+        raise ValueError("the task is not a name")
     for result in results:
         if not isinstance(result["budget"], str | float | int):
             raise ValueError("a budget is neither a number nor a name")
@@ -771,6 +951,12 @@ def variants_of(name):
     return list(dict.fromkeys(sum(TABLES[name], [])))
 
 
+def facts_of(cells):
+    """Return the facts of all cells in one list."""
+    return [facts for by_precision in cells.values() for by_seed in by_precision.values()
+            for facts in by_seed.values()]
+
+
 def tasks_of(cells):
     """Return the tasks of some cells in the order of TASKS, then other tasks by name."""
     tasks = {task for task, _ in cells}
@@ -778,42 +964,57 @@ def tasks_of(cells):
     return known_tasks + sorted(tasks - set(TASKS))
 
 
-def field_values(cells, task, variant, keys):
+def precisions_of(cells, task, variant):
+    """Return the precisions of a variant's cells, the one that tables show first."""
+    by_precision = cells.get((task, canonical_variant(task, variant)), {})
+    return [precision for precision in PRECISIONS if precision in by_precision]
+
+
+def field_values(cells, task, variant, keys, beside=None):
     """Return {seed: value} of one field.
 
+    With `beside`, the values are compared with those of another variant. They are then
+    taken in its precision, if there are any.
     If the task is MEAN, the value is the mean over all tasks of the cells, and only
     seeds that all tasks have are included.
     """
     if task == MEAN:
-        by_task = [field_values(cells, each, variant, keys) for each in tasks_of(cells)]
+        by_task = [field_values(cells, each, variant, keys, beside) for each in tasks_of(cells)]
         common_seeds = set.intersection(*map(set, by_task))
         return {seed: float(np.mean([values[seed] for values in by_task]))
                 for seed in common_seeds}
+    precisions = precisions_of(cells, task, variant)
+    for precision in precisions_of(cells, task, beside or variant)[:1]:
+        if precision in precisions:
+            precisions = [precision]
     values = {}
-    for seed, value in cells.get((task, variant), {}).items():
-        for key in keys:
-            value = value.get(key, {})
-        if value != {}:
-            values[seed] = value
+    for precision in precisions[:1]:
+        by_seed = cells[task, canonical_variant(task, variant)][precision]
+        for seed, value in by_seed.items():
+            for key in keys:
+                value = value.get(key, {})
+            if value != {}:
+                values[seed] = value
     return values
 
 
 def print_table(corner, rows, columns, values_of, paired=True):
     """Print a Markdown table without empty rows and columns.
 
-    `values_of(row, column)` returns the {seed: value} of a cell of the table. With
-    `paired`, a cell also shows the difference from the first row.
+    `values_of(row, column, beside)` returns the {seed: value} of a cell of the table,
+    for a comparison with the row `beside`. With `paired`, a cell also shows the
+    difference from the first row.
     """
     values_by_column = {}
     for column in columns:
-        values = [values_of(row, column) for row in rows]
+        values = [values_of(row, column, row) for row in rows]
         if any(values):
             values_by_column[column] = values
     lines = []
     for n, row in enumerate(rows):
         texts = []
-        for values in values_by_column.values():
-            reference = values[0] if n > 0 and paired else None
+        for column, values in values_by_column.items():
+            reference = values_of(rows[0], column, row) if n > 0 and paired else None
             texts.append(format_mean(values[n], reference))
         if any(texts):
             lines.append(f"| {row} | {' | '.join(texts)} |")
@@ -832,24 +1033,26 @@ def print_core(variants, cells, tasks):
         fields = SMALLEST_FIELD | FIELDS
     for title, keys in fields.items():
         print_table(title, variants, [*tasks, MEAN],
-                    lambda variant, task: field_values(cells, task, variant, keys))
+                    lambda variant, task, beside: field_values(cells, task, variant, keys,
+                                                               beside))
 
 
 def print_matters(variants, cells, tasks):
     """Print the table of `matters`, with a row per statistic and a column per cell."""
     columns = {f"{variant}, {task}": (task, variant)
                for task in tasks for variant in variants}
-    first_cell = list(cells.values())[0]
-    titles = list(first_cell.values())[0]["sampling_stats"]
-    print_table("", titles, columns, lambda title, column: field_values(
+    titles = facts_of(cells)[0]["sampling_stats"]
+    print_table("", titles, columns, lambda title, column, _: field_values(
         cells, *columns[column], ("sampling_stats", title)), paired=False)
 
 
 def print_by_task(variants, cells, tasks, fields):
     """Print a part of any other table: one table per task, with a column per field."""
     for task in tasks:
-        print_table(task, variants, fields,
-                    lambda variant, title: field_values(cells, task, variant, fields[title]))
+        # Two rows may have the same settings, because a setting was chosen for the task.
+        rows = list(dict.fromkeys(canonical_variant(task, variant) for variant in variants))
+        print_table(task, rows, fields, lambda variant, title, beside: field_values(
+            cells, task, variant, fields[title], beside))
 
 
 def print_shares_kept(cells, tasks):
@@ -857,16 +1060,37 @@ def print_shares_kept(cells, tasks):
     majority = np.mean([MAJORITY.get(task, 0) for task in tasks])
     baselines = {"": 0, " above the most frequent answer's": majority}
     for reference in ("plain", "plain lr=2e-5"):
-        full = field_values(cells, MEAN, reference, SMALLEST)
         for variant in ("truncated", "paper", "best"):
+            full = field_values(cells, MEAN, reference, SMALLEST, variant)
             half = field_values(cells, MEAN, variant, SMALLEST)
             for text, baseline in baselines.items():
                 kept = {}
                 for seed in half:
                     if full.get(seed, baseline) > baseline:
                         kept[seed] = 100 * (half[seed] - baseline) / (full[seed] - baseline)
-                print(f"{variant} at half keeps, in % of {reference}'s mean{text}: "
-                      f"{format_mean(kept)}")
+                if kept:
+                    print(f"{variant} at half keeps, in % of {reference}'s mean{text}: "
+                          f"{format_mean(kept)}")
+
+
+def print_leads(cells, tasks):
+    """Print in how many pairs of the same recipe, task and seed EE-SNG leads, and by how much."""
+    for strategy in STRATEGIES:
+        texts = []
+        for title in ("dev, 0.5x", "hold-out, 0.5x", "hold-out, uniform"):
+            leads = []
+            for task in tasks:
+                for recipe in ("paper", "best"):
+                    other = f"{recipe} {strategy}"
+                    scores = field_values(cells, task, recipe, FIELDS[title], other)
+                    for seed, score in field_values(cells, task, other, FIELDS[title]).items():
+                        if seed in scores:
+                            leads.append(scores[seed] - score)
+            if leads:
+                num_ahead = sum(lead > 0 for lead in leads)
+                texts.append(f"{title}: {num_ahead} of {len(leads)}, {np.mean(leads):+.1f}")
+        if texts:
+            print(f"EE-SNG is ahead of {strategy}, and its mean lead: {'. '.join(texts)}")
 
 
 def print_named_table(name, cells):
@@ -875,11 +1099,10 @@ def print_named_table(name, cells):
     Raises UserError if the table has no cells yet.
     """
     print("MiniLM (6 x 384, not comparable with BERT-base). Scores in %: mean ± sample "
-          "standard deviation (seeds),\nthen the paired difference from the first row "
-          "[95% interval].\n")
-    variants = variants_of(name)
-    cells = {(task, variant): by_seed for (task, variant), by_seed in cells.items()
-             if variant in variants}
+          "standard deviation (seeds),\nthen the paired difference from the first row, in "
+          "the same precision [95% interval].\n")
+    cells = {(task, variant): by_precision for (task, variant), by_precision in cells.items()
+             if variant in [canonical_variant(task, each) for each in variants_of(name)]}
     if not cells:
         raise UserError(f"table {name} has no cells yet: run python -m glue.paper run "
                         f"--variants {name}")
@@ -894,7 +1117,9 @@ def print_named_table(name, cells):
             print_by_task(part, cells, tasks, fields)
     if name == "core":
         print_shares_kept(cells, tasks)
-    all_facts = [facts for by_seed in cells.values() for facts in by_seed.values()]
+    if name == "4":
+        print_leads(cells, tasks)
+    all_facts = facts_of(cells)
     hours = sum(facts["seconds"] for facts in all_facts) / 3600
     machines = sorted({f"{facts['hardware']} ({facts['precision']})" for facts in all_facts})
     print(f"{len(all_facts)} cells: {hours:.1f} hours of one process each, on "
@@ -905,7 +1130,8 @@ def print_named_table(name, cells):
 
 def run_cells(options):
     """Fill the chosen cells. Return the exit status of the last failure, or 0."""
-    variants = dict.fromkeys(sum(map(variants_of, options.variants), []))
+    options.commit = committed_code()
+    variants = dict.fromkeys(sum(map(variants_of, options.variants or ["core"]), []))
     # Make all cells first, so that a mistyped variant is refused before the first
     # training.
     cells = [Cell(task, variant, seed, options)
@@ -925,10 +1151,12 @@ def run_cells(options):
     return status
 
 
-def run_or_print(options):
-    """Run cells or print a table, as the command says, and return the exit status."""
+def run_command(options):
+    """Run or collect cells or print a table, and return the exit status."""
     if options.command == "run":
         return run_cells(options)
+    if options.command == "collect":
+        return collect_cells(options)
     if options.name not in TABLES:
         raise UserError(f"give table one of these names: {', '.join(TABLES)}")
     print_named_table(options.name, load_cells(options))
@@ -939,26 +1167,31 @@ def main(argv=None):
     """Run the program, and return the exit status that `glue.run_program` describes."""
     parser = yoco.Parser("glue.paper", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("command", choices=("run", "table"))
+    add("command", choices=("run", "collect", "table"))
     add("name", nargs="?", help=f"the table to print: {', '.join(TABLES)}")
     add("--tasks", nargs="+",
-        help="the tasks to run (default: MRPC RTE) or to print (default: all)")
-    add("--variants", nargs="+", default=["core"],
-        help="the variants, or tables with all their variants, to run (default: core)")
+        help="the tasks to run (default: MRPC RTE), to collect or to print (default: all)")
+    add("--variants", nargs="+",
+        help="the variants, or tables with all their variants, to run (default: core), to "
+             "collect or to print (default: all)")
     add("--seeds", type=int, nargs="+",
-        help="the seeds to run (default: 0 1 2) or to print (default: all)")
+        help="the seeds to run (default: 0 1 2), to collect or to print (default: all)")
     add("--evaluations", type=int, default=200,
         help="the evaluations of each search and budget (default: 200)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    add("--precision", default="auto", help="auto, fp32 or bf16 (default: auto)")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
+        help="run in this precision (default: auto), or collect or print only its cells")
     add("--data", default="glue", help="the parent of the tasks' directories (default: glue)")
     add("--bert", default="all-MiniLM-L6-v2",
         help="the directory of the pretrained BERT (default: all-MiniLM-L6-v2)")
     add("--work", default="superbert/paper",
         help="the directory for the models (default: superbert/paper)")
+    add("--cells", help="the directory of the cells that were run (default: cells in --work)")
     add("--results", default=str(ROOT / "glue/results"),
-        help="the directory of the cells (default: glue/results)")
-    return run_program(parser, run_or_print, argv)
+        help="the directory of the collected cells (default: glue/results)")
+    add("--overwrite", action="store_true",
+        help="collect cells that were collected before with other contents")
+    return run_program(parser, run_command, argv)
 
 
 if __name__ == "__main__":

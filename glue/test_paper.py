@@ -11,6 +11,7 @@ import doctest
 import functools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,13 +88,59 @@ def make_facts(largest, half):
     return paper.index_scores({"scores": scores})
 
 
+def make_cell(**changes):
+    """Return the facts of a stored cell of one architecture, with some of them changed."""
+    score = {"score": 80.0}
+    facts = dict(task="TOY", variant="plain", seed=0, commit="1234567", precision="fp32",
+                 hardware="a processor", seconds=1.0, evaluations=1, settings={"seed": 0},
+                 scores=[dict(budget=1.0, params=9, holdout=score, dev=dict(score))])
+    return facts | changes
+
+
+def write_cells(directory, *cells):
+    """Write cells in the form of `run`, and return the directory as a text."""
+    for n, facts in enumerate(cells):
+        Path(directory, f"paper-{n}.json").write_text(json.dumps(facts))
+    return str(directory)
+
+
+def collect(cells, results, *flags):
+    """Run `collect`, and return its exit status."""
+    return paper.main(["collect", "--cells", str(cells), "--results", str(results), *flags])
+
+
 def test_means_over_tasks():
     """A mean leaves out a seed that one task lacks, and a score of 0 counts as a score."""
-    cells = {("MRPC", "best"): {0: make_facts(90, 80), 1: make_facts(70, 0)},
-             ("CoLA", "best"): {0: make_facts(50, 40)}}
+    cells = {("MRPC", "best"): {"fp32": {0: make_facts(90, 80), 1: make_facts(70, 0)}},
+             ("CoLA", "best"): {"fp32": {0: make_facts(50, 40)}}}
     assert paper.field_values(cells, paper.MEAN, "best", (1.0, "dev", "score")) == {0: 70.0}
     assert paper.field_values(cells, "MRPC", "best", paper.SMALLEST) == {0: 80, 1: 0}
     assert paper.field_values(cells, "MRPC", "best", (0.75, "dev", "score")) == {}
+
+
+def test_precisions_do_not_mix():
+    """A row in both precisions is shown in fp32, and compared with another row in its own."""
+    cells = {("MRPC", "best"): {"bf16": {0: make_facts(90, 80)}, "fp32": {0: make_facts(70, 60)}},
+             ("MRPC", "best noise"): {"bf16": {0: make_facts(50, 40)}}}
+
+    def half(variant, beside=None):
+        return paper.field_values(cells, "MRPC", variant, paper.SMALLEST, beside)
+
+    assert half("best") == half("best", "best") == half("best", "plain") == {0: 60}
+    assert half("best", "best noise") == {0: 80}
+    assert half("best noise", "best") == {0: 40}
+
+
+def test_leads(capsys):
+    """The leads of EE-SNG count the pairs of the same recipe, task and seed."""
+    cells = {("CoLA", "best"): {"bf16": {0: make_facts(0, 5), 1: make_facts(0, 4)}},
+             ("CoLA", "best noise"): {"bf16": {0: make_facts(0, 2), 1: make_facts(0, 5),
+                                               2: make_facts(0, 9)}},
+             ("MRPC", "paper"): {"bf16": {0: make_facts(0, 7)}},
+             ("MRPC", "paper noise"): {"bf16": {0: make_facts(0, 3)}}}
+    paper.print_leads(cells, ["MRPC", "CoLA"])
+    assert capsys.readouterr().out == ("EE-SNG is ahead of noise, and its mean lead: "
+                                       "dev, 0.5x: 2 of 3, +2.0\n")
 
 
 def test_sampling_stats(tmp_path):
@@ -101,15 +148,15 @@ def test_sampling_stats(tmp_path):
 
     The means over all four are 72.5 and 62. The two deep ones have the means 80 and 65.
     """
-    facts = dict(task="MRPC", variant="matters of best", seed=0, settings={}, evaluations=1,
-                 precision="fp32", hardware="a processor", seconds=1.0,
-                 examples={"holdout": 300, "dev": 75},
-                 drawn=[[2, 55, 56], [4, 75, 62], [5, 75, 62], [6, 85, 68]],
-                 methods={"sng": {"budget": "sng", "holdout": {"score": 85},
-                                  "dev": {"score": 62}}})
-    (tmp_path / "paper-MRPC-matters_of_best-0.json").write_text(json.dumps(facts))
-    cells = paper.load_cells(SimpleNamespace(results=tmp_path, seeds=None, tasks=None))
-    stats = cells["MRPC", "matters of best"][0]["sampling_stats"]
+    methods = {"sng": dict(budget="sng", params=9, holdout={"score": 85}, dev={"score": 62})}
+    facts = make_cell(task="MRPC", variant="matters of best",
+                      examples={"holdout": 300, "dev": 75}, methods=methods,
+                      drawn=[[2, 55, 56], [4, 75, 62], [5, 75, 62], [6, 85, 68]])
+    del facts["scores"]
+    assert collect(write_cells(tmp_path, facts), tmp_path) == 0
+    cells = paper.load_cells(SimpleNamespace(results=tmp_path, seeds=None, tasks=None,
+                                             variants=None, precision="auto"))
+    stats = cells["MRPC", "matters of best"]["fp32"][0]["sampling_stats"]
     by_depth = [56, 62, 62, 68]
     of_all = [100, 10.9, 2.6, 12.5, 87.5, 4.2, 5.6, 0, 50]
     of_deep = [100, 5, 2.3, 5, 75, 3, 5.5, -3, 25]
@@ -172,7 +219,7 @@ def work(tmp_path_factory):
     config = BertConfig.load(ROOT / "glue/TOY")
     save_bert(ElasticBert(config, 2), root / "bert", tokenizer_files(ROOT / "glue/TOY"))
     flags = ["--tasks", "TOY", "--data", root / "data", "--bert", root / "bert",
-             "--work", root / "work", "--results", root / "results", "--evaluations", "8",
+             "--work", root / "work", "--cells", root / "cells", "--evaluations", "8",
              "--device", "cpu", "--precision", "fp32"]
     return SimpleNamespace(root=root, flags=[str(flag) for flag in flags])
 
@@ -180,14 +227,43 @@ def work(tmp_path_factory):
 def read_cells(work):
     """Return {file name: facts} of all cells."""
     return {path.name: json.loads(path.read_text())
-            for path in sorted((work.root / "results").glob("*.json"))}
+            for path in sorted((work.root / "cells").glob("*.json"))}
 
 
-def test_two_processes_share_the_cells(work):
+@pytest.fixture
+def any_commit(monkeypatch):
+    """Let `run` fill cells although the project's files may differ from their commit."""
+    monkeypatch.setattr(paper, "committed_code", lambda: "1234567")
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """Return a directory with the project's Python files, committed with git."""
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    directory = tmp_path / "clone"
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("glue/*.py")]:
+        copy = directory / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    (directory / "notes.txt").write_text("one")
+    git(directory, "init", "-q")
+    git(directory, "add", ".")
+    git(directory, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "All files")
+    return directory
+
+
+def git(directory, *words):
+    """Run git in a directory and return what it prints."""
+    return subprocess.run(["git", *words], cwd=directory, check=True, capture_output=True,
+                          text=True).stdout
+
+
+def test_two_processes_share_the_cells(work, clone):
     """Two processes with the same command fill all cells, and each cell is filled once."""
     command = [sys.executable, "-m", "glue.paper", "run", *work.flags, "--variants", "core",
                "--seeds", "0", "1"]
-    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE, text=True)
                  for _ in range(2)]
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
@@ -198,6 +274,45 @@ def test_two_processes_share_the_cells(work):
     for output in outputs:
         started += [line[4:] for line in output.splitlines() if line.startswith("--- ")]
     assert sorted(started) == names
+    commit = git(clone, "rev-parse", "HEAD")
+    for facts in read_cells(work).values():
+        assert len(facts["commit"]) >= 7 and commit.startswith(facts["commit"])
+        assert facts["hardware"] and facts["precision"] == "fp32"
+
+
+@pytest.mark.parametrize("name, is_staged, is_refused", [
+    pytest.param("yoco.py", False, True, id="changed"),
+    pytest.param("glue/paper.py", True, True, id="staged"),
+    pytest.param("glue/new.py", False, True, id="untracked"),
+    pytest.param("notes.txt", True, False, id="no-python-file"),
+    pytest.param("venv/lib/other.py", False, False, id="not-of-the-project"),
+])
+def test_changed_python_files_are_refused(work, clone, monkeypatch, capsys, name, is_staged,
+                                          is_refused):
+    """`run` fills no cell while a Python file of the project differs from its commit."""
+    (clone / name).parent.mkdir(parents=True, exist_ok=True)
+    with open(clone / name, "a") as file:
+        file.write("# changed\n")
+    if is_staged:
+        git(clone, "add", name)
+    monkeypatch.setattr(paper, "ROOT", clone)
+    if not is_refused:
+        assert git(clone, "rev-parse", "HEAD").startswith(paper.committed_code())
+        return
+    assert paper.main(["run", *work.flags, "--cells", str(clone / "cells")]) == 2
+    error = capsys.readouterr().err
+    assert f"{name}: commit them first" in error and error.count("\n") == 1
+    assert not (clone / "cells").exists()
+
+
+def test_no_commit_is_refused(clone, monkeypatch, capsys):
+    """`run` needs a clone, because a cell names its commit."""
+    shutil.rmtree(clone / ".git")
+    monkeypatch.setattr(paper, "ROOT", clone)
+    # Without this, git would look for a repository in the directories above.
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(clone.parent))
+    assert paper.main(["run"]) == 2
+    assert "run this program in a clone" in capsys.readouterr().err
 
 
 MORE_VARIANTS = ["best lr=2e-3 length=0.02", "HAT", "HAT tuned 2e-5", "bands of best",
@@ -212,7 +327,7 @@ def assert_scores_keep_the_budgets(facts, config):
         assert scores["params"] < paper.encoder_budget(config, scores["budget"])
 
 
-def test_cells_and_tables(work, capsys, monkeypatch):
+def test_cells_and_tables(work, capsys, monkeypatch, any_commit):
     """Every type of variant fills its cell once, and every table can be printed from them."""
     monkeypatch.setattr(paper, "NUM_DRAWN", 12)
     command = ["run", *work.flags, "--seeds", "0", "--variants", "core", *MORE_VARIANTS]
@@ -243,8 +358,15 @@ def test_cells_and_tables(work, capsys, monkeypatch):
     capsys.readouterr()
     assert paper.main(command) == 0
     assert capsys.readouterr().out == ""
+    results = work.root / "results"
+    assert collect(work.root / "cells", results) == 0
+    store = paper.read_store(results)
+    assert len(store) == len(read_cells(work))
+    for facts in read_cells(work).values():
+        assert store[paper.cell_key(facts)] == facts
+    capsys.readouterr()
     for name in paper.TABLES:
-        assert paper.main(["table", name, "--results", str(work.root / "results")]) == 0
+        assert paper.main(["table", name, "--results", str(results)]) == 0
         out = capsys.readouterr().out
         assert "TOY |" in out
         assert "(fp32)" in out
@@ -258,9 +380,10 @@ def test_cells_and_tables(work, capsys, monkeypatch):
     pytest.param(["table", "9"], "one of these names: choose", id="unknown-table"),
     pytest.param(["table"], "one of these names: choose", id="no-table"),
     pytest.param(["table", "core", "--results", "."], "table core has no cells", id="no-cells"),
+    pytest.param(["collect", "--cells", "no"], "no holds none of these cells", id="no-cells-run"),
     pytest.param(["run", "--data", "nowhere"], "nowhere/TOY", id="no-data"),
 ])
-def test_mistakes_are_one_line(work, capsys, tmp_path, monkeypatch, words, message):
+def test_mistakes_are_one_line(work, capsys, tmp_path, monkeypatch, any_commit, words, message):
     """A mistake on the command line ends in status 2 and a message that names it."""
     monkeypatch.chdir(tmp_path)
     flags = work.flags if words[0] == "run" else []
@@ -271,19 +394,18 @@ def test_mistakes_are_one_line(work, capsys, tmp_path, monkeypatch, words, messa
 
 def test_seeds_with_other_settings_are_refused(tmp_path, capsys):
     """A table refuses a variant whose seeds were run with different settings."""
-    for seed, epochs in ((0, 1.0), (1, 2.0)):
-        score = {"score": 80.0}
-        facts = dict(task="TOY", variant="plain", seed=seed, settings={"epochs": epochs},
-                     evaluations=1, precision="fp32", hardware="a processor", seconds=1.0,
-                     scores=[dict(budget=1.0, holdout=score, dev=score)])
-        (tmp_path / f"paper-TOY-plain-{seed}.json").write_text(json.dumps(facts))
+    cells = [make_cell(seed=seed, settings={"seed": seed, "epochs": epochs})
+             for seed, epochs in ((0, 1.0), (1, 2.0))]
+    assert collect(write_cells(tmp_path, *cells), tmp_path) == 2
+    assert "other settings than seed 0" in capsys.readouterr().err
+    (tmp_path / "TOY.jsonl").write_text("".join(paper.store_lines(cells)))
     assert paper.main(["table", "core", "--results", str(tmp_path)]) == 2
     assert "other settings than seed 0" in capsys.readouterr().err
 
 
-def test_failed_training_does_not_stop_other_cells(work, tmp_path):
+def test_failed_training_does_not_stop_other_cells(work, tmp_path, any_commit):
     """A training that diverges sets status 2, and the other cells are still filled."""
-    flags = [*work.flags, "--work", str(tmp_path), "--results", str(tmp_path), "--seeds", "0"]
+    flags = [*work.flags, "--work", str(tmp_path), "--cells", str(tmp_path), "--seeds", "0"]
     assert paper.main(["run", *flags, "--variants", "plain lr=1e30 epochs=1", "plain"]) == 2
     assert [path.name for path in tmp_path.glob("*.json")] == ["paper-TOY-plain-0.json"]
     assert yoco.received_signals == []
@@ -311,6 +433,92 @@ def test_settings_that_a_variant_does_not_take(variant):
         paper.split_variant(variant)
 
 
+@pytest.mark.parametrize("task, variant, name", [
+    pytest.param("MRPC", "plain lr=1e-4 epochs=10", "plain", id="chosen-settings"),
+    pytest.param("SST-2", "plain epochs=10", "plain epochs=10", id="chosen-for-another-task"),
+    pytest.param("SST-2", "plain epochs=2.0", "plain", id="chosen-for-this-task"),
+    pytest.param("CoLA", "plain epochs=3 lr=0.00002", "plain lr=2e-5 epochs=3", id="order"),
+    pytest.param("CoLA", "lr=5E-05 best", "best lr=5e-5", id="number"),
+    pytest.param("CoLA", "best length=.25 lr=.001", "best lr=1e-3", id="one-of-two"),
+    pytest.param("RTE", "paper length=10e-2", "paper length=0.1", id="exponent"),
+    pytest.param("RTE", "best tuned 2e-4", "best tuned 2e-4", id="no-setting"),
+])
+def test_canonical_variant(task, variant, name):
+    """Every variant has one name, whatever the order and format of its settings."""
+    assert paper.canonical_variant(task, variant) == name
+    assert paper.canonical_variant(task, name) == name
+
+
+# ---- The store ----------------------------------------------------------------------
+
+
+def read_lines(results):
+    """Return {file name: lines} of a store."""
+    return {path.name: path.read_text().splitlines() for path in Path(results).glob("*.jsonl")}
+
+
+def test_collect_merges_and_repeats(tmp_path):
+    """Collecting twice or in parts gives the same bytes, and settings are stored once."""
+    cells = [make_cell(seed=seed, settings={"seed": seed, "lr": 1e-4, "device": device},
+                       precision=precision, variant=variant)
+             for variant in ("plain lr=1e-4 epochs=10", "truncated")
+             for precision in ("fp32", "bf16")
+             for seed, device in ((0, "cpu"), (10, "cuda"), (2, "cpu"))]
+    cells.append(make_cell(task="MRPC"))
+    for part, members in (("a", cells[:5]), ("b", cells[5:])):
+        (tmp_path / part).mkdir()
+        write_cells(tmp_path / part, *members)
+    assert collect(tmp_path / "a", tmp_path / "x") == 0
+    assert collect(tmp_path / "b", tmp_path / "x") == 0
+    for part in ("b", "a", "b"):
+        assert collect(tmp_path / part, tmp_path / "y") == 0
+    lines = read_lines(tmp_path / "x")
+    assert lines == read_lines(tmp_path / "y")
+    assert {name: len(text) for name, text in lines.items()} == {"TOY.jsonl": 16, "MRPC.jsonl": 2}
+    records = [json.loads(line) for line in lines["TOY.jsonl"]]
+    assert records[0] == dict(task="TOY", variant="plain", precision="bf16",
+                              settings={"lr": 1e-4})
+    assert [record.get("seed") for record in records] == [None, 0, 2, 10] * 4
+    expected = [facts | {"variant": facts["variant"].split()[0]} for facts in cells]
+    store = paper.read_store(tmp_path / "x")
+    assert len(store) == len(cells)
+    assert all(store[paper.cell_key(facts)] == facts for facts in expected)
+
+
+def test_collect_replaces_only_when_asked(tmp_path, capsys):
+    """A stored cell with other contents is kept, unless --overwrite is given."""
+    for directory, commit in (("old", "1111111"), ("new", "2222222")):
+        (tmp_path / directory).mkdir()
+        write_cells(tmp_path / directory, make_cell(commit=commit), make_cell(seed=1))
+    results = tmp_path / "results"
+    assert collect(tmp_path / "old", results) == 0
+    before = read_lines(results)
+    assert collect(tmp_path / "new", results) == 2
+    error = capsys.readouterr().err
+    assert "paper-0.json" in error and "--overwrite" in error and error.count("\n") == 1
+    assert read_lines(results) == before
+    assert collect(tmp_path / "new", results, "--overwrite") == 0
+    assert paper.read_store(results)["TOY", "plain", "fp32", 0]["commit"] == "2222222"
+    # Two different results of one cell in the same directory: nothing says which is right.
+    write_cells(tmp_path / "old", make_cell(commit="3333333"),
+                make_cell(variant="plain lr=0.0001"))
+    assert collect(tmp_path / "old", results, "--overwrite") == 2
+    assert "different results of the same cell" in capsys.readouterr().err
+
+
+def test_the_stored_cells_can_be_read():
+    """Each cell of glue/results has its one name, and collecting would not change its file."""
+    results = ROOT / "glue/results"
+    store = paper.read_store(results)
+    paper.check_same_settings(store)
+    for task in paper.TASKS:
+        cells = [facts for key, facts in store.items() if key[0] == task]
+        lines = "".join(paper.store_lines(cells))
+        assert lines == (results / f"{task}.jsonl").read_text()
+        for facts in cells:
+            assert paper.canonical_variant(task, facts["variant"]) == facts["variant"]
+
+
 def damage(facts, path, value):
     """Replace the value at a path of keys, or remove it if the value is None."""
     *parents, last = path
@@ -324,32 +532,54 @@ def damage(facts, path, value):
 
 @pytest.mark.parametrize("path, value", [
     pytest.param(["task"], None, id="no-task"),
+    pytest.param(["task"], "../TOY", id="task-path"),
+    pytest.param(["commit"], None, id="no-commit"),
     pytest.param(["variant"], 5, id="variant-5"),
     pytest.param(["seed"], [0], id="seed-list"),
     pytest.param(["seconds"], "long", id="seconds-word"),
     pytest.param(["evaluations"], None, id="no-evaluations"),
     pytest.param(["settings"], [], id="settings-list"),
     pytest.param(["precision"], None, id="no-precision"),
+    pytest.param(["precision"], "fp8", id="unknown-precision"),
     pytest.param(["scores"], {}, id="scores-object"),
     pytest.param(["scores"], [], id="scores-empty"),
     pytest.param(["scores", 0, "budget"], [1], id="budget-list"),
+    pytest.param(["scores", 0, "params"], None, id="no-params"),
     pytest.param(["scores", 0, "dev"], 80.0, id="dev-number"),
     pytest.param(["scores", 0, "dev", "score"], "80", id="score-string"),
     pytest.param(["scores", 0, "holdout", "score"], math.nan, id="score-nan"),
 ])
 def test_damaged_cells_are_refused(tmp_path, capsys, path, value):
     """A cell with a missing field or a strange value ends in one line that names the file."""
-    score = {"score": 80.0}
-    facts = dict(task="TOY", variant="plain", seed=0, seconds=1.0, evaluations=1, settings={},
-                 hardware="a processor", precision="fp32",
-                 scores=[dict(budget=1.0, holdout=score, dev=dict(score))])
-    cell = tmp_path / "paper-TOY-plain-0.json"
-    command = ["table", "core", "--results", str(tmp_path)]
-    cell.write_text(json.dumps(facts))
-    assert paper.main(command) == 0
+    facts = make_cell()
+    cell = tmp_path / "paper-0.json"
+    assert collect(write_cells(tmp_path, facts), tmp_path) == 0
     damage(facts, path, value)
-    cell.write_text(json.dumps(facts))
-    assert paper.main(command) == 2
+    assert collect(write_cells(tmp_path, facts), tmp_path, "--overwrite") == 2
     error = capsys.readouterr().err
     assert str(cell) in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("old, new", [
+    pytest.param('"seed": 1, ', '"seed": "1", ', id="strange-value"),
+    pytest.param('"seed": 1, ', '"seed": 0, ', id="stored-twice"),
+    pytest.param('"variant": "plain", "precision": "fp32", "seed": 1',
+                 '"variant": "best", "precision": "fp32", "seed": 1', id="no-header"),
+    pytest.param('"seed": 1, ', '"seed": 1 ', id="no-json"),
+    pytest.param('"seed": 1, ', '', id="no-seed"),
+    pytest.param('"dev": ', '"dve": ', id="no-dev"),
+])
+def test_damaged_lines_are_refused(tmp_path, capsys, old, new):
+    """A damaged line of the store ends in one line that names the file and the line."""
+    assert collect(write_cells(tmp_path, make_cell(), make_cell(seed=1), make_cell(seed=2)),
+                   tmp_path) == 0
+    path = tmp_path / "TOY.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert old in lines[2]
+    lines[2] = lines[2].replace(old, new)
+    path.write_text("".join(lines))
+    assert paper.main(["table", "core", "--results", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}, line 3, is not a line of `collect`" in error
     assert error.count("\n") == 1

@@ -7,14 +7,16 @@ if os.environ.get("YOCO_TEST_GPU") != "1":
 
 import doctest
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import yoco
-from glue import plot
+from glue import paper, plot
 from glue.test_predict import CPU, assert_refused
 
 TOY = str(Path(__file__).parent / "TOY")
@@ -67,11 +69,12 @@ def search_records(runs_dir):
 
 
 def test_same_directories_same_bytes(runs_dir, drawn):
-    """A picture depends only on the directories, and is named after the first of them."""
+    """A picture depends only on the directories, and is named after the super-BERT."""
     subberts = [runs_dir / "sub/0.4x", runs_dir / "sub/0.7x"]
-    for directories in ([runs_dir / "super"], subberts):
+    for directories, name in (([runs_dir / "super"], "super.svg"),
+                              (subberts, "super-search.svg")):
         assert plot.main([*map(str, directories)]) == 0
-        picture = Path(f"{directories[0].name}.svg").read_bytes()
+        picture = Path(name).read_bytes()
         assert picture == draw(directories, "again.svg")
         assert b"<dc:date>" not in picture
 
@@ -92,8 +95,18 @@ def test_search_picture(runs_dir, drawn):
     cost, score, _ = by_label["the full model"]
     assert cost == runs[0]["full_cost"]
     assert [score] == [r["score"] for r in records if r["cost"] == cost]
-    assert [args[0] for args in drawn["axvline"]] == [run["budget"] for run in runs]
-    assert [args[0] for args in drawn["annotate"]] == ["0.4x", "0.7x"]
+    full_cost = runs[0]["full_cost"]
+    assert [args[0] for args in drawn["axvline"]] == [*(run["budget"] for run in runs), full_cost]
+    # A name above each line, and at each star its budget as it was typed.
+    labels = {(text, position) for text, position, *_ in drawn["annotate"]}
+    stars = {}
+    for run, typed in zip(runs, ("0.4x", "0.7x")):
+        assert (typed, (run["budget"], 1)) in labels
+        stars.setdefault((run["cost"], run["selection_score"]), []).append(typed)
+    for position, typed in stars.items():
+        assert (", ".join(typed), position) in labels
+    assert ("full model", (full_cost, 1)) in labels
+    assert len(labels) == len(runs) + len(stars) + 1
 
 
 def test_same_winner_gets_one_star(runs_dir, drawn):
@@ -106,6 +119,31 @@ def test_same_winner_gets_one_star(runs_dir, drawn):
     (costs, _, _), = drawn["scatter"]
     path = runs_dir / "sub/0.4x/log.jsonl"
     assert len(costs) == len(path.read_text().splitlines()) - 1
+
+
+def test_shared_star_names_both_budgets(runs_dir, drawn):
+    """A sub-BERT that two searches chose has one star, with both budgets as they were typed."""
+    shutil.copytree(runs_dir / "sub/0.4x", "copy")
+    run = json.loads(Path("copy/run.json").read_text())
+    run["settings"]["max_params"] = ["45000"]
+    Path("copy/run.json").write_text(json.dumps(run))
+    draw([runs_dir / "sub/0.4x", "copy"], "twice.svg")
+    star = (run["cost"], run["selection_score"])
+    assert [args[0] for args in drawn["annotate"] if args[1] == star] == ["0.4x, 45,000"]
+
+
+@pytest.mark.parametrize("params, tick", [
+    pytest.param(60e6, "60M", id="millions"),
+    pytest.param(60e3, "60k", id="thousands"),
+])
+def test_large_numbers_have_a_letter(drawn, params, tick):
+    """The axis of the parameters says M for millions."""
+    records = [dict(choices=[n], cost=params * (n + 1), score=50 + n) for n in range(3)]
+    run = dict(unit="parameters", metric="accuracy", selected_on="holdout", superbert="s",
+               task="TOY", budget=2 * params, cost=params, full_cost=4 * params, arch={},
+               selection_score=50, settings={"max_params": ["0.5x"]})
+    figure = plot.draw_searches({"s": records}, {"s": run})
+    assert figure.axes[0].xaxis.get_major_formatter()(params) == tick
 
 
 def test_dollar_in_a_name(runs_dir, drawn):
@@ -140,6 +178,77 @@ def test_training_log_alone(runs_dir, drawn):
     Path("committed").mkdir()
     shutil.copy(runs_dir / "super/log.jsonl", "committed")
     assert draw(["committed"], "log.svg") == draw([runs_dir / "super"], "all.svg")
+
+
+# ---- The pictures of the results page -----------------------------------------------
+
+RESULTS = Path(__file__).parent / "results"
+PICTURES = ("core", "depth", "ablation", "strategies", "tuning", "sizes", "choice", "speed")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A directory with the pictures of the results page, drawn from the stored cells."""
+    pytest.importorskip("matplotlib")
+    directory = tmp_path_factory.mktemp("pictures")
+    assert plot.main(["results", "--out", str(directory)]) == 0
+    return directory
+
+
+def test_results_page_shows_each_picture(pictures):
+    """`results` draws the pictures of the page and no others."""
+    names = [f"{name}.svg" for name in PICTURES]
+    assert sorted(path.name for path in pictures.iterdir()) == sorted(names)
+    page = (RESULTS / "README.md").read_text()
+    assert re.findall(r"\]\((\w+\.svg)\)", page) == names
+    assert all((RESULTS / name).exists() for name in names)
+
+
+@pytest.mark.parametrize("name", ["ablation", "sizes"])
+def test_same_cells_same_bytes(pictures, tmp_path, monkeypatch, name):
+    """A picture depends only on the cells, not on their order or on matplotlib's settings."""
+    store = list(paper.read_store(RESULTS).items())
+    monkeypatch.setattr(paper, "read_store", lambda directory: dict(reversed(store)))
+    for other in set(PICTURES) - {name, "speed"}:
+        monkeypatch.setattr(plot, f"draw_{other}", lambda figure, cells: False)
+    plot.matplotlib.rcParams["lines.linewidth"] = 5
+    try:
+        assert plot.main(["results", "--out", str(tmp_path)]) == 0
+    finally:
+        plot.matplotlib.rcdefaults()
+    assert (tmp_path / f"{name}.svg").read_bytes() == (pictures / f"{name}.svg").read_bytes()
+
+
+def test_differences_are_those_of_the_table(drawn, capsys):
+    """The picture of the ablation shows the differences and intervals that `table` prints."""
+    figure = plot.Figure(layout="constrained")
+    options = SimpleNamespace(results=RESULTS, tasks=None, variants=None, seeds=None,
+                              precision="auto")
+    assert plot.draw_ablation(figure, paper.load_cells(options))
+    means = [f"{args[0]:+.1f}" for args in drawn["plot"] if np.ndim(args[0]) == 0
+             and args[2] not in "<>"]
+    intervals = [f"[{args[0][0]:+.1f}, {args[0][1]:+.1f}]" for args in drawn["plot"]
+                 if np.ndim(args[0]) == 1]
+    assert paper.main(["table", "ablation"]) == 0
+    table = capsys.readouterr().out
+    assert len(means) == 2 * 3 * 5 and intervals
+    assert all(f"; {mean}" in table for mean in means)
+    assert all(interval in table for interval in intervals)
+
+
+def test_directory_named_results(runs_dir, drawn):
+    """The word `results` means the results page, and ./results a directory of that name."""
+    shutil.copytree(runs_dir / "super", "results")
+    assert draw(["./results"], "results.svg")
+    assert len(drawn["pcolormesh"]) == len(yoco.read_run("results")["theta"])
+
+
+def test_results_without_cells(tmp_path, capsys):
+    """A directory without cells, or with a damaged one, ends in one line."""
+    pytest.importorskip("matplotlib")
+    assert_refused(capsys, plot, ["results", "--results", tmp_path], "holds no cells")
+    (tmp_path / "TOY.jsonl").write_text("{}\n")
+    assert_refused(capsys, plot, ["results", "--results", tmp_path], "TOY.jsonl, line 1,")
 
 
 def test_docstring_examples():
