@@ -20,19 +20,19 @@ from pathlib import Path
 
 # All words of the task. A word is drawn by its position in a list, so another order of
 # the words would change the data of every seed.
-THINGS = "plot cast acting music script ending dialogue story pacing humor".split()
-GOOD = "good great brilliant funny moving clever charming fresh".split()
-BAD = "bad awful dull boring weak stale clumsy tedious".split()
-LIKE = "love enjoy admire like".split()
-HATE = "hate dislike loathe regret".split()
-PAST = {"love": "loved", "enjoy": "enjoyed", "admire": "admired", "like": "liked",
-        "hate": "hated", "dislike": "disliked", "loathe": "loathed", "regret": "regretted"}
+THINGS = "plot cast music script dialogue story".split()
+GOOD = "good great brilliant funny clever".split()
+BAD = "bad awful dull boring weak".split()
+LIKE = "love enjoy admire".split()
+HATE = "hate dislike loathe".split()
+PAST = {"love": "loved", "enjoy": "enjoyed", "admire": "admired",
+        "hate": "hated", "dislike": "disliked", "loathe": "loathed"}
 # The intensifiers. Only the middle two go with a verb.
 STRONG = "very truly really extremely".split()
 NOT = "not never hardly".split()
 POSITIVE = {*GOOD, *LIKE, *(PAST[verb] for verb in LIKE)}
 NEGATIVE = {*BAD, *HATE, *(PAST[verb] for verb in HATE)}
-FUNCTION_WORDS = "the was , i doubt that we did but although and".split()
+FUNCTION_WORDS = "the was , we did but although and".split()
 SPECIAL = "[PAD] [UNK] [CLS] [SEP] [MASK]".split()
 # The number of sentences. No sentence occurs twice.
 SIZES = {"train": 3000, "dev": 800, "test": 400}
@@ -53,17 +53,17 @@ CONFIG = {
 def value(clause):
     """Return the sentiment of a clause: 1 or -1, or 2 or -2 with an intensifier.
 
-    A clause has exactly one word of praise or blame. Every "not", "never", "hardly"
-    and "doubt" reverses the sign.
+    A clause has exactly one word of praise or blame. A "not", "never" or "hardly"
+    reverses the sign.
 
-    >>> value("the plot was not very good"), value("i doubt that we never loved the plot")
+    >>> value("the plot was not very good"), value("we loved the plot")
     (-2, 1)
     """
     words = clause.split()
     polarity = 1 if POSITIVE & set(words) else -1
     strength = 2 if set(STRONG) & set(words) else 1
-    num_reversals = sum(word in NOT + ["doubt"] for word in words)
-    return polarity * strength * (-1) ** num_reversals
+    sign = -1 if set(NOT) & set(words) else 1
+    return sign * polarity * strength
 
 
 def label(sentence):
@@ -92,7 +92,7 @@ def label(sentence):
 def random_clause(rng):
     """Draw one clause.
 
-    Examples: "the plot was not very good", "i doubt that we really loved the music".
+    Examples: "the plot was not very good", "we really loved the music".
     """
     def pick(words):
         """Draw one word of a list."""
@@ -120,8 +120,6 @@ def random_clause(rng):
         if is_strong:
             words += [intensifier]
         words += [pick(GOOD if is_praise else BAD)]
-    if rng.random() < 0.1:
-        words = ["i", "doubt", "that"] + words
     return " ".join(words)
 
 
