@@ -20,6 +20,7 @@ import math
 import os
 import re
 import unicodedata
+from array import array
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +43,7 @@ import torch
 # index into Task.labels, or a float for regression.
 Example = namedtuple("Example", "sentence1 sentence2 label")
 
-# An Example after tokenizing. input_ids and token_type_ids are lists of equal length.
+# An Example after tokenizing. input_ids and token_type_ids are arrays of equal length.
 Encoded = namedtuple("Encoded", "input_ids token_type_ids label")
 
 # The format of a file: the task's name, the columns of the two sentences and of the
@@ -340,8 +341,9 @@ def make_encoder(directory, max_length=None):
                                 "BERT has only one token type: use a BERT with two")
             else:
                 texts.append((example.sentence1, example.sentence2))
-        return [Encoded(encoding.ids, encoding.type_ids, example.label)
-                for encoding, example in zip(tokenizer.encode_batch(texts), examples)]
+        # Part II tokenizes in portions. Arrays of 4-byte numbers need less memory than lists.
+        return [Encoded(array("i", encoding.ids), array("i", encoding.type_ids), example.label)
+                for encoding, example in zip(tokenize(tokenizer, texts), examples)]
 
     return encode_examples
 
@@ -732,6 +734,15 @@ def read_added_tokens(directory):
     return tokens, ids
 
 
+def tokenize(tokenizer, texts):
+    """Yield the encoding of every text or pair of texts, as the tokenizers library gives it.
+
+    An encoding takes some kilobytes, so only a thousand of them are in memory together.
+    """
+    for start in range(0, len(texts), 1000):
+        yield from tokenizer.encode_batch(texts[start:start + 1000])
+
+
 def max_train_length(directory):
     """Return the number of tokens per example that a model was trained with.
 
@@ -933,8 +944,7 @@ def summarize_task(task, train_set, holdout_set, encoded, bert, max_length):
 
     lengths = np.array([len(example.input_ids) for example in encoded])
     unk_id = load_tokenizer(bert).token_to_id("[UNK]")
-    is_unknown = [i == unk_id for example in encoded for i in example.input_ids]
-    share_unknown = np.mean(is_unknown)
+    share_unknown = sum(example.input_ids.count(unk_id) for example in encoded) / lengths.sum()
     share_cut = np.mean(lengths >= max_length)
     baseline = majority_baseline(task)
     lines = [f"{task.name}: {label_summary}. {len(train_set)} {unit} to train on, "

@@ -814,8 +814,8 @@ def test_token_ids_equal_hugging_face():
     examples = [data.Example(first, second, 0) for first, second in MINILM_TEXTS]
     encoded = data.encode(examples, MINILM, 128)
     expected = minilm_examples()
-    assert [e.input_ids for e in encoded] == [e.input_ids for e in expected]
-    assert [e.token_type_ids for e in encoded] == [e.token_type_ids for e in expected]
+    assert [list(e.input_ids) for e in encoded] == [e.input_ids for e in expected]
+    assert [list(e.token_type_ids) for e in encoded] == [e.token_type_ids for e in expected]
 
 
 @needs_minilm
@@ -858,7 +858,7 @@ def test_token_ids_equal_hugging_face():
 def test_wordpiece_ids(text, ids):
     """Compare token ids with those of BertTokenizer in transformers 5.23.0."""
     encoded, = data.encode([data.Example(text, None, 0)], MINILM, 128)
-    assert encoded.input_ids == [101, *ids, 102]
+    assert list(encoded.input_ids) == [101, *ids, 102]
 
 
 @pytest.mark.parametrize("tokenizer_config, ids", [
@@ -872,7 +872,7 @@ def test_casing(tmp_path, tokenizer_config, ids):
     if tokenizer_config:
         (bert / "tokenizer_config.json").write_text(tokenizer_config)
     encoded, = data.encode([data.Example("Good films", "the Films", 1)], bert, 16)
-    assert encoded.input_ids == ids
+    assert list(encoded.input_ids) == ids
 
 
 def test_token_types_of_a_pair(tmp_path):
@@ -880,7 +880,7 @@ def test_token_types_of_a_pair(tmp_path):
     bert = write_tiny_bert(tmp_path)
     (bert / "tokenizer_config.json").write_text('{"do_lower_case": true}')
     encoded, = data.encode([data.Example("Good films", "the Films", 1)], bert, 16)
-    assert encoded.token_type_ids == [0, 0, 0, 0, 1, 1, 1]
+    assert list(encoded.token_type_ids) == [0, 0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("second_text", [
@@ -900,7 +900,54 @@ def test_truncation_shortens_the_longer_text(tmp_path):
     (bert / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     pair = data.Example("bad bad bad bad bad bad", "not not", 1)
     encoded, = data.encode([pair], bert, 8)
-    assert encoded.input_ids == [2, 6, 6, 6, 3, 7, 7, 3]
+    assert list(encoded.input_ids) == [2, 6, 6, 6, 3, 7, 7, 3]
+
+
+@pytest.mark.parametrize("newline, last", [
+    pytest.param(b"\n", b"", id="no-last-newline"),
+    pytest.param(b"\r\n", b"\r\n", id="crlf"),
+    pytest.param(b"\r\n", b"", id="crlf-without-a-last-newline"),
+])
+def test_line_ends_of_a_vocabulary(tmp_path, newline, last):
+    """A vocab.txt with other line ends gives the same tokens and ids."""
+    bert = write_tiny_bert(tmp_path)
+    expected = data.load_tokenizer(bert).get_vocab()
+    assert expected["##s"] == 11
+    lines = (bert / "vocab.txt").read_bytes().splitlines()
+    (bert / "vocab.txt").write_bytes(newline.join(lines) + last)
+    assert data.load_tokenizer(bert).get_vocab() == expected
+
+
+def test_many_examples_are_tokenized_in_portions(tmp_path, monkeypatch):
+    """2,500 examples get the tokens that each of them gets, in arrays of 4-byte numbers.
+
+    At most 1,000 large encodings of the tokenizers library exist together.
+    """
+    bert = write_tiny_bert(tmp_path)
+    load_tokenizer = data.load_tokenizer
+    portions = []
+
+    class Tokenizer:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def encode_batch(self, texts):
+            portions.append(len(texts))
+            return self.tokenizer.encode_batch(texts)
+
+    monkeypatch.setattr(data, "load_tokenizer", lambda path: Tokenizer(load_tokenizer(path)))
+    examples = [data.Example("good " * (i % 7), "bad", i) for i in range(2500)]
+    encoded = data.encode(examples, bert, 16)
+    assert portions == [1000, 1000, 500]
+    assert [example.label for example in encoded] == list(range(2500))
+    for i in (0, 6, 999, 1000, 2499):
+        ids = [2, *[5] * (i % 7), 3, 6, 3]
+        assert list(encoded[i].input_ids) == ids
+        assert list(encoded[i].token_type_ids) == [0] * (len(ids) - 2) + [1, 1]
+        assert encoded[i].input_ids.itemsize == 4
 
 
 def thousand_examples():
