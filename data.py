@@ -1162,16 +1162,18 @@ def load(directory):
     """Return a model that `train` or `search` wrote, and its encoder.
 
     encode(text) or encode(text, second_text) returns the three [1, T] tensors that the
-    model takes. With lists of B texts they are [B, T].
+    model takes. With B texts in a list, an array or a pandas Series they are [B, T].
     """
     model = load_bert(existing_model(directory))
     encode_examples = make_encoder(directory)
     max_positions = model.config.max_position_embeddings
 
     def encode_texts(texts, pairs=None):
-        """Encode one text or a list of texts, with as many second texts or none."""
+        """Encode one text or a sequence of texts, with as many second texts or none."""
         if isinstance(texts, str):
             texts, pairs = [texts], [pairs]
+        # An array has no truth value, and a list has one.
+        texts = list(texts)
         pairs = [None] * len(texts) if pairs is None else pairs
         if not texts or isinstance(pairs, str) or len(pairs) != len(texts):
             raise UserError("encode takes at least one text, and as many second texts or "

@@ -2110,6 +2110,47 @@ def test_use_in_python_refuses_unequal_lists(in_sub_bert_dir):
         encode(["good", "bad"], "ab")
 
 
+class Series:
+    """A sequence like a pandas Series: it has a length, and its truth value is an error."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __iter__(self):
+        return iter(self.values)
+
+    def __bool__(self):
+        raise ValueError("the truth value of a Series is ambiguous")
+
+
+@pytest.mark.parametrize("sequence", [
+    pytest.param(tuple, id="tuple"),
+    pytest.param(np.array, id="array"),
+    pytest.param(lambda texts: np.array(texts, object), id="array-of-objects"),
+    pytest.param(Series, id="series"),
+])
+def test_use_in_python_of_any_sequence(in_sub_bert_dir, sequence):
+    """A sequence of first or second texts gives the tensors of a list.
+
+    A text of NumPy is a single text. Sequences of unequal length and empty ones are refused.
+    """
+    _, encode = data.load(SUB_BERT)
+    first, second = ["good film", "bad"], ["not", "very bad film"]
+    for texts in ([first], [first, second]):
+        expected = encode(*texts)
+        assert expected[0].shape[0] == 2
+        for actual, tensor in zip(encode(*map(sequence, texts)), expected, strict=True):
+            assert torch.equal(actual, tensor)
+    for actual, tensor in zip(encode(np.str_("good"), np.str_("bad")), encode("good", "bad")):
+        assert torch.equal(actual, tensor)
+    for texts in ([first, second[:1]], [[]]):
+        with pytest.raises(UserError, match="as many second texts"):
+            encode(*map(sequence, texts))
+
+
 def test_use_in_python_of_a_missing_directory(tmp_path):
     """The message names the kind of directory that is needed, not a download."""
     with pytest.raises(UserError, match="nope/config.json does not exist: name a directory "
