@@ -20,6 +20,7 @@ import math
 import os
 import re
 import unicodedata
+from array import array
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +43,7 @@ import torch
 # index into Task.labels, or a float for regression.
 Example = namedtuple("Example", "sentence1 sentence2 label")
 
-# An Example after tokenizing. input_ids and token_type_ids are lists of equal length.
+# An Example after tokenizing. input_ids and token_type_ids are arrays of equal length.
 Encoded = namedtuple("Encoded", "input_ids token_type_ids label")
 
 # The format of a file: the task's name, the columns of the two sentences and of the
@@ -106,12 +107,12 @@ class Task:
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-def load_task(directory):
+def load_task(directory, metric=None):
     """Read the data set in `directory` and return a Task.
 
     The files are train.tsv and dev.tsv. MNLI has dev_matched.tsv and dev_mismatched.tsv
-    instead of dev.tsv. Raises UserError if a file is missing or malformed, or if there
-    is nothing to learn.
+    instead of dev.tsv. metric: Task.metric, by default that of the format. Raises
+    UserError if a file is missing or malformed, or if there is nothing to learn.
     """
     directory = Path(directory)
     train_path = directory / "train.tsv"
@@ -136,7 +137,7 @@ def load_task(directory):
         dev_mismatched = None
     return Task(name=train_format.name or os.path.basename(os.path.realpath(directory)),
                 train=train, dev=dev, dev_mismatched=dev_mismatched,
-                labels=labels, metric=train_format.metric)
+                labels=labels, metric=check_metric(metric, labels) or train_format.metric)
 
 
 def read_examples(path, labels=None):
@@ -340,8 +341,9 @@ def make_encoder(directory, max_length=None):
                                 "BERT has only one token type: use a BERT with two")
             else:
                 texts.append((example.sentence1, example.sentence2))
-        return [Encoded(encoding.ids, encoding.type_ids, example.label)
-                for encoding, example in zip(tokenizer.encode_batch(texts), examples)]
+        # Part II tokenizes in portions. Arrays of 4-byte numbers need less memory than lists.
+        return [Encoded(array("i", encoding.ids), array("i", encoding.type_ids), example.label)
+                for encoding, example in zip(tokenize(tokenizer, texts), examples)]
 
     return encode_examples
 
@@ -536,7 +538,7 @@ def compute_metrics(metric, labels, logits):
     [n, num_labels] are numpy arrays. F1 and Matthews are computed only for two labels.
     Raises UserError if the score is NaN.
     """
-    if "pearson" in metric:
+    if logits.shape[1] == 1:
         predictions = logits[:, 0]                                       # [n]
         functions = {"pearson": pearson, "spearman": spearman}
     else:
@@ -730,6 +732,15 @@ def read_added_tokens(directory):
                     tokens.setdefault(content, tokenizers.AddedToken(content))
                     ids[content] = int(i)
     return tokens, ids
+
+
+def tokenize(tokenizer, texts):
+    """Yield the encoding of every text or pair of texts, as the tokenizers library gives it.
+
+    An encoding takes some kilobytes, so only a thousand of them are in memory together.
+    """
+    for start in range(0, len(texts), 1000):
+        yield from tokenizer.encode_batch(texts[start:start + 1000])
 
 
 def max_train_length(directory):
@@ -933,8 +944,7 @@ def summarize_task(task, train_set, holdout_set, encoded, bert, max_length):
 
     lengths = np.array([len(example.input_ids) for example in encoded])
     unk_id = load_tokenizer(bert).token_to_id("[UNK]")
-    is_unknown = [i == unk_id for example in encoded for i in example.input_ids]
-    share_unknown = np.mean(is_unknown)
+    share_unknown = sum(example.input_ids.count(unk_id) for example in encoded) / lengths.sum()
     share_cut = np.mean(lengths >= max_length)
     baseline = majority_baseline(task)
     lines = [f"{task.name}: {label_summary}. {len(train_set)} {unit} to train on, "
@@ -1028,16 +1038,43 @@ def hint_for_missing_file(path):
             "dev_mismatched.tsv), and for predictions with --glue test.tsv")
 
 
-def majority_baseline(task, parts=None):
+def check_metric(metric, labels):
+    """Return a --metric, or None if there is none.
+
+    labels: the names of the labels, () for regression. Raises UserError if a part of the
+    metric does not fit them.
+    """
+    fitting = ["accuracy"]
+    if not labels:
+        fitting = ["pearson", "spearman"]
+    elif len(labels) == 2:
+        fitting = ["accuracy", "f1", "matthews"]
+    if metric is not None and not set(metric.split("+")) <= set(fitting):
+        kind = f"data with {len(labels)} labels" if labels else "scores"
+        names = ", ".join(fitting)
+        choice = f"one of {names}, or a sum with +" if len(fitting) > 1 else names
+        raise UserError(f"--metric {metric} does not fit {kind}: choose {choice}")
+    return metric
+
+
+def most_frequent_label(task):
+    """Return the name of the most frequent label of train, or None for regression."""
+    if not task.labels:
+        return None
+    label = Counter(example.label for example in task.train).most_common(1)[0][0]
+    return task.labels[label]
+
+
+def majority_baseline(task, parts=None, name=None):
     """Return ACC(m), in %, of always giving the most frequent label of train.
 
     parts: the lists of examples to evaluate on, by default dev. With two lists this is the
-    mean of both. For regression it is 0, because a constant answer has no correlation with
-    the scores.
+    mean of both. name: the name of the label, for a Task without train. For regression the
+    baseline is 0, because a constant answer has no correlation with the scores.
     """
     if not task.labels:
         return 0.0
-    label = Counter(example.label for example in task.train).most_common(1)[0][0]
+    label = task.labels.index(name or most_frequent_label(task))
     scores = []
     for examples in parts or task.devs:
         labels = np.array([example.label for example in examples])       # [n]
@@ -1152,16 +1189,18 @@ def load(directory):
     """Return a model that `train` or `search` wrote, and its encoder.
 
     encode(text) or encode(text, second_text) returns the three [1, T] tensors that the
-    model takes. With lists of B texts they are [B, T].
+    model takes. With B texts in a list, an array or a pandas Series they are [B, T].
     """
     model = load_bert(existing_model(directory))
     encode_examples = make_encoder(directory)
     max_positions = model.config.max_position_embeddings
 
     def encode_texts(texts, pairs=None):
-        """Encode one text or a list of texts, with as many second texts or none."""
+        """Encode one text or a sequence of texts, with as many second texts or none."""
         if isinstance(texts, str):
             texts, pairs = [texts], [pairs]
+        # An array has no truth value, and a list has one.
+        texts = list(texts)
         pairs = [None] * len(texts) if pairs is None else pairs
         if not texts or isinstance(pairs, str) or len(pairs) != len(texts):
             raise UserError("encode takes at least one text, and as many second texts or "
@@ -1203,8 +1242,39 @@ def load_trained(directory, task):
     Raises UserError if the data does not fit the model, or if it has no classifier.
     """
     check_fit(f"the data of {task.name} does not fit {directory}", training_of(directory),
-              task.pairs, task.name, task.labels, task.metric)
+              task.pairs, task.name, task.labels)
     return load_bert(directory)
+
+
+def load_dev(directory, model_dir):
+    """Read the dev set in `directory`, or MNLI's two, to evaluate a trained model on it.
+
+    Return a Task without examples in `train`. Its name, labels and metric are those of
+    the model in `model_dir`. Raises UserError if a file is missing or malformed, or if the
+    data does not fit the model.
+    """
+    training = training_of(model_dir)
+    labels = training["labels"]
+    directory = Path(directory)
+    names = ["dev.tsv"]
+    mnli_names = ["dev_matched.tsv", "dev_mismatched.tsv"]
+    # MNLI has no dev.tsv, but a user may have put one beside its two files.
+    is_mnli = training.get("task") == "MNLI" or not (directory / "dev.tsv").exists()
+    if is_mnli and (directory / mnli_names[0]).exists():
+        names = mnli_names
+
+    devs = []
+    for name in names:
+        dev_format, examples, found = read_examples(directory / name, labels)
+        if dev_format.labels == ():
+            found = ()
+        check_fit(f"{directory / name} does not fit {model_dir}", training,
+                  examples[0].sentence2 is not None,
+                  dev_format.name or os.path.basename(os.path.realpath(directory)), found)
+        devs.append(examples)
+    return Task(name=training["task"], train=[], dev=devs[0], labels=labels,
+                dev_mismatched=devs[1] if names == mnli_names else None,
+                metric=training["metric"])
 
 
 def existing_model(directory):
@@ -1226,12 +1296,12 @@ def training_of(directory):
     return {**run, "labels": BertConfig.load(directory).labels}
 
 
-def check_fit(where, training, pairs, task=None, labels=None, metric=None):
+def check_fit(where, training, pairs, task=None, labels=None):
     """Raise UserError if data is not of the kind that a model was trained on.
 
     where: the place of the data, for messages. training: what `training_of` returns.
-    pairs: whether the data has pairs of texts. task, labels, metric: those of the data, or
-    None if they are unknown or do not matter.
+    pairs: whether the data has pairs of texts. task, labels: those of the data, or None if
+    they are unknown or do not matter.
     """
     if pairs and training.get("pairs") is False:
         raise UserError(f"{where}: two texts, but the model was trained on single texts")
@@ -1246,9 +1316,6 @@ def check_fit(where, training, pairs, task=None, labels=None, metric=None):
     if labels not in (None, training["labels"]):
         raise UserError(f"{where}: the labels are {labels}, but the model was trained on "
                         f"{training['labels']}: use data with the same labels")
-    if metric not in (None, training.get("metric", metric)):
-        raise UserError(f"{where}: the metric is {metric}, but the model was trained for "
-                        f"{training['metric']}: use data with the same metric")
 
 
 def check_finite(logits):

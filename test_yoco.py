@@ -815,8 +815,8 @@ def test_token_ids_equal_hugging_face():
     examples = [data.Example(first, second, 0) for first, second in MINILM_TEXTS]
     encoded = data.encode(examples, MINILM, 128)
     expected = minilm_examples()
-    assert [e.input_ids for e in encoded] == [e.input_ids for e in expected]
-    assert [e.token_type_ids for e in encoded] == [e.token_type_ids for e in expected]
+    assert [list(e.input_ids) for e in encoded] == [e.input_ids for e in expected]
+    assert [list(e.token_type_ids) for e in encoded] == [e.token_type_ids for e in expected]
 
 
 @needs_minilm
@@ -859,7 +859,7 @@ def test_token_ids_equal_hugging_face():
 def test_wordpiece_ids(text, ids):
     """Compare token ids with those of BertTokenizer in transformers 5.23.0."""
     encoded, = data.encode([data.Example(text, None, 0)], MINILM, 128)
-    assert encoded.input_ids == [101, *ids, 102]
+    assert list(encoded.input_ids) == [101, *ids, 102]
 
 
 @pytest.mark.parametrize("tokenizer_config, ids", [
@@ -873,7 +873,7 @@ def test_casing(tmp_path, tokenizer_config, ids):
     if tokenizer_config:
         (bert / "tokenizer_config.json").write_text(tokenizer_config)
     encoded, = data.encode([data.Example("Good films", "the Films", 1)], bert, 16)
-    assert encoded.input_ids == ids
+    assert list(encoded.input_ids) == ids
 
 
 def test_token_types_of_a_pair(tmp_path):
@@ -881,7 +881,7 @@ def test_token_types_of_a_pair(tmp_path):
     bert = write_tiny_bert(tmp_path)
     (bert / "tokenizer_config.json").write_text('{"do_lower_case": true}')
     encoded, = data.encode([data.Example("Good films", "the Films", 1)], bert, 16)
-    assert encoded.token_type_ids == [0, 0, 0, 0, 1, 1, 1]
+    assert list(encoded.token_type_ids) == [0, 0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("second_text", [
@@ -901,7 +901,54 @@ def test_truncation_shortens_the_longer_text(tmp_path):
     (bert / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     pair = data.Example("bad bad bad bad bad bad", "not not", 1)
     encoded, = data.encode([pair], bert, 8)
-    assert encoded.input_ids == [2, 6, 6, 6, 3, 7, 7, 3]
+    assert list(encoded.input_ids) == [2, 6, 6, 6, 3, 7, 7, 3]
+
+
+@pytest.mark.parametrize("newline, last", [
+    pytest.param(b"\n", b"", id="no-last-newline"),
+    pytest.param(b"\r\n", b"\r\n", id="crlf"),
+    pytest.param(b"\r\n", b"", id="crlf-without-a-last-newline"),
+])
+def test_line_ends_of_a_vocabulary(tmp_path, newline, last):
+    """A vocab.txt with other line ends gives the same tokens and ids."""
+    bert = write_tiny_bert(tmp_path)
+    expected = data.load_tokenizer(bert).get_vocab()
+    assert expected["##s"] == 11
+    lines = (bert / "vocab.txt").read_bytes().splitlines()
+    (bert / "vocab.txt").write_bytes(newline.join(lines) + last)
+    assert data.load_tokenizer(bert).get_vocab() == expected
+
+
+def test_many_examples_are_tokenized_in_portions(tmp_path, monkeypatch):
+    """2,500 examples get the tokens that each of them gets, in arrays of 4-byte numbers.
+
+    At most 1,000 large encodings of the tokenizers library exist together.
+    """
+    bert = write_tiny_bert(tmp_path)
+    load_tokenizer = data.load_tokenizer
+    portions = []
+
+    class Tokenizer:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def encode_batch(self, texts):
+            portions.append(len(texts))
+            return self.tokenizer.encode_batch(texts)
+
+    monkeypatch.setattr(data, "load_tokenizer", lambda path: Tokenizer(load_tokenizer(path)))
+    examples = [data.Example("good " * (i % 7), "bad", i) for i in range(2500)]
+    encoded = data.encode(examples, bert, 16)
+    assert portions == [1000, 1000, 500]
+    assert [example.label for example in encoded] == list(range(2500))
+    for i in (0, 6, 999, 1000, 2499):
+        ids = [2, *[5] * (i % 7), 3, 6, 3]
+        assert list(encoded[i].input_ids) == ids
+        assert list(encoded[i].token_type_ids) == [0] * (len(ids) - 2) + [1, 1]
+        assert encoded[i].input_ids.itemsize == 4
 
 
 def thousand_examples():
@@ -1063,6 +1110,35 @@ def test_compute_metrics():
         "matthews": pytest.approx(100 * 2 / 12 ** 0.5)}
     scores = data.compute_metrics("pearson+spearman", np.array([1., 2]), logits[:2, :1])
     assert set(scores) == {"score", "pearson", "spearman"}
+
+
+@pytest.mark.parametrize("num_labels, fitting", [
+    pytest.param(0, ["pearson", "spearman"], id="regression"),
+    pytest.param(2, ["accuracy", "f1", "matthews"], id="two-labels"),
+    pytest.param(3, ["accuracy"], id="three-labels"),
+])
+def test_metrics_that_fit(num_labels, fitting):
+    """A sum of metrics is accepted if compute_metrics can compute it, and else refused.
+
+    The score is the mean of its parts. The message lists the metrics that fit.
+    """
+    label_names = ("no", "yes", "maybe")[:num_labels]
+    logits = np.array([[1.0, 0, 0], [0, 2, 1], [3, 1, 2], [0, 1, 2]])[:, :num_labels or 1]
+    for count in (1, 2):
+        for names in itertools.combinations(
+                ["accuracy", "f1", "matthews", "pearson", "spearman"], count):
+            metric = "+".join(names)
+            if set(names) <= set(fitting):
+                assert data.check_metric(metric, label_names) == metric
+                values = data.compute_metrics(metric, np.array([0, 1, 1, 0]), logits)
+                mean = sum(values[name] for name in names) / count
+                assert values["score"] == pytest.approx(mean)
+            else:
+                with pytest.raises(UserError, match=", ".join(fitting)):
+                    data.check_metric(metric, label_names)
+    for metric in ("", "acc", fitting[0] + "+"):
+        with pytest.raises(UserError, match="does not fit"):
+            data.check_metric(metric, label_names)
 
 
 @pytest.mark.parametrize("value", [
@@ -2047,6 +2123,63 @@ def test_eval_gives_shares_of_the_super_bert(in_sub_bert_dir, capsys):
     assert "x)" not in printed
 
 
+def test_data_that_has_moved(in_trained_dir, monkeypatch, capsys):
+    """A search with --data gives the winner that a search in the old place gives.
+
+    It can be resumed after a second move. Its sub-BERT finds the data in the new place.
+    """
+    assert yoco.main([*SEARCH, "--out", "old"]) == 0
+    os.rename("tiny", "second")
+    send_signal_in_step(monkeypatch, 3)
+    new = [*SEARCH, "--model", "superbert/tiny", "--out", "new"]
+    assert yoco.main([*new, "--data", "second"]) == 128 + signal.SIGTERM
+    os.rename("second", "third")
+    assert yoco.main([*new, "--data", "third", "--resume"]) == 0
+    assert read_results("new") == read_results("old")
+    assert read_log_lines("new") == read_log_lines("old")
+    facts = read_facts("new")
+    assert facts.pop("data") == "third"
+    assert facts.items() <= read_facts("old").items()
+    capsys.readouterr()
+    assert yoco.main(["eval", "--model", "new", *CPU]) == 0
+    assert f"score {facts['dev']['score']:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cola", [
+    pytest.param(False, id="plain-format"),
+    pytest.param(True, id="format-of-cola"),
+])
+def test_eval_needs_only_dev(in_sub_bert_dir, capsys, cola):
+    """Compare eval on a directory with only dev.tsv with the search's result.
+
+    The metric is that of the model, in the format of CoLA, too. The baseline comes from
+    the training. Without it, in an older run.json, the output does not mention it.
+    """
+    facts = read_facts(SUB_BERT)
+    header, *rows = [line.split("\t")
+                     for line in Path("tiny/dev.tsv").read_text().splitlines()]
+    train_labels = [line[-1] for line in Path("tiny/train.tsv").read_text().splitlines()[1:]]
+    answer = max("01", key=train_labels.count)
+    baseline = 100 * sum(label == answer for _, label in rows) / len(rows)
+    shutil.rmtree("tiny")
+    if cola:
+        write_tsv(Path("other/dev.tsv"), *[["g", label, "", text] for text, label in rows])
+    else:
+        write_tsv(Path("other/dev.tsv"), header, *rows)
+    words = ["eval", "--model", SUB_BERT, "--data", "other", *CPU]
+    assert yoco.main(words) == 0
+    printed = capsys.readouterr().out
+    accuracy = facts["dev"]["accuracy"]
+    assert f"  score {accuracy:.2f}  accuracy {accuracy:.2f}  f1 (of 1) " in printed
+    assert (f"on dev of other. Always giving the most frequent answer scores {baseline:.2f}\n"
+            in printed)
+
+    del facts["most_frequent"]
+    Path(SUB_BERT, "run.json").write_text(json.dumps(facts))
+    assert yoco.main(words) == 0
+    assert capsys.readouterr().out.endswith("\non dev of other\n")
+
+
 def test_use_in_python(in_sub_bert_dir):
     """Compare the accuracy of the model in Python with the one in run.json."""
     model, encode = data.load(SUB_BERT)
@@ -2064,6 +2197,47 @@ def test_use_in_python_refuses_unequal_lists(in_sub_bert_dir):
         encode(["good", "bad"], "ab")
 
 
+class Series:
+    """A sequence like a pandas Series: it has a length, and its truth value is an error."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __iter__(self):
+        return iter(self.values)
+
+    def __bool__(self):
+        raise ValueError("the truth value of a Series is ambiguous")
+
+
+@pytest.mark.parametrize("sequence", [
+    pytest.param(tuple, id="tuple"),
+    pytest.param(np.array, id="array"),
+    pytest.param(lambda texts: np.array(texts, object), id="array-of-objects"),
+    pytest.param(Series, id="series"),
+])
+def test_use_in_python_of_any_sequence(in_sub_bert_dir, sequence):
+    """A sequence of first or second texts gives the tensors of a list.
+
+    A text of NumPy is a single text. Sequences of unequal length and empty ones are refused.
+    """
+    _, encode = data.load(SUB_BERT)
+    first, second = ["good film", "bad"], ["not", "very bad film"]
+    for texts in ([first], [first, second]):
+        expected = encode(*texts)
+        assert expected[0].shape[0] == 2
+        for actual, tensor in zip(encode(*map(sequence, texts)), expected, strict=True):
+            assert torch.equal(actual, tensor)
+    for actual, tensor in zip(encode(np.str_("good"), np.str_("bad")), encode("good", "bad")):
+        assert torch.equal(actual, tensor)
+    for texts in ([first, second[:1]], [[]]):
+        with pytest.raises(UserError, match="as many second texts"):
+            encode(*map(sequence, texts))
+
+
 def test_use_in_python_of_a_missing_directory(tmp_path):
     """The message names the kind of directory that is needed, not a download."""
     with pytest.raises(UserError, match="nope/config.json does not exist: name a directory "
@@ -2072,19 +2246,17 @@ def test_use_in_python_of_a_missing_directory(tmp_path):
 
 
 @pytest.mark.parametrize("found, message", [
-    pytest.param(dict(pairs=True, task="RTE", labels=("a", "b"), metric="accuracy"), None,
-                 id="same"),
+    pytest.param(dict(pairs=True, task="RTE", labels=("a", "b")), None, id="same"),
     pytest.param(dict(pairs=True, task="own"), None, id="own-data"),
     pytest.param(dict(pairs=True, task="rte"), None, id="another-spelling"),
     pytest.param(dict(pairs=False), "one text", id="single-texts"),
     pytest.param(dict(pairs=True, task="MRPC"), "the task is MRPC", id="another-task"),
     pytest.param(dict(pairs=True, labels=("b", "a")), "the labels are", id="another-order"),
     pytest.param(dict(pairs=True, labels=()), "the labels are", id="regression"),
-    pytest.param(dict(pairs=True, metric="accuracy+f1"), "the metric is", id="another-metric"),
 ])
 def test_data_must_fit_the_model(found, message):
-    """Data with other texts, labels, task or metric than the training's is refused."""
-    training = dict(pairs=True, task="RTE", labels=("a", "b"), metric="accuracy")
+    """Data with other texts, labels or task than the training's is refused."""
+    training = dict(pairs=True, task="RTE", labels=("a", "b"))
     if message is None:
         data.check_fit("here", training, **found)
         return
@@ -2441,10 +2613,45 @@ def test_regression(in_data_dir, capsys):
     assert prediction == (pytest.approx(logit, abs=1e-6), {})
 
 
-def test_mnli_and_flops(in_data_dir):
+@pytest.mark.parametrize("metric, parts", [
+    pytest.param("f1", ["f1"], id="f1"),
+    pytest.param("accuracy+matthews", ["accuracy", "matthews"], id="sum"),
+])
+def test_metric_of_your_own(in_data_dir, capsys, metric, parts):
+    """train, search and eval use --metric as the score. The output names the class of F1.
+
+    F1 is that of `yes`, the second label in sorted order.
+    """
+    for name in ("train", "dev"):
+        path = Path("tiny", f"{name}.tsv")
+        text = path.read_text().replace("\t1\n", "\tyes\n").replace("\t0\n", "\tno\n")
+        path.write_text(text)
+    assert yoco.main([*TRAIN, "--metric", metric]) == 0
+    assert yoco.main(SEARCH) == 0
+    trained, found = read_facts("superbert/tiny"), read_facts(SUB_BERT)
+    assert trained["metric"] == found["metric"] == metric
+    for values in (trained["holdout"]["largest"], trained["holdout"]["smallest"], found["dev"]):
+        mean = sum(values[part] for part in parts) / len(parts)
+        assert values["score"] == pytest.approx(mean)
+    capsys.readouterr()
+    assert yoco.main(["eval", "--model", SUB_BERT, *CPU]) == 0
+    printed = capsys.readouterr().out
+    assert f"  score {found['dev']['score']:.2f}  accuracy" in printed
+
+    # The F1 of `yes`, from the predictions.
+    model, encode = data.load(SUB_BERT)
+    rows = [line.split("\t") for line in Path("tiny/dev.tsv").read_text().splitlines()[1:]]
+    indices = model(*encode([text for text, _ in rows])).argmax(1).tolist()
+    predicted = [("no", "yes")[i] for i in indices]
+    hits = sum(label == name == "yes" for (_, label), name in zip(rows, predicted))
+    total = predicted.count("yes") + sum(label == "yes" for _, label in rows)
+    assert f"  f1 (of yes) {200 * hits / total:.2f}  " in printed
+
+
+def test_mnli_and_flops(in_data_dir, capsys):
     """Train and search on MNLI's two dev sets: the score is their mean.
 
-    The budget in FLOPs is kept.
+    The budget in FLOPs is kept. eval needs only the two dev files.
     """
     rng = np.random.default_rng(0)
     for name in ("train", "dev_matched", "dev_mismatched"):
@@ -2461,6 +2668,10 @@ def test_mnli_and_flops(in_data_dir):
     config = BertConfig.load("tiny")
     assert np.isclose(dev["score"], (dev["accuracy"] + dev["accuracy_mismatched"]) / 2)
     assert facts["flops"] < count_flops(config, config.arch) / 2
+    Path("tiny/train.tsv").unlink()
+    assert yoco.main(["eval", "--model", "subbert/tiny-0.5x-flops", *CPU]) == 0
+    assert (f"accuracy_mismatched {dev['accuracy_mismatched']:.2f}"
+            in capsys.readouterr().out)
 
 
 def test_texts_as_long_as_the_positions(in_data_dir):
@@ -3045,6 +3256,11 @@ SEARCH_PARAMS = ["search", "--max-params"]
     pytest.param(["train", "--lr", "inf"], ["--lr"], id="infinite-rate"),
     pytest.param(["train", "--holdout", "1"], ["--holdout"], id="everything-held-out"),
     pytest.param(
+        [*TRAIN_TINY, "--metric", "pearson", "--out", "new"],
+        ["--metric pearson does not fit data with 2 labels: choose one of accuracy, f1, "
+         "matthews, or a sum with +"],
+        id="metric-of-a-regression"),
+    pytest.param(
         ["train", "--strategy", "greedy"],
         ["'ee', 'exploit', 'explore', 'noise'"],
         id="unknown-strategy"),
@@ -3118,8 +3334,16 @@ SEARCH_PARAMS = ["search", "--max-params"]
         id="search-an-untrained-model"),
     pytest.param(
         [*SEARCH_PARAMS, "0.5x", "--model", "moved"],
-        ["gone/train.tsv does not exist"],
+        ["gone does not exist: if the data has moved, name its directory with --data"],
         id="search-without-its-data"),
+    pytest.param(
+        [*SEARCH_PARAMS, "0.5x", "--model", "moved", "--data", "names"],
+        ["names/train.tsv is not the file that moved was trained on"],
+        id="search-with-other-data"),
+    pytest.param(
+        [*SEARCH_PARAMS, "0.5x", "--model", "moved", "--data", "lost"],
+        ["lost/train.tsv does not exist"],
+        id="search-with-a-misspelt-directory"),
     pytest.param(
         [*SEARCH_PARAMS, "0.5x", "--model", "subbert/tiny-0.9x"],
         ["nothing to search"],
@@ -3141,16 +3365,20 @@ SEARCH_PARAMS = ["search", "--max-params"]
         id="eval-an-untrained-model"),
     pytest.param(
         ["eval", "--model", "superbert/tiny", "--data", "names"],
-        ["('0', '1')", "('no', 'yes')"],
+        ["names/dev.tsv, line 2: label 'yes' is not one of 0, 1"],
         id="eval-on-other-labels"),
     pytest.param(
+        ["eval", "--model", "superbert/tiny", "--data", "scores"],
+        ["scores/dev.tsv does not fit superbert/tiny: the labels are (), but", "('0', '1')"],
+        id="eval-on-scores"),
+    pytest.param(
         ["eval", "--model", "superbert/tiny", "--data", "pairs"],
-        ["the data of pairs does not fit superbert/tiny: two texts", "single texts"],
+        ["pairs/dev.tsv does not fit superbert/tiny: two texts", "single texts"],
         id="eval-on-pairs"),
     pytest.param(
-        ["eval", "--model", "superbert/tiny", "--data", "cola"],
-        ["the data of CoLA", "the metric is matthews", "trained for accuracy"],
-        id="eval-by-another-metric"),
+        ["eval", "--model", "moved"],
+        ["gone does not exist: if the data has moved, name its directory with --data"],
+        id="eval-without-its-data"),
 ])
 def test_bad_commands_are_refused(trained_project, in_trained_dir, capsys, words, parts):
     """A bad command is refused in one line, changes no file, and starts no run."""
@@ -3162,11 +3390,10 @@ def test_bad_commands_are_refused(trained_project, in_trained_dir, capsys, words
     names = in_trained_dir / "names"
     write_tsv(names / "train.tsv", HEADER, ["good", "yes"], ["bad", "no"])
     write_tsv(names / "dev.tsv", HEADER, ["good", "yes"])
+    write_tsv(in_trained_dir / "scores" / "dev.tsv", ["sentence", "score"], ["good", "1"])
     for name in ("train", "dev"):
         write_tsv(in_trained_dir / "pairs" / f"{name}.tsv", ["sentence1", "sentence2", "label"],
                   ["good", "good", "1"], ["good", "bad", "0"])
-        write_tsv(in_trained_dir / "cola" / f"{name}.tsv",
-                  ["g", "1", "", "good"], ["g", "0", "*", "bad"])
 
     before = read_all_files()
     assert_refused(capsys, words, *parts)

@@ -338,7 +338,7 @@ def train(settings):
     W and theta minimise the expected loss of an architecture sampled from P_theta (Eq. 1, Eq. 3).
     """
     # Set up the data, the weights W, the distribution P_theta, and the stages.
-    task = data.load_task(settings.data)
+    task = data.load_task(settings.data, settings.metric)
     settings = resolve_defaults(settings, task.name)
     run = RunDirectory(settings, settings.data, settings.bert, task=task.name)
     device, autocast = select_device_and_precision(settings.device, settings.precision)
@@ -818,6 +818,7 @@ def finish_training(run, state, task, sets, device, autocast, **facts):
     save_bert(model, run.path, sets.tokenizer)
     result = run.write_result(
         device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
+        most_frequent=data.most_frequent_label(task),
         data=run.settings.data, train=sets.train_file, held_out=sets.holdout_split,
         lr=run.settings.lr, max_length=sets.max_length, theta=theta, holdout=scores, **facts)
     for name, score in scores.items():
@@ -883,7 +884,8 @@ def print_progress(text):
 # ---- Setting up a search, and writing what it chose ----------------------------------------------
 
 # The run.json of a sub-BERT repeats these fields from the run.json of its super-BERT.
-INHERITED_FACTS = ("task", "metric", "pairs", "data", "train", "held_out", "max_length")
+INHERITED_FACTS = ("task", "metric", "pairs", "most_frequent", "data", "train", "held_out",
+                   "max_length")
 
 
 @dataclasses.dataclass
@@ -911,7 +913,9 @@ def open_search(settings):
     """Read the super-BERT and its data, and open one run directory per budget."""
     device, autocast = select_device_and_precision(settings.device, settings.precision)
     superbert = settings.model or latest_superbert()
-    superbert_run, task = read_superbert(superbert)
+    superbert_run, task = read_superbert(superbert, settings.data)
+    # The log and run.json fingerprint the data. Its place may change before a --resume.
+    settings = dataclasses.replace(settings, data=None)
     model = data.load_trained(superbert, task).to(device)
     space = SearchSpace.for_config(model.config)
 
@@ -931,7 +935,9 @@ def open_search(settings):
     # Open one run per budget. Read back the scores and costs that an interrupted search
     # has logged.
     kind, settings_per_budget = budgets_from_settings(settings, superbert)
-    facts = {name: superbert_run[name] for name in (*INHERITED_FACTS, "theta")}
+    # A resumed search may find its data in another place.
+    facts = {name: superbert_run.get(name) for name in (*INHERITED_FACTS, "theta")
+             if name != "data"}
     runs = [RunDirectory(run_settings, superbert_run["data"], superbert, **facts)
             for run_settings in settings_per_budget.values()]
     measure = cost_function(kind, model, autocast)
@@ -981,7 +987,7 @@ def write_sub_bert(setup, run, budget, best):
     evaluations_run = len(read_log(run.path)) - 1
     full_params, full_flops = full_sizes(config)
     run.write_result(
-        setup.device, setup.autocast, **{name: trained[name] for name in INHERITED_FACTS},
+        setup.device, setup.autocast, **{name: trained.get(name) for name in INHERITED_FACTS},
         superbert=setup.superbert, unit=setup.unit, budget=budget,
         cost=setup.costs[best], full_cost=setup.costs[setup.space.largest()],
         arch=best._asdict(), selected_on=setup.settings.select_on,
@@ -1111,8 +1117,9 @@ def evaluate(settings):
         raise UserError("name a model with --model, for example subbert/MRPC-60000000")
     device, autocast = select_device_and_precision(settings.device, settings.precision)
     run = read_run(settings.model)
-    task = data.load_task(settings.data or run["data"])
-    model = data.load_trained(settings.model, task).to(device)
+    check_data_exists(run["data"], settings.data)
+    task = data.load_dev(settings.data or run["data"], settings.model)
+    model = load_bert(settings.model).to(device)
     dev_sets = [data.encode(examples, settings.model) for examples in task.devs]
     evaluate_arch = data.make_evaluator(model, dev_sets, task.metric, device, autocast)
     measure = cost_function("latency", model, autocast)
@@ -1128,8 +1135,12 @@ def evaluate(settings):
                    f"  {scores}\n"
                    f"  latency {measure(arch):.2f} ms for one sequence of at most "
                    f"128 tokens on {device_name(device)}")
-    print_line(f"on dev of {task.name}. Always giving {constant_answer(model.config)} "
-               f"scores {data.majority_baseline(task):.2f}")
+    baseline = ""
+    # An older run.json of train does not name the most frequent label.
+    if not task.labels or run.get("most_frequent"):
+        score = data.majority_baseline(task, name=run.get("most_frequent"))
+        baseline = f". Always giving {constant_answer(model.config)} scores {score:.2f}"
+    print_line(f"on dev of {settings.data or task.name}{baseline}")
 
 
 def reference_archs(space, theta):
@@ -1157,7 +1168,10 @@ def format_scores(config, arch, scores, shares_of):
     for size, unit, full_size in zip(sizes, ("parameters", "FLOPs"), shares_of):
         share = f" ({size / full_size:.3f}x)" if full_size else ""
         texts.append(f"{format_cost(size, unit)} {unit}{share}")
-    texts += [f"{name} {value:.2f}" for name, value in scores.items()]
+    for name, value in scores.items():
+        # compute_metrics computes the F1 of the second label.
+        label = f" (of {config.labels[1][:40]})" if name == "f1" else ""
+        texts.append(f"{name}{label} {value:.2f}")
     return "  ".join(texts)
 
 
@@ -1689,7 +1703,7 @@ def is_scores(value):
 # The check of every field of a run.json or a log.jsonl that a program reads.
 LEGAL_FIELDS = {
     # in both files
-    "settings": lambda value: isinstance(value, dict) and is_text(value.get("data", "")),
+    "settings": lambda value: isinstance(value, dict) and is_text(value.get("data") or ""),
     "theta": is_theta,
     "cost": is_positive,
     # in a log
@@ -1709,6 +1723,7 @@ LEGAL_FIELDS = {
     "train": is_text,
     "held_out": is_holdout_split,
     "max_length": is_size,
+    "most_frequent": lambda value: value is None or is_text(value),
     # in the run.json of a sub-BERT
     "superbert": is_text,
     "unit": lambda value: value in UNITS.values(),
@@ -1731,23 +1746,41 @@ def check_fields(record):
             raise ValueError(f"{name} is {value!r:.50}")
 
 
-def read_superbert(directory):
+def read_superbert(directory, data_dir=None):
     """Return the run.json and the task of a super-BERT that can be searched.
 
-    Raises UserError if it is a single architecture, or if train.tsv has changed.
+    data_dir: the directory of its data, if the data has moved. It becomes run["data"].
+    Raises UserError if the super-BERT is a single architecture, or if train.tsv is
+    another one.
     """
     run = read_run(directory)
     if run["settings"].get("stages", "largest") == "largest":
         raise UserError(f"{directory} is a single architecture, so there is nothing to "
                         "search: name a super-BERT")
-    task = data.load_task(run["data"])
-    if run["train"] != fingerprint(f"{run['data']}/train.tsv"):
-        raise UserError(f"{run['data']}/train.tsv has changed since {directory} was "
-                        "trained, so its hold-out set is lost: train again")
-    if (run["metric"], run["pairs"]) != (task.metric, task.pairs):
-        raise UserError(f"{directory}/run.json is damaged: its data has the metric "
-                        f"{task.metric}, and pairs is {task.pairs}")
+    check_data_exists(run["data"], data_dir)
+    run["data"] = data_dir or run["data"]
+    train_path = Path(run["data"], "train.tsv")
+    if train_path.exists() and run["train"] != fingerprint(train_path):
+        if data_dir:
+            raise UserError(f"{train_path} is not the file that {directory} was trained "
+                            "on: name the directory of that file with --data")
+        raise UserError(f"{train_path} has changed since {directory} was trained, so its "
+                        "hold-out set is lost: train again")
+    task = data.load_task(run["data"], run["metric"])
+    if run["pairs"] != task.pairs:
+        raise UserError(f"{directory}/run.json is damaged: pairs is {run['pairs']}, but its "
+                        f"data has pairs: {task.pairs}")
     return run, task
+
+
+def check_data_exists(trained_on, data_dir):
+    """Raise UserError if the data has moved and --data does not name its new directory.
+
+    trained_on: the directory in run.json. data_dir: that of --data, or None.
+    """
+    if not data_dir and not Path(trained_on).exists():
+        raise UserError(f"{trained_on} does not exist: if the data has moved, name its "
+                        "directory with --data")
 
 
 def latest_superbert():
@@ -2028,6 +2061,11 @@ class RunSettings(Settings):
 class TrainSettings(RunSettings):
     """Fine-tune a super-BERT on a data directory."""
     data: str = setting("glue/TOY", "The directory with train.tsv and dev.tsv.")
+    metric: str = setting(
+        None, "The metric that search maximises. A sum such as accuracy+f1 means the "
+              "mean. accuracy is for labels. f1 and matthews are for two labels, and f1 "
+              "is that of the second label in sorted order. pearson and spearman are for "
+              "scores. Default: the metric of the task.")
     bert: str = setting(
         "", "The directory of the pretrained BERT. Default: the data directory if it "
             "has a config.json, otherwise bert-base-uncased.")
@@ -2074,6 +2112,8 @@ class SearchSettings(RunSettings):
     model: str = setting(
         "", "The super-BERT's directory. Default: the one in superbert/ that was "
             "finished last.")
+    data: str = setting(
+        None, "The directory of the super-BERT's data, if it has moved since the training.")
     out: str = setting(
         "", "The directory to write. With several budgets, each gets a directory in it. "
             "Default: subbert/<name>-<budget>.")
@@ -2102,7 +2142,7 @@ class EvalSettings(Settings):
     """
     model: str = setting("", "The directory that train or search wrote.")
     data: str = setting(
-        "", "The data directory. Default: the one that the model was trained on.")
+        "", "The directory with dev.tsv. Default: the one that the model was trained on.")
 
 
 COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),

@@ -398,8 +398,9 @@ def assert_same_ids(transformers, bert_dir):
         expected = tokenizer(*inputs, truncation=True, max_length=40)
         encoded = data.encode([example], bert_dir, 40)[0]
         no_types = [0] * len(encoded.input_ids)
-        assert encoded.input_ids == expected["input_ids"], example
-        assert encoded.token_type_ids == expected.get("token_type_ids", no_types)
+        assert list(encoded.input_ids) == expected["input_ids"], example
+        types = expected.get("token_type_ids", no_types)
+        assert list(encoded.token_type_ids) == types
 
 
 @pytest.fixture
