@@ -165,6 +165,24 @@ def state_for_torch(layer):
     return state
 
 
+def test_initial_weights():
+    """A new model has normal weights of the configuration's size, and biases of 0.
+
+    LayerNorms begin as the identity.
+    """
+    torch.manual_seed(0)
+    for name, weight in ElasticBert(small_config(initializer_range=0.05), 3).named_parameters():
+        if name.endswith("bias"):
+            assert not weight.any()
+        elif "norm" in name:
+            assert (weight == 1).all()
+        else:
+            # Five standard deviations of the mean and of the standard deviation.
+            tolerance = 5 * 0.05 / weight.numel() ** 0.5
+            assert abs(weight.mean()) < tolerance
+            assert abs(weight.std() - 0.05) < tolerance
+
+
 def test_equals_torch_transformer():
     """Compare the full model with torch.nn.TransformerEncoder, given the same weights.
 
@@ -402,9 +420,12 @@ def test_architectures_outside_the_space_are_refused(arch):
     pytest.param(Arch((0,), (8,)), id="no-heads"),
 ])
 def test_architectures_larger_than_the_model_are_refused(arch):
-    """The model refuses an architecture that does not fit into its weights."""
+    """forward and extract refuse an architecture that does not fit into the weights."""
+    model = small_model()
     with pytest.raises(UserError, match="does not fit"):
-        small_model()(*small_batch(), arch)
+        model(*small_batch(), arch)
+    with pytest.raises(UserError, match="does not fit"):
+        extract(model, arch)
 
 
 def test_search_space_of_a_minimal_bert():
@@ -723,9 +744,16 @@ def test_token_batches():
 
 
 def test_collate():
-    """A batch is padded to one length, and its mask marks the tokens."""
+    """A batch is padded to one length, and its mask marks the tokens.
+
+    The length is a multiple of 8, but not above the positions of the model.
+    """
     examples = thousand_examples()
     ids, token_types, mask, labels = data.collate(examples, [3, 1])
+    longest = int(mask.sum(1).max())
+    assert longest % 8
+    assert ids.shape == (2, longest + 8 - longest % 8)
+    assert data.collate(examples, [3, 1], max_positions=longest)[0].shape == (2, longest)
     assert mask.sum(1).tolist() == [len(examples[i].input_ids) for i in labels.tolist()]
     assert ids.shape == mask.shape
     assert token_types.shape == mask.shape
@@ -761,6 +789,19 @@ def test_holdout_of_nothing_and_of_little():
     """
     assert split_and_check([0, 1] * 50, 0) == []
     assert len(split_and_check([0, 1])) == 1
+
+
+@pytest.mark.parametrize("labels", [
+    pytest.param([0, 1], id="2-labels"),
+    pytest.param([0, 1, 0, 1], id="4-labels"),
+    pytest.param([0.5, 1.5, 2.5], id="3-scores"),
+])
+def test_holdout_leaves_an_example_to_train_on(labels):
+    """A fraction of 0.99 would round to all examples, but one of them is left."""
+    examples = [data.Example("a", None, label) for label in labels]
+    train, holdout = data.split_holdout(examples, 0.99, 0)
+    assert len(train) == 1
+    assert len(holdout) == len(labels) - 1
 
 
 def test_holdout_of_scores():
@@ -902,6 +943,7 @@ def test_expected_gradient():
     pytest.param([4, 1, 3, 2], [-1, 1, 0, 0], id="4-samples"),
     pytest.param([1, 1, 3, 2], [.5, .5, -1, 0], id="4-best-tied"),
     pytest.param([-1, -1, -1, -5], [-1/3] * 3 + [1], id="4-worst-tied-negative"),
+    pytest.param([1, 2, 3, 4, 5], [.5, .5, 0, -.5, -.5], id="5-samples"),
     pytest.param([1, 2, 3, 4, 5, 6], [.5, .5, 0, 0, -.5, -.5], id="6-samples"),
     pytest.param([1, 2, 2, 4, 5, 6], [.5, .25, .25, 0, -.5, -.5], id="6-tied"),
     pytest.param([0.0, -0.0], [0, 0], id="2-zeros-of-both-signs"),
@@ -1223,6 +1265,8 @@ def test_epochs_of_the_authors(task, epochs):
     space = SearchSpace.for_config(BertConfig())
     stages = yoco.make_stages(space, task, 10)
     assert sum(s.num_steps for s in stages[1:]) == 10 * epochs
+    # The stage of the largest architecture is as long as the last one.
+    assert stages[0].num_steps == stages[-1].num_steps
 
 
 def test_samples_lie_in_the_open_space():
@@ -1722,6 +1766,71 @@ def test_learning(in_data_dir):
         "largest": 100, "most likely": 100, "smallest": 100}
 
 
+def test_schedule_of_a_training(in_data_dir, monkeypatch):
+    """Compare what each step of a training does with Algorithm 1.
+
+    54 of the 60 texts are left to train on, so an epoch has 54 steps. 1.17 epochs have 63
+    steps, 9 for each of the 7 stages of this BERT. I is 5% of an epoch, rounded down: 2.
+    """
+    step, log_and_checkpoint = Categorical.step, yoco.log_and_checkpoint
+    rhos = []                           # rho / rho_max when a step begins
+    steps, saved = [], []
+
+    def record_rho(self, *args):
+        rhos.append(yoco.exploit_probability(self))
+        step(self, *args)
+
+    def record_step(run, state, *args):
+        open_choices = [int((theta > 0).sum()) for theta in state.P.theta]
+        adam_steps = state.adam.state[state.model.pooler.weight]["step"].item()
+        rate = state.adam.param_groups[0]["lr"]
+        steps.append((state.K, open_choices, adam_steps, rate))
+        log_and_checkpoint(run, state, *args)
+
+    monkeypatch.setattr(Categorical, "step", record_rho)
+    monkeypatch.setattr(yoco, "log_and_checkpoint", record_step)
+    monkeypatch.setattr(yoco, "save", lambda run, state: saved.append(state.step))
+    words = ["--epochs", "1.17", "--batch-size", "1", "--checkpoint-every", "30"]
+    assert yoco.main(TRAIN + words) == 0
+
+    # The open choices of the depth, and of each of the two layers.
+    opened = [[1, 1, 1], [1, 2, 2], [1, 3, 3], [1, 6, 6], [1, 9, 9], [1, 12, 12], [2, 12, 12]]
+    assert len(steps) == len(rhos) == 63
+    K = None
+    for t, (rho, facts) in enumerate(zip(rhos, steps)):
+        stage, t_in_stage = divmod(t, 9)
+        if t_in_stage == 0 or t % 2 == 0:
+            K = rho
+        # Every stage has a new Adam, and a learning rate that falls to 0.
+        rate = 1e-3 * (1 - t_in_stage / 9)
+        assert facts == (K, opened[stage], t_in_stage + 1, pytest.approx(rate))
+    assert sum(K != rho for rho, (K, *_) in zip(rhos, steps)) >= 10
+    assert saved == [30, 60, 63]
+
+
+@pytest.mark.parametrize("strategy", ["ee", "noise"])
+def test_theta_gets_the_losses(in_data_dir, monkeypatch, strategy):
+    """theta gets the losses that were computed, in their order unless they are noise."""
+    weight_gradient, step = yoco.weight_gradient, Categorical.step
+    computed, used = [], []
+
+    def record_computed(*args):
+        losses = weight_gradient(*args)
+        computed.append([loss.item() for loss in losses])
+        return losses
+
+    def record_used(self, samples, losses, *args):
+        used.append(list(losses))
+        step(self, samples, losses, *args)
+
+    monkeypatch.setattr(yoco, "weight_gradient", record_computed)
+    monkeypatch.setattr(Categorical, "step", record_used)
+    assert yoco.main(TRAIN + ["--strategy", strategy]) == 0
+    assert len(used) > 20
+    assert [sorted(losses) for losses in used] == [sorted(losses) for losses in computed]
+    assert (used == computed) == (strategy == "ee")
+
+
 def test_theta_follows_the_distribution_that_was_sampled(in_data_dir, monkeypatch):
     """`train` tells the step of theta which distribution has sampled the architectures."""
     sample, step = Categorical.sample, Categorical.step
@@ -1806,10 +1915,23 @@ def test_options_change_the_training(trained_project, in_data_dir, options, thet
     pytest.param("explore", 0.0, id="explore"),
     pytest.param("exploit", 1.0, id="exploit"),
 ])
-def test_strategies_with_constant_controller(in_data_dir, strategy, K):
-    """K is always 0 if the strategy is to explore, and always 1 if it is to exploit."""
+def test_strategies_with_constant_controller(in_data_dir, monkeypatch, strategy, K):
+    """K is always 0 if the strategy is to explore, and always 1 if it is to exploit.
+
+    Only P_theta is sampled if K is 1. Otherwise every step samples a new pi.
+    """
+    sample, samplers = Categorical.sample, []
+
+    def record_and_sample(self, rng):
+        samplers.append(self)
+        return sample(self, rng)
+
+    monkeypatch.setattr(Categorical, "sample", record_and_sample)
     assert yoco.main(TRAIN + ["--strategy", strategy]) == 0
     assert {line["K"] for line in read_log_lines("superbert/tiny")} == {K}
+    # Two architectures are sampled in every step.
+    num_distributions = len({id(sampler) for sampler in samplers})
+    assert num_distributions == (1 if K == 1 else len(samplers) / 2)
 
 
 def test_best_recipe(in_data_dir):
@@ -1940,6 +2062,65 @@ def test_many_budgets(in_data_dir, monkeypatch, capsys):
         assert facts["evaluations_run"] == len(read_log_lines(directory))
         assert facts["evaluations_asked"] == 20
     assert set(logged) == set(on_holdout)
+
+
+@pytest.fixture
+def search_by_score(in_data_dir, monkeypatch):
+    """Return a function that searches a BERT of six layers by a made-up score.
+
+    search(score, budget) samples 500 architectures, and returns the lines of the log. The
+    space has three million architectures, and theta is uniform when the search begins.
+    """
+    write_tiny_bert(in_data_dir / "tiny", num_hidden_layers=6, num_attention_heads=6)
+    assert yoco.main(TRAIN + ["--epochs", "0.1", "--strategy", "explore"]) == 0
+    assert SearchSpace.for_config(BertConfig.load("tiny")).size() > 3_000_000
+    words = ["search", "--evaluations", "500", "--archs-per-step", "6", *CPU]
+
+    def search(score, budget):
+        monkeypatch.setattr(
+            data, "make_evaluator", lambda *_: lambda arch: {"score": float(score(arch))})
+        assert yoco.main([*words, "--max-params", budget]) == 0
+        return read_log_lines(f"subbert/tiny-{budget}")
+
+    return search
+
+
+def test_search_finds_the_best(search_by_score):
+    """The search finds the one best architecture of three million with 500 samples.
+
+    The score counts the layers that have the heads and the FFN size of a target. It does
+    so because theta moves: late samples score much higher than early ones.
+    """
+    target = Arch((4, 2, 6, 2, 4), (6, 24, 4, 8, 6))
+
+    def score(arch):
+        num_equal = sum(a == b for a, b in zip(zip(*arch), zip(*target)))
+        return 10 * num_equal + 50 * (arch == target)
+
+    scores = [line["score"] for line in search_by_score(score, "0.9x")]
+    assert Arch(**read_facts("subbert/tiny-0.9x")["arch"]) == target
+    assert max(scores) == 100
+    assert np.mean(scores[-50:]) > 2 * np.mean(scores[:50])
+
+
+def test_search_moves_toward_the_budget(search_by_score):
+    """Compare the late samples of two searches that differ only in their budgets.
+
+    The larger an architecture, the higher its score. So without the reward of Eq. 7 both
+    searches would end near the full model.
+    """
+    config = BertConfig.load("tiny")
+    full = count_params(config, config.arch)
+
+    def score(arch):
+        return 50 + 50 * count_params(config, arch) / full
+
+    late_costs = {}                     # relative to the full model
+    for budget in ("0.4x", "0.85x"):
+        lines = search_by_score(score, budget)
+        late_costs[budget] = np.mean([line["cost"] for line in lines[-50:]]) / full
+    assert late_costs["0.4x"] < 0.55
+    assert late_costs["0.85x"] > 0.65
 
 
 def test_search_by_latency(in_trained_dir, monkeypatch):
