@@ -401,6 +401,26 @@ def test_search_space_choices():
     assert space.choices(Arch((4, 6), (8, 48))) == [0, 1, 11, None, None]
 
 
+@pytest.mark.parametrize("heads, ffn_sizes", [
+    pytest.param([], [], id="no-layer"),
+    pytest.param([4, 4], [8], id="one-ffn-size-for-two-layers"),
+])
+def test_an_arch_needs_both_sizes_of_each_layer(heads, ffn_sizes):
+    """An Arch without layers, or with lists of unequal length, is refused."""
+    with pytest.raises(UserError, match="for each layer"):
+        Arch(heads, ffn_sizes)
+
+
+@pytest.mark.parametrize("sizes", [
+    pytest.param(dict(layer_heads=[6, 4, 2, 2]), id="heads"),
+    pytest.param(dict(layer_ffn_sizes=[48, 8, 8, 8]), id="ffn-sizes"),
+])
+def test_a_sub_bert_has_no_search_space(sizes):
+    """A configuration with the heads or FFN sizes of each layer has one architecture."""
+    with pytest.raises(UserError, match="no search space"):
+        SearchSpace.for_config(small_config(**sizes))
+
+
 @pytest.mark.parametrize("arch", [
     pytest.param(Arch((4,), (8,)), id="one-layer"),
     pytest.param(Arch((5, 4), (8, 8)), id="five-heads"),
@@ -418,6 +438,7 @@ def test_architectures_outside_the_space_are_refused(arch):
     pytest.param(Arch((7,), (48,)), id="too-many-heads"),
     pytest.param(Arch((6,), (49,)), id="too-many-neurons"),
     pytest.param(Arch((0,), (8,)), id="no-heads"),
+    pytest.param(Arch((6,), (0,)), id="no-neurons"),
 ])
 def test_architectures_larger_than_the_model_are_refused(arch):
     """forward and extract refuse an architecture that does not fit into the weights."""
@@ -537,8 +558,8 @@ def test_mnli_other_columns_in_dev(tmp_path):
     assert task.dev_mismatched[0].label == 2
 
 
-def test_qqp_incomplete_rows(tmp_path):
-    """Read QQP's format: rows with too few columns are left out.
+def test_qqp_incomplete_rows(tmp_path, capsys):
+    """Read QQP's format: rows with too few columns are left out, and counted.
 
     The official file has a few of them.
     """
@@ -549,6 +570,8 @@ def test_qqp_incomplete_rows(tmp_path):
     write_tsv(tmp_path / "train.tsv", header, *rows)
     write_tsv(tmp_path / "dev.tsv", header, *rows)
     assert [example.label for example in data.load_task(tmp_path).train] == [0, 1]
+    # One row of train.tsv, and one of dev.tsv.
+    assert capsys.readouterr().out.count("ignored 1 incomplete row(s)") == 2
 
 
 @needs_glue
@@ -789,6 +812,7 @@ def test_holdout_of_nothing_and_of_little():
     """
     assert split_and_check([0, 1] * 50, 0) == []
     assert len(split_and_check([0, 1])) == 1
+    assert len(split_and_check([0, 1] * 50, 0.001)) == 1
 
 
 @pytest.mark.parametrize("labels", [
@@ -845,6 +869,9 @@ def test_correlations():
     assert np.isclose(data.pearson([1, 2, 3], [2, 4, 7]), 5 / (2 * 38 / 3) ** 0.5)
     assert np.isclose(data.pearson([1, 2, 3], [3, 2, 1]), -1)
     assert data.pearson([1, 2], [0.1, 0.1]) == 0
+    # Rounding lifts no correlation above 1.
+    for x in np.random.default_rng(0).normal(size=(200, 7)):
+        assert -1 <= data.pearson(x, -3 * x) < data.pearson(x, 3 * x) <= 1
     assert np.isclose(data.spearman([1, 2, 3, 4], [1, 100, 1000, 5000]), 1)
     # The ranks of 1 2 2 3 are 1 2.5 2.5 4.
     expected = 4.5 / (5 * 4.5) ** 0.5
@@ -1064,6 +1091,15 @@ def test_theta_min_of_two_categories():
     for _ in range(50):
         P.step([[0], [1]], [0, 1])
     assert np.allclose(P.theta[0], [0.75, 0.25])
+
+
+def test_theta_min_counts_the_free_variables():
+    """A variable with one category does not count: theta_min is 1 / (5 * 3) here."""
+    P = Categorical([1, 4, 4, 4, 4, 4])
+    for _ in range(200):
+        P.step([[0] * 6, [0] + [1] * 5], [0, 1])
+    for theta in P.theta[1:]:
+        assert np.isclose(theta[1], 1 / 15)
 
 
 def test_open_categories():
@@ -1321,6 +1357,18 @@ def test_stages_of_schedule_all():
 
 
 LABELS = torch.tensor([0, 1, 2, 1, 0])
+
+
+def test_first_step_of_adam():
+    """Compare Adam's first step with its formula: weight - lr * g / (|g| + eps)."""
+    model = torch.nn.Linear(3, 1, bias=False)
+    model.weight.data.fill_(5.0)
+    adam = yoco.new_adam(model)
+    adam.param_groups[0]["lr"] = 0.1
+    model.weight.grad = torch.tensor([[2.0, -1e-8, 0.0]])
+    adam.step()
+    # eps is 1e-8, and there is no weight decay.
+    assert torch.allclose(model.weight, torch.tensor([[5 - 0.1, 5 + 0.1 / 2, 5.0]]))
 
 
 def losses_and_gradient_by_hand(model, inputs, labels, archs, loss_function):
@@ -1769,9 +1817,11 @@ def test_learning(in_data_dir):
 def test_schedule_of_a_training(in_data_dir, monkeypatch):
     """Compare what each step of a training does with Algorithm 1.
 
-    54 of the 60 texts are left to train on, so an epoch has 54 steps. 1.17 epochs have 63
-    steps, 9 for each of the 7 stages of this BERT. I is 5% of an epoch, rounded down: 2.
+    44 of 444 texts are held out, so an epoch has 400 steps, and I, 5% of them, is 20. The
+    training has 0.1575 epochs. They are 63 steps, 9 for each of the 7 stages.
     """
+    rows = film_reviews(np.random.default_rng(0), 444)
+    write_tsv(in_data_dir / "tiny" / "train.tsv", *rows)
     step, log_and_checkpoint = Categorical.step, yoco.log_and_checkpoint
     rhos = []                           # rho / rho_max when a step begins
     steps, saved = [], []
@@ -1790,7 +1840,7 @@ def test_schedule_of_a_training(in_data_dir, monkeypatch):
     monkeypatch.setattr(Categorical, "step", record_rho)
     monkeypatch.setattr(yoco, "log_and_checkpoint", record_step)
     monkeypatch.setattr(yoco, "save", lambda run, state: saved.append(state.step))
-    words = ["--epochs", "1.17", "--batch-size", "1", "--checkpoint-every", "30"]
+    words = ["--epochs", "0.1575", "--batch-size", "1", "--checkpoint-every", "30"]
     assert yoco.main(TRAIN + words) == 0
 
     # The open choices of the depth, and of each of the two layers.
@@ -1799,7 +1849,7 @@ def test_schedule_of_a_training(in_data_dir, monkeypatch):
     K = None
     for t, (rho, facts) in enumerate(zip(rhos, steps)):
         stage, t_in_stage = divmod(t, 9)
-        if t_in_stage == 0 or t % 2 == 0:
+        if t_in_stage == 0 or t % 20 == 0:
             K = rho
         # Every stage has a new Adam, and a learning rate that falls to 0.
         rate = 1e-3 * (1 - t_in_stage / 9)
@@ -2085,7 +2135,7 @@ def search_by_score(in_data_dir, monkeypatch):
     return search
 
 
-def test_search_finds_the_best(search_by_score):
+def test_search_finds_the_best(search_by_score, capsys):
     """The search finds the one best architecture of three million with 500 samples.
 
     The score counts the layers that have the heads and the FFN size of a target. It does
@@ -2101,6 +2151,8 @@ def test_search_finds_the_best(search_by_score):
     assert Arch(**read_facts("subbert/tiny-0.9x")["arch"]) == target
     assert max(scores) == 100
     assert np.mean(scores[-50:]) > 2 * np.mean(scores[:50])
+    # The last step samples two architectures, not six.
+    assert "500/500  sampled" in capsys.readouterr().err
 
 
 def test_search_moves_toward_the_budget(search_by_score):
