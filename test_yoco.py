@@ -171,7 +171,8 @@ def test_initial_weights():
     LayerNorms begin as the identity.
     """
     torch.manual_seed(0)
-    for name, weight in ElasticBert(small_config(initializer_range=0.05), 3).named_parameters():
+    model = ElasticBert(small_config(initializer_range=0.05), 3)
+    for name, weight in model.named_parameters():
         if name.endswith("bias"):
             assert not weight.any()
         elif "norm" in name:
@@ -1844,7 +1845,8 @@ def test_schedule_of_a_training(in_data_dir, monkeypatch):
     assert yoco.main(TRAIN + words) == 0
 
     # The open choices of the depth, and of each of the two layers.
-    opened = [[1, 1, 1], [1, 2, 2], [1, 3, 3], [1, 6, 6], [1, 9, 9], [1, 12, 12], [2, 12, 12]]
+    opened = [[1, 1, 1], [1, 2, 2], [1, 3, 3], [1, 6, 6], [1, 9, 9], [1, 12, 12],
+              [2, 12, 12]]
     assert len(steps) == len(rhos) == 63
     K = None
     for t, (rho, facts) in enumerate(zip(rhos, steps)):
@@ -2153,6 +2155,21 @@ def test_search_finds_the_best(search_by_score, capsys):
     assert np.mean(scores[-50:]) > 2 * np.mean(scores[:50])
     # The last step samples two architectures, not six.
     assert "500/500  sampled" in capsys.readouterr().err
+
+
+def test_search_begins_with_the_learned_theta(in_trained_dir):
+    """If theta in run.json has settled on one sub-BERT, search samples no other."""
+    path = Path("superbert/tiny/run.json")
+    facts = json.loads(path.read_text())
+    space = SearchSpace.for_config(BertConfig.load("superbert/tiny"))
+    settled_on = [1, 3, 7]
+    facts["theta"] = [np.eye(size)[choice].tolist()
+                      for size, choice in zip(space.categories, settled_on, strict=True)]
+    path.write_text(json.dumps(facts))
+    assert yoco.main(SEARCH) == 0
+    # The largest and the smallest are always evaluated.
+    choices = [line["choices"] for line in read_log_lines(SUB_BERT)]
+    assert choices == [[1, 11, 11], [0, 0, None], settled_on]
 
 
 def test_search_moves_toward_the_budget(search_by_score):
