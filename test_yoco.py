@@ -1835,7 +1835,7 @@ def test_schedule_of_a_training(in_data_dir, monkeypatch):
         open_choices = [int((theta > 0).sum()) for theta in state.P.theta]
         adam_steps = state.adam.state[state.model.pooler.weight]["step"].item()
         rate = state.adam.param_groups[0]["lr"]
-        steps.append((state.K, open_choices, adam_steps, rate))
+        steps.append((state.step, state.K, open_choices, adam_steps, rate))
         log_and_checkpoint(run, state, *args)
 
     monkeypatch.setattr(Categorical, "step", record_rho)
@@ -1855,8 +1855,8 @@ def test_schedule_of_a_training(in_data_dir, monkeypatch):
             K = rho
         # Every stage has a new Adam, and a learning rate that falls to 0.
         rate = 1e-3 * (1 - t_in_stage / 9)
-        assert facts == (K, opened[stage], t_in_stage + 1, pytest.approx(rate))
-    assert sum(K != rho for rho, (K, *_) in zip(rhos, steps)) >= 10
+        assert facts == (t + 1, K, opened[stage], t_in_stage + 1, pytest.approx(rate))
+    assert sum(K != rho for rho, (_, K, *_) in zip(rhos, steps)) >= 10
     assert saved == [30, 60, 63]
 
 
