@@ -1815,13 +1815,19 @@ def test_learning(in_data_dir):
         "largest": 100, "most likely": 100, "smallest": 100}
 
 
-def test_schedule_of_a_training(in_data_dir, monkeypatch):
+@pytest.mark.parametrize("num_texts, batch_size, epochs, interval", [
+    # A tenth of the texts is held out, so an epoch has 400 steps, or 7.
+    pytest.param(444, "1", "0.1575", 20, id="5%-of-an-epoch"),
+    pytest.param(60, "8", "9", 1, id="at-least-a-step"),
+])
+def test_schedule_of_a_training(in_data_dir, monkeypatch, num_texts, batch_size, epochs,
+                                interval):
     """Compare what each step of a training does with Algorithm 1.
 
-    44 of 444 texts are held out, so an epoch has 400 steps, and I, 5% of them, is 20. The
-    training has 0.1575 epochs. They are 63 steps, 9 for each of the 7 stages.
+    There are 63 steps, 9 for each of the 7 stages. K is updated when a stage begins, and
+    every `interval` steps. `interval` is I, 5% of an epoch, but at least 1.
     """
-    rows = film_reviews(np.random.default_rng(0), 444)
+    rows = film_reviews(np.random.default_rng(0), num_texts)
     write_tsv(in_data_dir / "tiny" / "train.tsv", *rows)
     step, log_and_checkpoint = Categorical.step, yoco.log_and_checkpoint
     rhos = []                           # rho / rho_max when a step begins
@@ -1841,7 +1847,7 @@ def test_schedule_of_a_training(in_data_dir, monkeypatch):
     monkeypatch.setattr(Categorical, "step", record_rho)
     monkeypatch.setattr(yoco, "log_and_checkpoint", record_step)
     monkeypatch.setattr(yoco, "save", lambda run, state: saved.append(state.step))
-    words = ["--epochs", "0.1575", "--batch-size", "1", "--checkpoint-every", "30"]
+    words = ["--epochs", epochs, "--batch-size", batch_size, "--checkpoint-every", "30"]
     assert yoco.main(TRAIN + words) == 0
 
     # The open choices of the depth, and of each of the two layers.
@@ -1851,12 +1857,13 @@ def test_schedule_of_a_training(in_data_dir, monkeypatch):
     K = None
     for t, (rho, facts) in enumerate(zip(rhos, steps)):
         stage, t_in_stage = divmod(t, 9)
-        if t_in_stage == 0 or t % 20 == 0:
+        if t_in_stage == 0 or t % interval == 0:
             K = rho
         # Every stage has a new Adam, and a learning rate that falls to 0.
         rate = 1e-3 * (1 - t_in_stage / 9)
         assert facts == (t + 1, K, opened[stage], t_in_stage + 1, pytest.approx(rate))
-    assert sum(K != rho for rho, (_, K, *_) in zip(rhos, steps)) >= 10
+    num_stale = sum(K != rho for rho, (_, K, *_) in zip(rhos, steps))
+    assert num_stale >= 10 if interval > 1 else num_stale == 0
     assert saved == [30, 60, 63]
 
 
