@@ -3526,6 +3526,42 @@ def test_attention_with_dropout(monkeypatch):
     torch.testing.assert_close(attention(q, k, v, mask, 0.2), expected)
 
 
+def test_fast_functions_are_used_only_to_drop(monkeypatch):
+    """A CPU takes the fast functions if there is dropout, and torch's if there is none."""
+    calls = []
+    for name in ("fast_cpu_dropout", "fast_cpu_attention"):
+        def record_and_call(*args, name=name, original=getattr(model_module, name)):
+            calls.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(model_module, name, record_and_call)
+    model = small_model()
+    model(*small_batch())
+    assert not calls
+    model.train()(*small_batch())
+    # Three times in each of the four layers, after the embeddings, and after the pooler.
+    assert calls.count("fast_cpu_dropout") == 3 * 4 + 2
+    assert calls.count("fast_cpu_attention") == 4
+
+
+def test_batches_of_an_evaluation_are_small_on_a_cpu(monkeypatch):
+    """A CPU evaluates at most 2048 tokens at once, and not many fewer."""
+    collate = data.collate
+    num_tokens = []
+
+    def record_and_collate(*args):
+        batch = collate(*args)
+        num_tokens.append(batch[0].numel())
+        return batch
+
+    monkeypatch.setattr(data, "collate", record_and_collate)
+    examples = [random_example(np.random.default_rng(0), 16)] * 300
+    data.make_evaluator(
+        small_model(), [examples], "accuracy", torch.device("cpu"), NO_AUTOCAST)
+    # 300 texts of 16 tokens.
+    assert num_tokens == [2048, 2048, 704]
+
+
 @pytest.mark.parametrize("memory", [
     pytest.param(0, id="no-cache"),
     pytest.param(3000, id="small-cache"),
