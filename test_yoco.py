@@ -400,6 +400,9 @@ def test_search_space_choices():
         assert hash(arch) == hash(Arch(*arch))
     # The category of a layer is FFN index * number of choices of heads + heads index.
     assert space.choices(Arch((4, 6), (8, 48))) == [0, 1, 11, None, None]
+    # An architecture may use every pair of heads and FFN size.
+    two_pairs = SearchSpace(depths=[2], heads=[1, 2], ffn_sizes=[8])
+    assert two_pairs.choices(Arch((2, 1), (8, 8))) == [0, 1, 0]
 
 
 @pytest.mark.parametrize("heads, ffn_sizes", [
