@@ -1342,10 +1342,15 @@ def test_steps_of_each_schedule(kind, epochs, steps):
 
 
 def test_few_epochs_are_shared_out():
-    """Nine stages share four epochs: 400 steps, up to a step of rounding each."""
+    """Nine stages share four epochs: 400 steps, up to a step of rounding each.
+
+    Every stage has at least one step.
+    """
     space = SearchSpace.for_config(BertConfig())
     stages = yoco.make_stages(space, "MRPC", 100, "progressive", 4)
     assert abs(sum(s.num_steps for s in stages) - 400) <= 9
+    stages = yoco.make_stages(space, "MRPC", 100, "progressive", 0.01)
+    assert [s.num_steps for s in stages] == [1] * 9
 
 
 def test_stages_of_schedule_all():
