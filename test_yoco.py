@@ -1353,6 +1353,14 @@ def test_few_epochs_are_shared_out():
     assert [s.num_steps for s in stages] == [1] * 9
 
 
+def test_stages_of_a_minimal_bert():
+    """Every stage opens one more choice, so a space with few choices has few stages."""
+    space = SearchSpace(depths=[1], heads=[1, 2], ffn_sizes=[1, 4])
+    stages = yoco.make_stages(space, "MRPC", 100)
+    assert [(s.depths, s.heads, s.ffn_sizes) for s in stages] == [
+        ((1,), (2,), (4,)), ((1,), (2, 1), (4,)), ((1,), (2, 1), (4, 1))]
+
+
 def test_stages_of_schedule_all():
     """The schedule `all` trains the largest architecture, and then opens everything."""
     space = SearchSpace.for_config(BertConfig())
