@@ -169,6 +169,25 @@ def state_for_torch(layer):
     return state
 
 
+def test_initial_weights():
+    """A new model has normal weights of the configuration's size, and biases of 0.
+
+    LayerNorms begin as the identity.
+    """
+    torch.manual_seed(0)
+    model = ElasticBert(small_config(initializer_range=0.05), 3)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            assert not weight.any()
+        elif "norm" in name:
+            assert (weight == 1).all()
+        else:
+            # Five standard deviations of the mean and of the standard deviation.
+            tolerance = 5 * 0.05 / weight.numel() ** 0.5
+            assert abs(weight.mean()) < tolerance
+            assert abs(weight.std() - 0.05) < tolerance
+
+
 def test_equals_torch_transformer():
     """Compare the full model with torch.nn.TransformerEncoder, given the same weights.
 
@@ -478,6 +497,29 @@ def test_search_space_choices():
         assert hash(arch) == hash(Arch(*arch))
     # The category of a layer is FFN index * number of choices of heads + heads index.
     assert space.choices(Arch((4, 6), (8, 48))) == [0, 1, 11, None, None]
+    # An architecture may use every pair of heads and FFN size.
+    two_pairs = SearchSpace(depths=[2], heads=[1, 2], ffn_sizes=[8])
+    assert two_pairs.choices(Arch((2, 1), (8, 8))) == [0, 1, 0]
+
+
+@pytest.mark.parametrize("heads, ffn_sizes", [
+    pytest.param([], [], id="no-layer"),
+    pytest.param([4, 4], [8], id="one-ffn-size-for-two-layers"),
+])
+def test_an_arch_needs_both_sizes_of_each_layer(heads, ffn_sizes):
+    """An Arch without layers, or with lists of unequal length, is refused."""
+    with pytest.raises(UserError, match="for each layer"):
+        Arch(heads, ffn_sizes)
+
+
+@pytest.mark.parametrize("sizes", [
+    pytest.param(dict(layer_heads=[6, 4, 2, 2]), id="heads"),
+    pytest.param(dict(layer_ffn_sizes=[48, 8, 8, 8]), id="ffn-sizes"),
+])
+def test_a_sub_bert_has_no_search_space(sizes):
+    """A configuration with the heads or FFN sizes of each layer has one architecture."""
+    with pytest.raises(UserError, match="no search space"):
+        SearchSpace.for_config(small_config(**sizes))
 
 
 @pytest.mark.parametrize("arch", [
@@ -497,11 +539,15 @@ def test_architectures_outside_the_space_are_refused(arch):
     pytest.param(Arch((7,), (48,)), id="too-many-heads"),
     pytest.param(Arch((6,), (49,)), id="too-many-neurons"),
     pytest.param(Arch((0,), (8,)), id="no-heads"),
+    pytest.param(Arch((6,), (0,)), id="no-neurons"),
 ])
 def test_architectures_larger_than_the_model_are_refused(arch):
-    """The model refuses an architecture that does not fit into its weights."""
+    """forward and extract refuse an architecture that does not fit into the weights."""
+    model = small_model()
     with pytest.raises(UserError, match="does not fit"):
-        small_model()(*small_batch(), arch)
+        model(*small_batch(), arch)
+    with pytest.raises(UserError, match="does not fit"):
+        extract(model, arch)
 
 
 def test_search_space_of_a_minimal_bert():
@@ -623,8 +669,8 @@ def test_mnli_other_columns_in_dev(tmp_path):
     assert task.dev_mismatched[0].label == 2
 
 
-def test_qqp_incomplete_rows(tmp_path):
-    """Read QQP's format: rows with too few columns are left out.
+def test_qqp_incomplete_rows(tmp_path, capsys):
+    """Read QQP's format: rows with too few columns are left out, and counted.
 
     The official file has a few of them.
     """
@@ -635,6 +681,8 @@ def test_qqp_incomplete_rows(tmp_path):
     write_tsv(tmp_path / "train.tsv", header, *rows)
     write_tsv(tmp_path / "dev.tsv", header, *rows)
     assert [example.label for example in data.load_task(tmp_path).train] == [0, 1]
+    # One row of train.tsv, and one of dev.tsv.
+    assert capsys.readouterr().out.count("ignored 1 incomplete row(s)") == 2
 
 
 # {task: the header of its official train.tsv}. CoLA has none.
@@ -1013,9 +1061,16 @@ def test_token_batches():
 
 
 def test_collate():
-    """A batch is padded to one length, and its mask marks the tokens."""
+    """A batch is padded to one length, and its mask marks the tokens.
+
+    The length is a multiple of 8, but not above the positions of the model.
+    """
     examples = thousand_examples()
     ids, token_types, mask, labels = data.collate(examples, [3, 1])
+    longest = int(mask.sum(1).max())
+    assert longest % 8
+    assert ids.shape == (2, longest + 8 - longest % 8)
+    assert data.collate(examples, [3, 1], max_positions=longest)[0].shape == (2, longest)
     assert mask.sum(1).tolist() == [len(examples[i].input_ids) for i in labels.tolist()]
     assert ids.shape == mask.shape
     assert token_types.shape == mask.shape
@@ -1051,6 +1106,20 @@ def test_holdout_of_nothing_and_of_little():
     """
     assert split_and_check([0, 1] * 50, 0) == []
     assert len(split_and_check([0, 1])) == 1
+    assert len(split_and_check([0, 1] * 50, 0.001)) == 1
+
+
+@pytest.mark.parametrize("labels", [
+    pytest.param([0, 1], id="2-labels"),
+    pytest.param([0, 1, 0, 1], id="4-labels"),
+    pytest.param([0.5, 1.5, 2.5], id="3-scores"),
+])
+def test_holdout_leaves_an_example_to_train_on(labels):
+    """A fraction of 0.99 would round to all examples, but one of them is left."""
+    examples = [data.Example("a", None, label) for label in labels]
+    train, holdout = data.split_holdout(examples, 0.99, 0)
+    assert len(train) == 1
+    assert len(holdout) == len(labels) - 1
 
 
 def test_holdout_of_scores():
@@ -1094,6 +1163,9 @@ def test_correlations():
     assert np.isclose(data.pearson([1, 2, 3], [2, 4, 7]), 5 / (2 * 38 / 3) ** 0.5)
     assert np.isclose(data.pearson([1, 2, 3], [3, 2, 1]), -1)
     assert data.pearson([1, 2], [0.1, 0.1]) == 0
+    # Rounding lifts no correlation above 1.
+    for x in np.random.default_rng(0).normal(size=(200, 7)):
+        assert -1 <= data.pearson(x, -3 * x) < data.pearson(x, 3 * x) <= 1
     assert np.isclose(data.spearman([1, 2, 3, 4], [1, 100, 1000, 5000]), 1)
     # The ranks of 1 2 2 3 are 1 2.5 2.5 4.
     expected = 4.5 / (5 * 4.5) ** 0.5
@@ -1288,6 +1360,7 @@ def test_expected_gradient():
     pytest.param([4, 1, 3, 2], [-1, 1, 0, 0], id="4-samples"),
     pytest.param([1, 1, 3, 2], [.5, .5, -1, 0], id="4-best-tied"),
     pytest.param([-1, -1, -1, -5], [-1/3] * 3 + [1], id="4-worst-tied-negative"),
+    pytest.param([1, 2, 3, 4, 5], [.5, .5, 0, -.5, -.5], id="5-samples"),
     pytest.param([1, 2, 3, 4, 5, 6], [.5, .5, 0, 0, -.5, -.5], id="6-samples"),
     pytest.param([1, 2, 2, 4, 5, 6], [.5, .25, .25, 0, -.5, -.5], id="6-tied"),
     pytest.param([0.0, -0.0], [0, 0], id="2-zeros-of-both-signs"),
@@ -1417,6 +1490,15 @@ def test_theta_min_of_two_categories():
     for _ in range(50):
         P.step([[0], [1]], [0, 1])
     assert np.allclose(P.theta[0], [0.75, 0.25])
+
+
+def test_theta_min_counts_the_free_variables():
+    """A variable with one category does not count: theta_min is 1 / (5 * 3) here."""
+    P = Categorical([1, 4, 4, 4, 4, 4])
+    for _ in range(200):
+        P.step([[0] * 6, [0] + [1] * 5], [0, 1])
+    for theta in P.theta[1:]:
+        assert np.isclose(theta[1], 1 / 15)
 
 
 def test_open_categories():
@@ -1618,6 +1700,8 @@ def test_epochs_of_the_authors(task, epochs):
     space = SearchSpace.for_config(BertConfig())
     stages = yoco.make_stages(space, task, 10)
     assert sum(s.num_steps for s in stages[1:]) == 10 * epochs
+    # The stage of the largest architecture is as long as the last one.
+    assert stages[0].num_steps == stages[-1].num_steps
 
 
 def test_samples_lie_in_the_open_space():
@@ -1653,10 +1737,23 @@ def test_steps_of_each_schedule(kind, epochs, steps):
 
 
 def test_few_epochs_are_shared_out():
-    """Nine stages share four epochs: 400 steps, up to a step of rounding each."""
+    """Nine stages share four epochs: 400 steps, up to a step of rounding each.
+
+    Every stage has at least one step.
+    """
     space = SearchSpace.for_config(BertConfig())
     stages = yoco.make_stages(space, "MRPC", 100, "progressive", 4)
     assert abs(sum(s.num_steps for s in stages) - 400) <= 9
+    stages = yoco.make_stages(space, "MRPC", 100, "progressive", 0.01)
+    assert [s.num_steps for s in stages] == [1] * 9
+
+
+def test_stages_of_a_minimal_bert():
+    """Every stage opens one more choice, so a space with few choices has few stages."""
+    space = SearchSpace(depths=[1], heads=[1, 2], ffn_sizes=[1, 4])
+    stages = yoco.make_stages(space, "MRPC", 100)
+    assert [(s.depths, s.heads, s.ffn_sizes) for s in stages] == [
+        ((1,), (2,), (4,)), ((1,), (2, 1), (4,)), ((1,), (2, 1), (4, 1))]
 
 
 def test_stages_of_schedule_all():
@@ -1672,6 +1769,18 @@ def test_stages_of_schedule_all():
 
 
 LABELS = torch.tensor([0, 1, 2, 1, 0])
+
+
+def test_first_step_of_adam():
+    """Compare Adam's first step with its formula: weight - lr * g / (|g| + eps)."""
+    model = torch.nn.Linear(3, 1, bias=False)
+    model.weight.data.fill_(5.0)
+    adam = yoco.new_adam(model)
+    adam.param_groups[0]["lr"] = 0.1
+    model.weight.grad = torch.tensor([[2.0, -1e-8, 0.0]])
+    adam.step()
+    # eps is 1e-8, and there is no weight decay.
+    assert torch.allclose(model.weight, torch.tensor([[5 - 0.1, 5 + 0.1 / 2, 5.0]]))
 
 
 def losses_and_gradient_by_hand(model, inputs, labels, archs, loss_function):
@@ -2295,6 +2404,81 @@ def test_learning(in_data_dir):
         "largest": 100, "most likely": 100, "smallest": 100}
 
 
+@pytest.mark.parametrize("num_texts, batch_size, epochs, interval", [
+    # A tenth of the texts is held out, so an epoch has 400 steps, or 7.
+    pytest.param(444, "1", "0.1575", 20, id="5%-of-an-epoch"),
+    pytest.param(60, "8", "9", 1, id="at-least-a-step"),
+])
+def test_schedule_of_a_training(in_data_dir, monkeypatch, num_texts, batch_size, epochs,
+                                interval):
+    """Compare what each step of a training does with Algorithm 1.
+
+    There are 63 steps, 9 for each of the 7 stages. K is updated when a stage begins, and
+    every `interval` steps. `interval` is I, 5% of an epoch, but at least 1.
+    """
+    rows = film_reviews(np.random.default_rng(0), num_texts)
+    write_tsv(in_data_dir / "tiny" / "train.tsv", *rows)
+    step, log_and_checkpoint = Categorical.step, yoco.log_and_checkpoint
+    rhos = []                           # rho / rho_max when a step begins
+    steps, saved = [], []
+
+    def record_rho(self, *args):
+        rhos.append(yoco.exploit_probability(self))
+        step(self, *args)
+
+    def record_step(run, state, *args):
+        open_choices = [int((theta > 0).sum()) for theta in state.P.theta]
+        adam_steps = state.adam.state[state.model.pooler.weight]["step"].item()
+        rate = state.adam.param_groups[0]["lr"]
+        steps.append((state.step, state.K, open_choices, adam_steps, rate))
+        log_and_checkpoint(run, state, *args)
+
+    monkeypatch.setattr(Categorical, "step", record_rho)
+    monkeypatch.setattr(yoco, "log_and_checkpoint", record_step)
+    monkeypatch.setattr(yoco, "save", lambda run, state: saved.append(state.step))
+    words = ["--epochs", epochs, "--batch-size", batch_size, "--checkpoint-every", "30"]
+    assert yoco.main(TRAIN + words) == 0
+
+    # The open choices of the depth, and of each of the two layers.
+    opened = [[1, 1, 1], [1, 2, 2], [1, 3, 3], [1, 6, 6], [1, 9, 9], [1, 12, 12],
+              [2, 12, 12]]
+    assert len(steps) == len(rhos) == 63
+    K = None
+    for t, (rho, facts) in enumerate(zip(rhos, steps)):
+        stage, t_in_stage = divmod(t, 9)
+        if t_in_stage == 0 or t % interval == 0:
+            K = rho
+        # Every stage has a new Adam, and a learning rate that falls to 0.
+        rate = 1e-3 * (1 - t_in_stage / 9)
+        assert facts == (t + 1, K, opened[stage], t_in_stage + 1, pytest.approx(rate))
+    num_stale = sum(K != rho for rho, (_, K, *_) in zip(rhos, steps))
+    assert num_stale >= 10 if interval > 1 else num_stale == 0
+    assert saved == [30, 60, 63]
+
+
+@pytest.mark.parametrize("strategy", ["ee", "noise"])
+def test_theta_gets_the_losses(in_data_dir, monkeypatch, strategy):
+    """theta gets the losses that were computed, in their order unless they are noise."""
+    weight_gradient, step = yoco.weight_gradient, Categorical.step
+    computed, used = [], []
+
+    def record_computed(*args):
+        losses = weight_gradient(*args)
+        computed.append([loss.item() for loss in losses])
+        return losses
+
+    def record_used(self, samples, losses, *args):
+        used.append(list(losses))
+        step(self, samples, losses, *args)
+
+    monkeypatch.setattr(yoco, "weight_gradient", record_computed)
+    monkeypatch.setattr(Categorical, "step", record_used)
+    assert yoco.main(TRAIN + ["--strategy", strategy]) == 0
+    assert len(used) > 20
+    assert [sorted(losses) for losses in used] == [sorted(losses) for losses in computed]
+    assert (used == computed) == (strategy == "ee")
+
+
 def test_theta_follows_the_distribution_that_was_sampled(in_data_dir, monkeypatch):
     """`train` tells the step of theta which distribution has sampled the architectures."""
     sample, step = Categorical.sample, Categorical.step
@@ -2379,10 +2563,23 @@ def test_options_change_the_training(trained_project, in_data_dir, options, thet
     pytest.param("explore", 0.0, id="explore"),
     pytest.param("exploit", 1.0, id="exploit"),
 ])
-def test_strategies_with_constant_controller(in_data_dir, strategy, K):
-    """K is always 0 if the strategy is to explore, and always 1 if it is to exploit."""
+def test_strategies_with_constant_controller(in_data_dir, monkeypatch, strategy, K):
+    """K is always 0 if the strategy is to explore, and always 1 if it is to exploit.
+
+    Only P_theta is sampled if K is 1. Otherwise every step samples a new pi.
+    """
+    sample, samplers = Categorical.sample, []
+
+    def record_and_sample(self, rng):
+        samplers.append(self)
+        return sample(self, rng)
+
+    monkeypatch.setattr(Categorical, "sample", record_and_sample)
     assert yoco.main(TRAIN + ["--strategy", strategy]) == 0
     assert {line["K"] for line in read_log_lines("superbert/tiny")} == {K}
+    # Two architectures are sampled in every step.
+    num_distributions = len({id(sampler) for sampler in samplers})
+    assert num_distributions == (1 if K == 1 else len(samplers) / 2)
 
 
 def test_best_recipe(in_data_dir):
@@ -2514,6 +2711,82 @@ def test_many_budgets(in_data_dir, monkeypatch, capsys):
         assert facts["evaluations_run"] == len(read_log_lines(directory))
         assert facts["evaluations_asked"] == 20
     assert set(logged) == set(on_holdout)
+
+
+@pytest.fixture
+def search_by_score(in_data_dir, monkeypatch):
+    """Return a function that searches a BERT of six layers by a made-up score.
+
+    search(score, budget) samples 500 architectures, and returns the lines of the log. The
+    space has three million architectures, and theta is uniform when the search begins.
+    """
+    write_tiny_bert(in_data_dir / "tiny", num_hidden_layers=6, num_attention_heads=6)
+    assert yoco.main(TRAIN + ["--epochs", "0.1", "--strategy", "explore"]) == 0
+    assert SearchSpace.for_config(BertConfig.load("tiny")).size() > 3_000_000
+    words = ["search", "--evaluations", "500", "--archs-per-step", "6", *CPU]
+
+    def search(score, budget):
+        monkeypatch.setattr(
+            data, "make_evaluator", lambda *_: lambda arch: {"score": float(score(arch))})
+        assert yoco.main([*words, "--max-params", budget]) == 0
+        return read_log_lines(f"subbert/tiny-{budget}")
+
+    return search
+
+
+def test_search_finds_the_best(search_by_score, capsys):
+    """The search finds the one best architecture of three million with 500 samples.
+
+    The score counts the layers that have the heads and the FFN size of a target. It does
+    so because theta moves: late samples score much higher than early ones.
+    """
+    target = Arch((4, 2, 6, 2, 4), (6, 24, 4, 8, 6))
+
+    def score(arch):
+        num_equal = sum(a == b for a, b in zip(zip(*arch), zip(*target)))
+        return 10 * num_equal + 50 * (arch == target)
+
+    scores = [line["score"] for line in search_by_score(score, "0.9x")]
+    assert Arch(**read_facts("subbert/tiny-0.9x")["arch"]) == target
+    assert max(scores) == 100
+    assert np.mean(scores[-50:]) > 2 * np.mean(scores[:50])
+    # The last step samples two architectures, not six.
+    assert "500/500  sampled" in capsys.readouterr().err
+
+
+def test_search_begins_with_the_learned_theta(in_trained_dir):
+    """If theta in run.json has settled on one sub-BERT, search samples no other."""
+    path = Path("superbert/tiny/run.json")
+    facts = json.loads(path.read_text())
+    space = SearchSpace.for_config(BertConfig.load("superbert/tiny"))
+    settled_on = [1, 3, 7]
+    facts["theta"] = [np.eye(size)[choice].tolist()
+                      for size, choice in zip(space.categories, settled_on, strict=True)]
+    path.write_text(json.dumps(facts))
+    assert yoco.main(SEARCH) == 0
+    # The largest and the smallest are always evaluated.
+    choices = [line["choices"] for line in read_log_lines(SUB_BERT)]
+    assert choices == [[1, 11, 11], [0, 0, None], settled_on]
+
+
+def test_search_moves_toward_the_budget(search_by_score):
+    """Compare the late samples of two searches that differ only in their budgets.
+
+    The larger an architecture, the higher its score. So without the reward of Eq. 7 both
+    searches would end near the full model.
+    """
+    config = BertConfig.load("tiny")
+    full = count_params(config, config.arch)
+
+    def score(arch):
+        return 50 + 50 * count_params(config, arch) / full
+
+    late_costs = {}                     # relative to the full model
+    for budget in ("0.4x", "0.85x"):
+        lines = search_by_score(score, budget)
+        late_costs[budget] = np.mean([line["cost"] for line in lines[-50:]]) / full
+    assert late_costs["0.4x"] < 0.55
+    assert late_costs["0.85x"] > 0.65
 
 
 def test_search_by_latency(in_trained_dir, monkeypatch):
@@ -4454,6 +4727,42 @@ def test_attention_with_dropout(monkeypatch):
     assert (mean - expected).abs().max() < 0.06
     monkeypatch.setattr("model.dropout", lambda x, p: x)
     torch.testing.assert_close(attention(q, k, v, mask, 0.2), expected)
+
+
+def test_fast_functions_are_used_only_to_drop(monkeypatch):
+    """A CPU takes the fast functions if there is dropout, and torch's if there is none."""
+    calls = []
+    for name in ("fast_cpu_dropout", "fast_cpu_attention"):
+        def record_and_call(*args, name=name, original=getattr(model_module, name)):
+            calls.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(model_module, name, record_and_call)
+    model = small_model()
+    model(*small_batch())
+    assert not calls
+    model.train()(*small_batch())
+    # Three times in each of the four layers, after the embeddings, and after the pooler.
+    assert calls.count("fast_cpu_dropout") == 3 * 4 + 2
+    assert calls.count("fast_cpu_attention") == 4
+
+
+def test_batches_of_an_evaluation_are_small_on_a_cpu(monkeypatch):
+    """A CPU evaluates at most 2048 tokens at once, and not many fewer."""
+    collate = data.collate
+    num_tokens = []
+
+    def record_and_collate(*args):
+        batch = collate(*args)
+        num_tokens.append(batch[0].numel())
+        return batch
+
+    monkeypatch.setattr(data, "collate", record_and_collate)
+    examples = [random_example(np.random.default_rng(0), 16)] * 300
+    data.make_evaluator(
+        small_model(), [examples], "accuracy", torch.device("cpu"), NO_AUTOCAST)
+    # 300 texts of 16 tokens.
+    assert num_tokens == [2048, 2048, 704]
 
 
 @pytest.mark.parametrize("memory", [
