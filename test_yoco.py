@@ -2104,6 +2104,17 @@ def test_predict(in_sub_bert_dir):
         assert max(probabilities, key=probabilities.get) == label
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_predict_in_int8(in_sub_bert_dir):
+    """data.predict takes a quantized module, and gives the labels of its logits."""
+    model, encode = data.load(SUB_BERT)
+    model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    dev = data.load_task("tiny").dev
+    predictions = list(data.predict(model, SUB_BERT, dev, NO_AUTOCAST, batch_size=1))
+    for example, (label, _) in zip(dev, predictions, strict=True):
+        assert label == model.config.labels[model(*encode(example.sentence1)).argmax()]
+
+
 def test_learning(in_data_dir):
     """On labels that one word decides, sub-BERTs of every size learn.
 

@@ -70,11 +70,11 @@ from typing import Literal, get_args
 
 # Keep model first: it sets OMP_WAIT_POLICY, which torch reads when it is imported.
 from model import (TOKENIZER_FILES, Arch, BertConfig, ElasticBert, SearchSpace, SingleArch,
-                   UserError, archs_to_tensor, capture_graph, count_flops, count_params, device_name,
+                   archs_to_tensor, capture_graph, count_flops, count_params, device_name,
                    escape_control_chars, extract, fingerprint, forward_many, latency, load_bert,
                    name_unknown_fields, peak_memory, print_line, read_json, regular_file,
                    save_bert, select_device_and_precision, sort_by_importance, tokenizer_files,
-                   user_errors_for, weight_files, write_file, write_json)
+                   UserError, user_errors_for, weight_files, write_file, write_json)
 
 import numpy as np
 import safetensors.torch
