@@ -1153,7 +1153,7 @@ def with_cuda_graphs(model, batches, autocast):
     A replay saves the time to launch every single kernel. The graph holds the masked pass,
     `forward_many`, because there the tensors have the same shapes for all architectures.
     """
-    device = model.classifier.weight.device
+    device = model.embedding_norm.weight.device
     # Every graph reads the architecture from this tensor. We write it before each replay.
     sizes = archs_to_tensor(model.config, [model.config.arch], device)   # [1, L, 2]
     pool = torch.cuda.graph_pool_handle()
@@ -1219,7 +1219,7 @@ def predict(model, directory, examples, autocast, batch_size=32):
     For regression yield (score, {}). The iterable can be a stream, because a batch is
     computed as soon as its examples are there.
     """
-    device = model.classifier.weight.device
+    device = model.embedding_norm.weight.device
     max_positions = model.config.max_position_embeddings
     names = model.config.labels or [str(i) for i in range(model.num_labels)]
     encode_examples = make_encoder(directory)

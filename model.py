@@ -486,6 +486,34 @@ def extract(model, arch):
 # Part II: the machinery. You can stop here on a first reading.
 # ==================================================================================================
 
+# ---- The search space of a sub-BERT --------------------------------------------------------------
+
+class SingleArch(SearchSpace):
+    """Write the only architecture of a sub-BERT as a search space, to fine-tune it.
+
+    Every variable has a single category. In contrast to a SearchSpace, that category means
+    different heads and FFN sizes in different layers.
+    """
+
+    def __init__(self, arch):
+        super().__init__([arch.depth], [max(arch.heads)], [max(arch.ffn_sizes)])
+        self.only_arch = arch
+
+    def check(self, arch):
+        """Raise UserError if `arch` is not the only architecture."""
+        if arch != self.only_arch:
+            raise UserError(f"[{arch}] is not the sub-BERT, which is [{self.only_arch}]")
+
+    def arch(self, choices):
+        """Return the only architecture."""
+        return self.only_arch
+
+    def choices(self, arch):
+        """Return category 0 for every variable."""
+        self.check(arch)
+        return [0] * len(self.categories)
+
+
 # ---- Checking a configuration --------------------------------------------------------------------
 
 # These fields of a config.json change the result. Other values of them are refused.

@@ -2386,6 +2386,17 @@ def test_predict(in_sub_bert_dir):
         assert max(probabilities, key=probabilities.get) == label
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_predict_in_int8(in_sub_bert_dir):
+    """data.predict takes a quantized module, and gives the labels of its logits."""
+    model, encode = data.load(SUB_BERT)
+    model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    dev = data.load_task("tiny").dev
+    predictions = list(data.predict(model, SUB_BERT, dev, NO_AUTOCAST, batch_size=1))
+    for example, (label, _) in zip(dev, predictions, strict=True):
+        assert label == model.config.labels[model(*encode(example.sentence1)).argmax()]
+
+
 def test_learning(in_data_dir):
     """On labels that one word decides, sub-BERTs of every size learn.
 
@@ -2611,6 +2622,121 @@ def test_plain_fine_tuning(in_data_dir, capsys):
     assert logged == {("largest", 1.0)}
     assert_refused(capsys, SEARCH + ["--model", "superbert/tiny"], "nothing to search")
     assert_refused(capsys, SEARCH, "no finished super-BERT")
+
+
+FINE_TUNE = ["train", "--data", "tiny", "--bert", SUB_BERT, "--stages", "largest", "--out",
+             "tuned", "--epochs", "2", "--lr", "1e-3", "--batch-size", "8", "--seed", "5",
+             *CPU]
+
+
+def remove_dropout(directory):
+    """Write a model's config.json again, without dropout."""
+    path = Path(directory, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | NO_DROPOUT))
+
+
+def test_fine_tuned_sub_bert_equals_plain_pytorch(in_sub_bert_dir):
+    """Compare a fine-tuned sub-BERT with a loop of plain PyTorch over the same batches."""
+    remove_dropout(SUB_BERT)
+    sub_bert = load_bert(SUB_BERT)
+    assert yoco.main(FINE_TUNE) == 0
+    tuned = load_bert("tuned")
+    assert tuned.config.arch == sub_bert.config.arch == Arch(**read_facts(SUB_BERT)["arch"])
+
+    # The hold-out set is the one of the super-BERT's training, which had seed 0.
+    examples, _ = data.split_holdout(data.load_task("tiny").train, 0.1, 0)
+    encoded = data.encode(examples, SUB_BERT)
+    num_steps = 2 * math.ceil(len(examples) / 8)
+    batches = data.batches(encoded, 8, seed=5)
+    adam = torch.optim.Adam(sub_bert.parameters())
+    for step in range(num_steps):
+        *inputs, labels = data.collate(encoded, next(batches))
+        adam.zero_grad()
+        F.cross_entropy(sub_bert(*inputs), labels).backward()
+        torch.nn.utils.clip_grad_norm_(sub_bert.parameters(), 1.0)
+        adam.param_groups[0]["lr"] = 1e-3 * (1 - step / num_steps)
+        adam.step()
+    expected, before = sub_bert.state_dict(), load_bert(SUB_BERT).state_dict()
+    for name, weight in tuned.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=0)
+    moved = max((weight - before[name]).abs().max() for name, weight in expected.items())
+    assert moved > 1e-3
+
+
+def test_fine_tuned_sub_bert_is_an_ordinary_run(in_sub_bert_dir, capsys):
+    """eval and predict read a fine-tuned sub-BERT, and search refuses it.
+
+    The classifier and the hold-out set are kept. Sizes are shares of the super-BERT.
+    """
+    assert yoco.main(FINE_TUNE) == 0
+    printed = capsys.readouterr().out
+    assert f"{SUB_BERT}: classifier kept: 0, 1\n" in printed
+    assert "epochs, one architecture\n" in printed
+    found, facts = read_facts(SUB_BERT), read_facts("tuned")
+    assert facts["held_out"] == found["held_out"] == [0.1, 0]
+    config = BertConfig.load("tiny")
+    share = found["params"] / count_params(config, config.arch)
+    sizes = f"{found['params']:,} parameters ({share:.3f}x)"
+    assert f"hold-out, sub-BERT: {sizes}" in printed
+    assert list(facts["holdout"]) == ["sub-BERT"]
+
+    assert yoco.main(["eval", "--model", "tuned", *CPU]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"sub-BERT: {Arch(**found['arch'])}\n  {sizes}")
+    assert printed.count("latency") == 1
+    model, encode = data.load("tuned")
+    dev = data.load_task("tiny").dev
+    labels = [label for label, _ in data.predict(model, "tuned", dev, NO_AUTOCAST)]
+    logits = model(*encode([example.sentence1 for example in dev]))
+    assert labels == [model.config.labels[i] for i in logits.argmax(1)]
+    assert_refused(capsys, SEARCH + ["--model", "tuned"], "tuned is a single architecture")
+
+    # A second fine-tuning still knows the super-BERT.
+    again = FINE_TUNE[:4] + ["tuned", *FINE_TUNE[5:], "--out", "again"]
+    assert yoco.main(again) == 0
+    assert f"hold-out, sub-BERT: {sizes}" in capsys.readouterr().out
+
+
+def test_interrupted_fine_tuning_equals_whole(in_sub_bert_dir, monkeypatch):
+    """Compare a fine-tuning that was stopped and resumed with one that nobody stopped."""
+    assert yoco.main(FINE_TUNE + ["--out", "whole"]) == 0
+    send_signal_in_step(monkeypatch, 5)
+    assert yoco.main(FINE_TUNE) == 128 + signal.SIGTERM
+    assert yoco.main(FINE_TUNE + ["--resume"]) == 0
+    assert read_results("tuned") == read_results("whole")
+    assert read_facts("tuned") == read_facts("whole")
+
+
+def test_fine_tuned_sub_bert_of_an_older_search(in_sub_bert_dir, capsys):
+    """Without the sizes of the super-BERT, sizes are shares of the sub-BERT."""
+    facts = read_facts(SUB_BERT)
+    del facts["full_params"], facts["full_flops"]
+    Path(SUB_BERT, "run.json").write_text(json.dumps(facts))
+    assert yoco.main(FINE_TUNE) == 0
+    assert f"hold-out, sub-BERT: {facts['params']:,} parameters (1.000x)" in (
+        capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("options", [
+    pytest.param([], id="progressive"),
+    pytest.param(["--recipe", "best"], id="best"),
+])
+def test_sub_bert_has_nothing_to_search(in_sub_bert_dir, capsys, options):
+    """A sub-BERT can be fine-tuned only with --stages largest, which the message says."""
+    words = ["train", "--data", "tiny", "--bert", SUB_BERT, *CPU, *options]
+    assert_refused(capsys, words, f"{SUB_BERT} is a sub-BERT", "add --stages largest")
+    assert not Path("superbert").exists()
+
+
+def test_single_arch():
+    """The space of a sub-BERT holds its architecture, and refuses another."""
+    arch = Arch((4, 1, 6), (8, 48, 12))
+    space = model_module.SingleArch(arch)
+    assert space.size() == 1
+    assert space.largest() == space.smallest() == arch
+    assert space.choices(arch) == [0, 0, 0, 0]
+    with pytest.raises(UserError, match="is not the sub-BERT"):
+        space.choices(Arch((4,), (8,)))
 
 
 def test_second_training_keeps_the_holdout(in_data_dir):

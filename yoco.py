@@ -70,12 +70,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # Keep model first: it sets OMP_WAIT_POLICY, which torch reads when it is imported.
-from model import (TOKENIZER_FILES, Arch, BertConfig, ElasticBert, SearchSpace, UserError,
+from model import (TOKENIZER_FILES, Arch, BertConfig, ElasticBert, SearchSpace, SingleArch,
                    archs_to_tensor, capture_graph, count_flops, count_params, device_name,
                    escape_control_chars, extract, fingerprint, forward_many, is_size, latency,
                    load_bert, name_unknown_fields, open_closed_streams, peak_memory, print_line,
                    read_json, regular_file, save_bert, select_device_and_precision,
-                   sort_by_importance, tokenizer_files, user_errors_for, weight_files,
+                   sort_by_importance, tokenizer_files, UserError, user_errors_for, weight_files,
                    write_file, write_json)
 
 import numpy as np
@@ -344,7 +344,7 @@ def train(settings):
     device, autocast = select_device_and_precision(settings.device, settings.precision)
     torch.manual_seed(settings.seed)
     model = initial_model(settings, task).to(device).train()                     # 1
-    space = SearchSpace.for_config(model.config)
+    space = search_space(model.config)
     P, rng = Categorical(space.categories), np.random.default_rng(settings.seed)     # 1
     state = TrainState(model, new_adam(model), P, rng)
     sets = split_and_tokenize(task, settings, model.config)
@@ -590,6 +590,9 @@ def initial_model(settings, task):
     then starts from random weights.
     """
     bert = Path(settings.bert)
+    if is_sub_bert(BertConfig.load(bert)) and settings.stages != "largest":
+        raise UserError(f"{bert} is a sub-BERT: it has one architecture and no search space. "
+                        "To fine-tune it, add --stages largest")
     suffixes = r"\.(safetensors|bin|h5)"
     has_weights = any(re.search(suffixes, path.name) for path in bert.glob("*"))
     if bert == Path(settings.data) and not has_weights:
@@ -602,6 +605,18 @@ def initial_model(settings, task):
         model = load_bert(bert, task.num_labels, task.labels)
     model.config.keep_layers = settings.keep_layers
     return model
+
+
+def is_sub_bert(config):
+    """Return whether a model is a sub-BERT, which has the sizes of each layer."""
+    return bool(config.layer_heads or config.layer_ffn_sizes)
+
+
+def search_space(config):
+    """Return the search space of a model. A sub-BERT's holds a single architecture."""
+    if is_sub_bert(config):
+        return SingleArch(config.arch)
+    return SearchSpace.for_config(config)
 
 
 @dataclasses.dataclass
@@ -647,15 +662,26 @@ def choose_holdout(settings, train_file):
     set of that run. A new one would contain examples that the BERT has already been
     trained on, and the search would select on them.
     """
-    path = Path(settings.bert) / "run.json"
-    earlier_run = read_json(path) if path.exists() else {}
-    # The run.json of another program has neither field. Ours has both.
-    if "train" in earlier_run or "held_out" in earlier_run:
-        with user_errors_for(path):
-            check_fields(earlier_run)
-            if earlier_run["train"] == train_file:
-                return earlier_run["held_out"]
+    earlier_run = read_earlier_run(settings.bert)
+    if earlier_run.get("train") == train_file:
+        return earlier_run["held_out"]
     return [settings.holdout, settings.seed]
+
+
+def read_earlier_run(bert):
+    """Return the run.json of the BERT that a training begins with, or {} without one.
+
+    The run.json of another program counts as none.
+    """
+    path = Path(bert) / "run.json"
+    run = read_json(path) if path.exists() else {}
+    if not {"train", "held_out"} & set(run):
+        return {}
+    with user_errors_for(path):
+        check_fields(run)
+        if not {"train", "held_out"} <= set(run):
+            raise ValueError("train or held_out is missing")
+    return run
 
 
 # ---- --recipe best: sort by importance, then distil ----------------------------------------------
@@ -773,7 +799,7 @@ def report(run, state, stage, losses, num_steps):
     floor = min_exploit_probability(P)
     # A variable with one open category has nothing to decide, so it is left out here.
     top_probabilities = [theta.max() for theta in P.theta if (theta > 0).sum() > 1]
-    most_likely = SearchSpace.for_config(config).arch(P.most_likely())
+    most_likely = search_space(config).arch(P.most_likely())
     facts = dict(step=state.step, stage=stage.name, loss=loss, K=state.K, floor=floor,
                  entropy=P.entropy(),
                  top_probability=float(np.mean(top_probabilities or [1.0])),
@@ -809,7 +835,8 @@ def finish_training(run, state, task, sets, device, autocast, **facts):
         return None
     model = state.model
     theta = [variable.tolist() for variable in state.P.theta]
-    archs = reference_archs(SearchSpace.for_config(model.config), theta)
+    archs = reference_archs(search_space(model.config), theta)
+    shares_of = full_sizes(model.config, read_earlier_run(run.settings.bert))
     scores = {}
     if sets.holdout:
         evaluate_arch = data.make_evaluator(model, [sets.holdout], task.metric, device,
@@ -820,9 +847,10 @@ def finish_training(run, state, task, sets, device, autocast, **facts):
         device, autocast, task=task.name, metric=task.metric, pairs=task.pairs,
         most_frequent=data.most_frequent_label(task),
         data=run.settings.data, train=sets.train_file, held_out=sets.holdout_split,
-        lr=run.settings.lr, max_length=sets.max_length, theta=theta, holdout=scores, **facts)
+        lr=run.settings.lr, max_length=sets.max_length, theta=theta, holdout=scores,
+        full_params=shares_of[0], full_flops=shares_of[1], **facts)
     for name, score in scores.items():
-        text = format_scores(model.config, archs[name], score, full_sizes(model.config))
+        text = format_scores(model.config, archs[name], score, shares_of)
         print_line(f"hold-out, {name}: {text}")
     if scores:
         best = max(score["score"] for score in scores.values())
@@ -1126,7 +1154,7 @@ def evaluate(settings):
     archs = {"sub-BERT": model.config.arch}
     # Older runs of search do not name the sizes of their super-BERT.
     shares_of = run.get("full_params"), run.get("full_flops")
-    if "theta" in run:
+    if "theta" in run and not is_sub_bert(model.config):
         archs = reference_archs(SearchSpace.for_config(model.config), run["theta"])
         shares_of = full_sizes(model.config)
     for name, arch in archs.items():
@@ -1144,7 +1172,12 @@ def evaluate(settings):
 
 
 def reference_archs(space, theta):
-    """Return the three sub-BERTs that train and eval report, by name."""
+    """Return the three sub-BERTs that train and eval report, by name.
+
+    There is only one if a sub-BERT was fine-tuned.
+    """
+    if isinstance(space, SingleArch):
+        return {"sub-BERT": space.only_arch}
     return {
         "largest": space.largest(),
         "most likely": space.arch([int(np.argmax(variable)) for variable in theta]),
@@ -1152,9 +1185,16 @@ def reference_archs(space, theta):
     }
 
 
-def full_sizes(config):
-    """Return the parameters and the FLOPs of the largest architecture of a model."""
-    return count_params(config, config.arch), count_flops(config, config.arch)
+def full_sizes(config, earlier_run=None):
+    """Return the parameters and the FLOPs of the largest architecture of a model.
+
+    earlier_run: the run.json of the BERT that the model was trained from. If that was a
+    sub-BERT, the file names the sizes of its super-BERT, and these are returned.
+    """
+    earlier_run = earlier_run or {}
+    params = earlier_run.get("full_params", count_params(config, config.arch))
+    flops = earlier_run.get("full_flops", count_flops(config, config.arch))
+    return params, flops
 
 
 def format_scores(config, arch, scores, shares_of):
@@ -1493,7 +1533,7 @@ def start_or_resume(run, state, stages, sets):
     if run.resumed:
         restore(run, state)
     run.progress = Progress(state.step, num_steps)
-    num_archs = SearchSpace.for_config(state.model.config).size()
+    num_archs = search_space(state.model.config).size()
     archs = f"{scientific(num_archs)} architectures"
     if run.settings.stages == "largest":
         archs = "one architecture"
@@ -1626,7 +1666,7 @@ def check_result(run, config):
         sizes = tuple(map(len, run["theta"]))
         if settings["stages"] not in get_args(TrainSettings.__annotations__["stages"]):
             raise ValueError(f"unknown stages {settings['stages']}")
-        if sizes != SearchSpace.for_config(config).categories:
+        if sizes != search_space(config).categories:
             raise ValueError("theta has another number of categories than the model")
         # The log rounds theta, but here it is exact.
         if not all(abs(sum(theta) - 1) < 1e-9 for theta in run["theta"]):
@@ -1729,6 +1769,8 @@ LEGAL_FIELDS = {
     "unit": lambda value: value in UNITS.values(),
     "budget": is_positive,
     "full_cost": is_positive,
+    "full_params": is_count,
+    "full_flops": is_count,
     "params": is_count,
     "flops": is_count,
     "selected_on": lambda value: value in ("holdout", "dev"),
@@ -2082,7 +2124,8 @@ class TrainSettings(RunSettings):
     stages: Literal["progressive", "all", "largest"] = setting(
         None, "progressive: train the largest architecture, then open the search space "
               "step by step. all: train the largest for half of the epochs, then open "
-              "everything. largest: train only the largest, which is plain fine-tuning.")
+              "everything. largest: train only the largest, which is plain fine-tuning. A "
+              "sub-BERT can be fine-tuned only with largest.")
     reorder: bool = setting(
         None, "After the first stage, sort heads and neurons by importance.")
     distill: bool = setting(

@@ -19,8 +19,10 @@ import torch
 
 import data
 from glue import export
-from glue.test_predict import CPU, LABELS, TEXTS, assert_refused, predictions, write_tiny_bert
-from model import Arch, BertConfig, ElasticBert, extract, save_bert, tokenizer_files
+from glue.test_predict import (CPU, LABELS, TEXTS, assert_refused, predictions, write_table,
+                               write_tiny_bert)
+from model import (Arch, BertConfig, ElasticBert, extract, load_bert, save_bert,
+                   tokenizer_files)
 
 EXPORT = ["--model", "sub", "--format"]
 # The README's example of using an ONNX export. It imports nothing of this project.
@@ -56,7 +58,7 @@ def write_sub(labels, **run):
     with torch.no_grad():
         model.classifier.weight *= 3
     save_bert(model, "sub", tokenizer_files("tiny"))
-    Path("sub/run.json").write_text(json.dumps(dict(data="gone", max_length=16, **run)))
+    Path("sub/run.json").write_text(json.dumps(dict(data="gone", max_length=16) | run))
     return model
 
 
@@ -81,10 +83,13 @@ def directory_names():
 
 def test_onnx(sub, capsys):
     """onnxruntime computes the same logits, and the README's example gives the same label."""
-    for name in ("onnx", "onnxscript"):
-        pytest.importorskip(name)
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     assert export.main([*EXPORT, "onnx"]) == 0
+    # ONNX Runtime 1.14 knows no newer opset than 18, and no newer IR version than 8.
+    proto = onnx.load("export/sub-onnx/model.onnx")
+    assert proto.ir_version <= 8
+    assert all(opset.version <= 18 for opset in proto.opset_import)
     session = onnxruntime.InferenceSession("export/sub-onnx/model.onnx")
     for inputs in random_inputs():
         feed = {name: x.numpy() for name, x in zip(export.INPUTS, inputs)}
@@ -97,6 +102,118 @@ def test_onnx(sub, capsys):
         answer, = predictions(capsys, "texts", "--model", "sub")
         printed = run_isolated(README_EXAMPLE.replace("TEXTS", repr(texts)))
         assert printed == answer["label"] + "\n"
+
+
+def write_dev_data(labels, **run):
+    """Write a data set to `data`, which the run.json of `sub` names.
+
+    labels: the label names, or () for a regression. Return the dev texts, and for each its label,
+    an index or a score.
+    """
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abc good bad "), 12)) for _ in range(50)]
+    scores = np.arange(50) % 2 if labels else np.arange(50) / 10
+    shown = [labels[i] for i in scores] if labels else scores
+    rows = [["sentence", "label" if labels else "score"], *zip(texts, shown)]
+    for name in ("train", "dev"):
+        write_table(Path(f"data/{name}.tsv"), *rows)
+    write_sub(labels, **{"data": "data", "task": "data", "pairs": False, **run})
+    return texts, scores
+
+
+def test_int8(sub, capsys):
+    """Compare an int8 export with its file, and with logits and scores by hand."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    texts, labels = write_dev_data(LABELS)
+    capsys.readouterr()
+    assert export.main([*EXPORT, "onnx", "--int8"]) == 0
+    printed = capsys.readouterr().out
+    path = Path("export/sub-onnx-int8/model.onnx")
+    # The three embeddings, six matrices in each layer, the pooler and the classifier.
+    matrices = [tensor for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 2]
+    assert len(matrices) == 3 + 2 * 6 + 2
+    integers = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    assert all(tensor.data_type in integers for tensor in matrices)
+
+    _, encode = data.load("sub")
+    session = onnxruntime.InferenceSession(path)
+    all_inputs = [[tensor.long() for tensor in encode(text)] for text in texts]
+    fp32 = np.array([sub(*inputs)[0].tolist() for inputs in all_inputs])
+    int8 = []
+    for inputs in all_inputs:
+        feed = {name: x.numpy() for name, x in zip(export.INPUTS, inputs)}
+        int8.append(session.run(None, feed)[0][0])
+    int8 = np.array(int8)
+    assert 0 < np.abs(int8 - fp32).max() < 0.2 * np.abs(fp32).max()
+    lines = {line.split(":")[0]: line for line in printed.splitlines()}
+    assert lines["int8"].startswith(f"int8: {path.stat().st_size / 2**20:.1f} MiB, ")
+    for precision, logits in (("fp32", fp32), ("int8", int8)):
+        printed_score = float(lines[precision].split("dev score ")[1])
+        # Batches of several texts share the scales of their activations, so a text may
+        # have another answer in int8.
+        num_other = 50 * abs(printed_score / 100 - np.mean(logits.argmax(1) == labels))
+        assert num_other < (0.01 if precision == "fp32" else 2.01)
+
+
+@pytest.fixture
+def fake_int8(sub, monkeypatch):
+    """Replace the exporter and the quantizer. The int8 logits are off by 0.01.
+
+    The real ones take seconds. test_int8 uses them.
+    """
+    def write_model(model, directory, _):
+        (directory / "model.onnx").write_bytes(bytes(2**20))
+        return model
+
+    def quantize(path):
+        path.write_bytes(bytes(2**19))
+        return lambda *inputs: load_bert("sub")(*inputs) + 0.01
+
+    monkeypatch.setattr(export, "write_model", write_model)
+    monkeypatch.setattr(export, "quantize", quantize)
+
+
+def test_int8_regression(fake_int8, capsys):
+    """The printed scores of a regression are the correlations of numpy."""
+    texts, scores = write_dev_data(())
+    assert export.main([*EXPORT, "onnx", "--int8"]) == 0
+    model, encode = data.load("sub")
+    values = [model(*encode(text)).item() for text in texts]
+    ranks = np.argsort(np.argsort(values))
+    expected = 50 * (np.corrcoef(values, scores)[0, 1]
+                     + np.corrcoef(ranks, np.arange(50))[0, 1])
+    printed = capsys.readouterr().out
+    assert "differ by at most 1.0e-02\n" in printed
+    lines = re.findall(r"^(fp32: 1.0|int8: 0.5) MiB, .* dev score (.*)$", printed, re.M)
+    assert [float(score) for _, score in lines] == pytest.approx([expected] * 2, abs=0.01)
+
+
+@pytest.mark.parametrize("run, reason", [
+    pytest.param({"data": "gone"}, "gone/train.tsv does not exist", id="no-data"),
+    pytest.param({"pairs": True}, "the model was trained on pairs", id="other-data"),
+])
+def test_int8_without_dev_data(fake_int8, capsys, run, reason):
+    """Without the data of the training, a line says why there are no scores."""
+    write_dev_data(LABELS, **run)
+    assert export.main([*EXPORT, "onnx", "--int8"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(f"^no dev score: .*{reason}", printed, re.M)
+    lines = re.findall(r"^(fp32|int8): .* MiB, .* ms for 16 tokens on the CPU$", printed, re.M)
+    assert lines == ["fp32", "int8"]
+
+
+@pytest.mark.parametrize("broken", [
+    pytest.param(lambda logits: logits.flip(1), id="other-logits"),
+    pytest.param(lambda logits: 0 * logits, id="zeros"),
+    pytest.param(lambda logits: logits * np.nan, id="not-a-number"),
+])
+def test_broken_int8_is_not_kept(fake_int8, capsys, monkeypatch, sub, broken):
+    """An int8 export that says little about the texts is refused, and nothing of it stays."""
+    monkeypatch.setattr(export, "quantize", lambda _: lambda *inputs: broken(sub(*inputs)))
+    assert_refused(capsys, export, [*EXPORT, "onnx", "--int8", "--out", "new"],
+                   "nothing was written. Export without --int8")
+    assert directory_names() == {"tiny", "sub"}
 
 
 def test_torch(sub):
@@ -357,6 +474,7 @@ def test_refusals(sub, capsys, monkeypatch):
     """A missing model, an unknown format, and a missing package end in one line."""
     assert_refused(capsys, export, ["--model", "nowhere", "--format", "hf"], "nowhere")
     assert_refused(capsys, export, ["--model", "sub", "--format", "pt"], "--format")
+    assert_refused(capsys, export, [*EXPORT, "hf", "--int8"], "use --format onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert_refused(capsys, export, [*EXPORT, "onnx"], "pip install onnx onnxruntime onnxscript")
 
