@@ -2007,6 +2007,8 @@ def test_best_fit():
     pytest.param("60M", [6e7], id="millions"),
     pytest.param("0.5x", [5e7], id="share"),
     pytest.param(".5X", [5e7], id="share-without-zero"),
+    pytest.param("50%", [5e7], id="percent"),
+    pytest.param("7% 0.07x", [0.07 * 1e8, 0.07 * 1e8], id="percent-equals-share"),
     pytest.param("22G", [22e9], id="billions"),
     pytest.param("1.5k", [1500], id="thousands"),
     pytest.param("60m 0.5X 70", [6e7, 5e7, 70], id="several"),
@@ -2028,6 +2030,7 @@ def test_budgets(text, values, capsys):
     pytest.param("12ms", 12, id="unit"),
     pytest.param("12MS", 12, id="capitals"),
     pytest.param("0.5x", 20, id="share"),
+    pytest.param("50%", 20, id="percent"),
 ])
 def test_latency_budgets(text, milliseconds):
     """Compare parsed latency budgets with numbers by hand."""
@@ -2604,6 +2607,27 @@ def test_best_recipe(in_data_dir):
     assert BertConfig.load("superbert/tiny").keep_layers == "even"
 
 
+@pytest.mark.parametrize("name, hidden_size, typed, line", [
+    pytest.param("MRPC", 768, [], "learning rate 2e-05, the paper's for MRPC", id="paper"),
+    pytest.param("MNLI", 768, [], "learning rate 1e-05, the paper's for MNLI", id="paper-mnli"),
+    pytest.param("my", 512, [], "learning rate 2e-05, the paper's for BERT-base", id="own-data"),
+    pytest.param(
+        "MRPC", 384, [],
+        "learning rate 0.0001, because the hidden size is below 512 (--lr changes it)",
+        id="small-bert"),
+    pytest.param(
+        "TOY", 48, [], "learning rate 0.001, chosen for TOY (--lr changes it)", id="toy"),
+    pytest.param("MRPC", 384, ["--lr", "3e-5"], "learning rate 3e-05", id="typed"),
+])
+def test_default_learning_rate(tmp_path, capsys, name, hidden_size, typed, line):
+    """The learning rate follows the task and the size of the BERT, and the reason is printed."""
+    bert = write_tiny_bert(tmp_path / "bert", hidden_size=hidden_size, num_attention_heads=4)
+    settings, _ = yoco.parse(["train", "--data", name, "--bert", str(bert), *typed])
+    resolved = yoco.resolve_defaults(settings, name)
+    assert capsys.readouterr().out == line + "\n"
+    assert resolved.lr == float(line.split()[2].rstrip(","))
+
+
 def test_search_without_holdout(in_data_dir, capsys):
     """Without a hold-out set, search needs --select-on dev."""
     assert yoco.main(TRAIN + ["--holdout", "0"]) == 0
@@ -2915,6 +2939,38 @@ def test_search_moves_toward_the_budget(search_by_score):
     assert late_costs["0.85x"] > 0.65
 
 
+def test_table_of_budgets(in_trained_dir, monkeypatch, capsys):
+    """Compare the table after a search for several budgets with run.json.
+
+    The milliseconds are measured once per sub-BERT. With one budget there is no table.
+    """
+    timed = []
+
+    def measure(model, *_):
+        timed.append(model.config.arch)
+        return 12.345 + len(timed)
+
+    # Better sub-BERTs have more heads, so the budgets have different winners.
+    monkeypatch.setattr(data, "make_evaluator",
+                        lambda *_: lambda arch: {"score": float(sum(arch.heads))})
+    monkeypatch.setattr(yoco, "latency", measure)
+    assert yoco.main([*SEARCH, "--max-params", "0.9x"]) == 0
+    assert "directory" not in capsys.readouterr().out
+    assert yoco.main([*SEARCH, "--max-params", "90%", "0.5x", "0.9X", "--out", "sub"]) == 0
+    *_, header, first, second, third, same = capsys.readouterr().out.splitlines()
+    assert header.split() == [
+        "budget", "parameters", "FLOPs", "ms", "here", "hold-out", "dev", "directory"]
+    milliseconds = ["13.35", "14.35", "13.35"]
+    for line, budget, ms in zip((first, second, third), ("90%", "0.5x", "0.9x"), milliseconds):
+        facts = read_facts(f"sub/{budget}")
+        assert line.split() == [
+            budget, f"{facts['params']:,}", f"{facts['flops']:,}", ms,
+            f"{facts['selection_score']:.2f}", f"{facts['dev']['score']:.2f}", f"sub/{budget}"]
+        assert line.index("sub/") == header.index("directory")
+    assert same == "90% and 0.9x found the same sub-BERT"
+    assert len(timed) == len(set(timed)) == 2
+
+
 def test_search_by_latency(in_trained_dir, monkeypatch):
     """Search times every architecture once, and the winner twice: it must fit twice.
 
@@ -2947,6 +3003,106 @@ def test_search_by_latency(in_trained_dir, monkeypatch):
     better = {arch for arch in timed if 2 < sum(arch.heads) <= 4}
     assert better
     assert {arch for arch in timed if timed.count(arch) > 1} >= better
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Replace the clock of yoco.py by one that only tests move. Return [seconds]."""
+    now = [0.0]
+    fake = SimpleNamespace(perf_counter=lambda: now[0], strftime=time.strftime,
+                           gmtime=time.gmtime, strptime=time.strptime)
+    monkeypatch.setattr(yoco, "time", fake)
+    return now
+
+
+@pytest.mark.parametrize("seconds_per_step, whole, rest", [
+    pytest.param(4, ["24 steps left, about 2 minutes"], ["14 steps left, about 56 seconds"],
+                 id="minutes"),
+    pytest.param(600, ["24 steps left, about 4.0 hours"], ["14 steps left, about 140 minutes"],
+                 id="hours"),
+    pytest.param(0.1, [], [], id="too-short"),
+])
+def test_time_of_a_training(in_data_dir, monkeypatch, capsys, clock, seconds_per_step, whole,
+                            rest):
+    """A training prints once how long it takes, and again after --resume.
+
+    The first step is slower, and does not count.
+    """
+    clip_and_check = yoco.clip_and_check
+
+    def take_time(model, losses, t, *args):
+        clock[0] += 1000 if t == 0 else seconds_per_step
+        return clip_and_check(model, losses, t, *args)
+
+    monkeypatch.setattr(yoco, "clip_and_check", take_time)
+    # 54 examples are 7 batches of 8, so this training has 28 steps.
+    words = [*TRAIN, "--stages", "largest"]
+    assert yoco.main(words) == 0
+    assert re.findall(r"\d+ steps left.*", capsys.readouterr().out) == whole
+    send_signal_in_step(monkeypatch, 10)
+    assert yoco.main([*words, "--out", "part"]) == 128 + signal.SIGTERM
+    capsys.readouterr()
+    assert yoco.main([*words, "--out", "part", "--resume"]) == 0
+    assert re.findall(r"\d+ steps left.*", capsys.readouterr().out) == rest
+
+
+@pytest.mark.parametrize("num_archs", [1, 2])
+def test_relative_flops(num_archs):
+    """Compare the assumed FLOPs of a step in each stage with samples, to 15%."""
+    config = BertConfig(vocab_size=50, hidden_size=384, num_hidden_layers=6,
+                        num_attention_heads=12, intermediate_size=1536)
+    space = SearchSpace.for_config(config)
+    P, rng = Categorical(space.categories), np.random.default_rng(0)
+    settings = SimpleNamespace(archs_per_step=num_archs, distill=False)
+    first, *stages = yoco.make_stages(space, "MRPC", 10)
+    assert yoco.relative_flops(config, first, settings) == 1
+    full = count_flops(config, space.largest())
+    for stage in stages:
+        P.set_open(yoco.open_masks(space, stage))
+        sampled = [count_flops(config, space.arch(P.sample(rng))) for _ in range(200)]
+        expected = num_archs * np.mean(sampled) / full
+        assert abs(yoco.relative_flops(config, stage, settings) / expected - 1) < 0.15
+        with_teacher = SimpleNamespace(archs_per_step=num_archs, distill=True)
+        assert yoco.relative_flops(config, stage, with_teacher) > expected
+
+
+@pytest.mark.parametrize("seconds, words, line", [
+    pytest.param(
+        9, ["--evaluations", "1000"],
+        "1,000 evaluations, at most 9 s each: up to 150 minutes (--evaluations 60: 9 minutes)",
+        id="long"),
+    pytest.param(
+        9, ["--max-params", "0.9x", "0.7x"],
+        "24 evaluations, at most 9 s each: up to 4 minutes", id="two-budgets"),
+    pytest.param(0.5, [], None, id="too-short"),
+])
+def test_time_of_a_search(in_trained_dir, monkeypatch, capsys, clock, seconds, words, line):
+    """A search prints once how long it takes, and again after --resume.
+
+    Its first evaluation is that of the largest architecture, which takes longest.
+    """
+    largest = BertConfig.load("tiny").arch
+
+    def make_evaluator(*_):
+        def take_time(arch):
+            clock[0] += seconds if arch == largest else seconds / 2
+            return {"score": float(sum(arch.heads))}
+        return take_time
+
+    monkeypatch.setattr(data, "make_evaluator", make_evaluator)
+    search = [*SEARCH, *words, "--out", "sub"]
+    send_signal_in_step(monkeypatch, 2)
+    assert yoco.main(search) == 128 + signal.SIGTERM
+    expected = [line] if line else []
+    assert re.findall(r"[\d,]+ evaluations.*", capsys.readouterr().out) == expected
+    assert yoco.main(["search", "--resume", "--out", "sub"]) == 0
+    again = re.findall(r"([\d,]+) evaluations left, about 4.5 s each: up to .*",
+                       capsys.readouterr().out)
+    assert len(again) == len(expected)
+    if line:
+        num_evaluations = int(line.split()[0].replace(",", ""))
+        left = int(again[0].replace(",", ""))
+        assert num_evaluations - 6 <= left < num_evaluations
 
 
 def write_regression_data(directory, num_train=40):
@@ -3684,6 +3840,26 @@ SEARCH_PARAMS = ["search", "--max-params"]
         ["started with --seed 0, but you gave --seed 5", "pass --seed 0"],
         id="resume-with-another-seed"),
     pytest.param(
+        ["train", "--resume", "--out", "superbert/tiny", "--seed", "5"],
+        ["started with --seed 0, but you gave --seed 5"],
+        id="resume-by-out-with-another-seed"),
+    pytest.param(
+        ["train", "--resume", "--out", "superbert/tni"],
+        ["superbert/tni holds no run to continue"],
+        id="resume-by-a-wrong-out"),
+    pytest.param(
+        ["train", "--resume", "--out", "subbert/tiny-0.9x"],
+        ["log.jsonl is not the log of a train"],
+        id="resume-a-search-as-a-training"),
+    pytest.param(
+        ["search", "--resume", "--out", "subbert/tiny-0.9x", "--max-params", "0.8x"],
+        ["started with --max-params 0.9x, but you gave --max-params 0.8x"],
+        id="resume-by-out-with-another-budget"),
+    pytest.param(
+        ["search", "--resume", "--out", "subbert"],
+        ["--max-params, --max-flops"],
+        id="resume-the-parent-of-a-search"),
+    pytest.param(
         [*TRAIN_TINY, "--out", "tiny"],
         ["is a directory that the command reads"],
         id="train-into-the-data"),
@@ -3720,6 +3896,9 @@ SEARCH_PARAMS = ["search", "--max-params"]
     pytest.param([*SEARCH_PARAMS, "12ms"], ["budget"], id="parameters-in-milliseconds"),
     pytest.param([*SEARCH_PARAMS, ""], ["budget"], id="empty-budget"),
     pytest.param([*SEARCH_PARAMS, "-5"], ["budget"], id="negative-budget"),
+    pytest.param([*SEARCH_PARAMS, "50 %"], ["without blanks"], id="blank-before-percent"),
+    pytest.param([*SEARCH_PARAMS, "0%"], ["'0%' is not a positive"], id="budget-0-percent"),
+    pytest.param([*SEARCH_PARAMS, "5%%"], ["'5%%' is not a positive"], id="two-percent-signs"),
     pytest.param([*SEARCH_PARAMS, "60 M"], ["budget"], id="blank-before-unit"),
     pytest.param(
         [*SEARCH_PARAMS, "60", "M"], ["'m' is not a", "without blanks"], id="unit-without-number"),
@@ -4225,7 +4404,7 @@ def test_interrupted_equals_whole(in_trained_dir, monkeypatch, capsys, words, st
         number, step = stop
         send_signal_in_step(monkeypatch, step, number)
         assert yoco.main(part) == 128 + number
-        assert "--resume to continue" in capsys.readouterr().err.splitlines()[-1]
+        assert "run python yoco.py" in capsys.readouterr().err.splitlines()[-1]
 
     outs = ["0.9x", "0.5x"] if words == SEARCH_TWO_BUDGETS else ["."]
     log = Path("part", outs[-1], "log.jsonl")
@@ -4246,6 +4425,59 @@ def test_interrupted_equals_whole(in_trained_dir, monkeypatch, capsys, words, st
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words, outs, step", [
+    pytest.param(
+        TRAIN_BEST + ["--keep-layers", "first", "--seed", "3"], ["."], 9, id="train"),
+    pytest.param(
+        SEARCH_TINY + ["--seed", "3", "--select-on", "dev"], ["."], 3, id="search"),
+    # In this order, the logs are those of 0.9x, 50% and 0.7x.
+    pytest.param(
+        SEARCH_TINY + ["--max-flops", "0.9X", "50%", "0.7x"],
+        ["0.9x-flops", "50%-flops", "0.7x-flops"], 8, id="search-with-several-budgets"),
+])
+def test_resume_needs_only_the_directory(in_trained_dir, monkeypatch, capsys, words, outs, step):
+    """Compare a run that --resume --out continues with a run that nobody stopped.
+
+    The other settings come from the log. The message after Ctrl-C gives the command.
+    """
+    if "--max-flops" in words:
+        at = words.index("--max-params")
+        words = words[:at] + words[at + 2:]
+    assert yoco.main([*words, "--out", "whole"]) == 0
+    send_signal_in_step(monkeypatch, step)
+    assert yoco.main([*words, "--out", "a part"]) == 128 + signal.SIGTERM
+    hint = capsys.readouterr().err.splitlines()[-1]
+    resume = [words[0], "--resume", "--out", "a part"]
+    assert hint.endswith(f'run python yoco.py {words[0]} --resume --out "a part"')
+    assert_refused(capsys, [*resume, "--seed", "9"], "but you gave --seed 9")
+    assert yoco.main(resume) == 0
+    for out in outs:
+        whole, resumed = Path("whole", out), Path("a part", out)
+        assert read_results(resumed) == read_results(whole)
+        assert read_log_lines(resumed) == read_log_lines(whole)
+        assert read_facts(resumed) == read_facts(whole)
+    assert yoco.main(resume) == 0
+
+
+@pytest.mark.parametrize("name, value", [
+    pytest.param("lr", "fast", id="rate-is-a-word"),
+    pytest.param("lr", -1, id="negative-rate"),
+    pytest.param("batch_size", 2.5, id="fractional-batch-size"),
+    pytest.param("bert", "a\0b", id="null-character"),
+    pytest.param("recipe", [], id="empty-list"),
+    pytest.param("reorder", "yes", id="flag-is-a-word"),
+])
+def test_resume_with_damaged_settings(in_trained_dir, capsys, name, value):
+    """A log with a setting that nobody can type is refused, with the name of the log."""
+    log = Path("superbert/tiny/log.jsonl")
+    header, rest = log.read_text().split("\n", 1)
+    header = json.loads(header)
+    header["settings"][name] = value
+    log.write_text(json.dumps(header) + "\n" + rest)
+    assert_refused(capsys, ["train", "--resume", "--out", "superbert/tiny"],
+                   "superbert/tiny", "damaged")
+
+
 def test_resume_needs_the_name_of_the_data(in_data_dir, capsys, monkeypatch):
     """A run whose data directory was renamed, and linked back, is not resumed.
 
@@ -4258,7 +4490,7 @@ def test_resume_needs_the_name_of_the_data(in_data_dir, capsys, monkeypatch):
     with open("part/log.jsonl") as log:
         header = json.loads(log.readline())
     # 54 examples are two batches. This BERT has seven stages of three epochs.
-    assert header["settings"]["lr"] == 2e-5
+    assert header["settings"]["lr"] == 1e-4
     assert header["facts"]["epochs"] == 21
     assert header["facts"]["stages"][1]["first_step"] == 6
 
@@ -4929,7 +5161,10 @@ def test_evaluator_with_prefix_cache(monkeypatch, memory):
 
 @pytest.mark.parametrize("command", ["train", "search", "eval"])
 def test_help_explains_every_setting(capsys, command):
-    """--help lists every setting of a command, with a sentence on each."""
+    """--help lists every setting of a command, with a sentence on each.
+
+    The settings that most users need come first, and a sentence on the time before them.
+    """
     with pytest.raises(SystemExit) as stop:
         yoco.main([command, "--help"])
     assert stop.value.code == 0
@@ -4939,6 +5174,17 @@ def test_help_explains_every_setting(capsys, command):
     assert len(flags) == len(dataclasses.fields(settings))
     for name, explanation in flags:
         assert re.search(r"[a-z]{2,} [a-z]", explanation), name
+    usual = {
+        "train": "--data --bert --recipe --metric --epochs --lr --out --resume --overwrite",
+        "search": "--model --data --max-params --max-flops --max-latency --evaluations --out "
+                  "--resume --overwrite",
+        "eval": "--model --data",
+    }
+    description, usual_text, research_text = re.split("usual:|research:", text)
+    assert re.findall(r"^  (--[a-z-]+)", usual_text, re.M) == usual[command].split()
+    assert "--device" in research_text
+    if command != "eval":
+        assert "two" in description and "CPU cores" in " ".join(description.split())
 
 
 # ---- The project itself --------------------------------------------------------------------------
