@@ -1272,9 +1272,9 @@ def load_dev(directory, model_dir):
                   examples[0].sentence2 is not None,
                   dev_format.name or os.path.basename(os.path.realpath(directory)), found)
         devs.append(examples)
-    return Task(name=training["task"], train=[], dev=devs[0], labels=labels,
+    return Task(name=training.get("task"), train=[], dev=devs[0], labels=labels,
                 dev_mismatched=devs[1] if names == mnli_names else None,
-                metric=training["metric"])
+                metric=training.get("metric", dev_format.metric))
 
 
 def existing_model(directory):

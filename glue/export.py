@@ -192,7 +192,7 @@ def compare_precisions(model, model_dir, exports):
     """
     n_tokens = min(128, data.max_train_length(model_dir))
     try:
-        task = trained_task(model_dir)
+        task = dev_task(model_dir)
     except UserError as error:
         task = None
         print_line(f"no dev score: {error}")
@@ -204,17 +204,15 @@ def compare_precisions(model, model_dir, exports):
         print_line(text)
 
 
-def trained_task(model_dir):
-    """Return the Task that a model was trained on.
+def dev_task(model_dir):
+    """Return the Task that a model was trained on, with its dev set only.
 
     Raises UserError if no run.json names its data, or if the data is gone or is another.
     """
     training = data.training_of(model_dir)
     if "data" not in training:
         raise UserError(f"no run.json in {model_dir} names the data")
-    task = data.load_task(training["data"])
-    data.check_fit(training["data"], training, task.pairs, task.name, task.labels, task.metric)
-    return task
+    return data.load_dev(training["data"], model_dir)
 
 
 def dev_score(forward, model, model_dir, task):

@@ -190,7 +190,7 @@ def test_int8_regression(fake_int8, capsys):
 
 
 @pytest.mark.parametrize("run, reason", [
-    pytest.param({"data": "gone"}, "gone/train.tsv does not exist", id="no-data"),
+    pytest.param({"data": "gone"}, "gone/dev.tsv does not exist", id="no-data"),
     pytest.param({"pairs": True}, "the model was trained on pairs", id="other-data"),
 ])
 def test_int8_without_dev_data(fake_int8, capsys, run, reason):
