@@ -2545,7 +2545,7 @@ def words_from_log(options, argv):
             raise UserError(f"{out} holds no run to continue: name another --out, or "
                             "start a training with --data")
         return []
-    if ("data" in logged) != (command == "train"):
+    if ("stages" in logged) != (command == "train"):
         raise UserError(f"{path} is not the log of a {command}: choose another --out")
     is_budget_typed = any(options.get(f"max_{kind}") for kind in UNITS)
     words = []
