@@ -4820,7 +4820,7 @@ def test_several_processes_print_one_error(in_data_dir, words, message):
     """
     settings, _ = yoco.parse([*TRAIN, "--out", "out"])
     run = yoco.RunDirectory(yoco.resolve_defaults(settings, "tiny"), "tiny", "tiny")
-    run.lock_and_clear()
+    run.lock()
     results = run_two_processes(words, TORCHELASTIC_RUN_ID="1")
     assert [status for status, _ in results] == [2, 2], results
     # Process 0 may have printed a summary of the task before its error.
