@@ -515,7 +515,7 @@ STAGE_EPOCHS = {
     "QQP": ((1, 1), (1, 1, 1), (1, 1, 3)),
     "RTE": ((3, 1), (1, 1, 1), (1, 1, 2)),
     "SST-2": ((1, 1), (1, 1, 1), (1, 1, 1)),
-    "TOY": ((2, 2), (2, 2, 2), (2, 2, 6)),
+    "TOY": ((2, 2), (2, 2, 2), (2, 2, 4)),
     "default": ((3, 3), (3, 3, 3), (3, 3, 3)),
 }
 # The paper's learning rates, for BERT-base. TOY's rate is for the tiny BERT in glue/TOY.

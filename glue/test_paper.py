@@ -342,7 +342,7 @@ def test_cells_and_tables(work, capsys, monkeypatch, any_commit):
     assert best["settings"]["reorder"] is True
     changed = cells["paper-TOY-best_lr=2e-3_length=0.02-0.json"]["settings"]
     assert changed["lr"] == 2e-3
-    assert changed["epochs"] == pytest.approx(0.02 * 26)
+    assert changed["epochs"] == pytest.approx(0.02 * 22)
 
     config = load_bert(work.root / "bert", 2).config
     assert_scores_keep_the_budgets(best, config)
