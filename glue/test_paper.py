@@ -338,7 +338,7 @@ def test_cells_and_tables(work, capsys, monkeypatch, any_commit):
     # Ten epochs of 72 examples, 32 per step.
     assert cells["paper-TOY-HAT_tuned_2e-5-0.json"]["steps"] == 30
     best = cells["paper-TOY-best-0.json"]
-    assert best["settings"]["epochs"] == 26
+    assert best["settings"]["epochs"] == 22
     assert best["settings"]["reorder"] is True
     changed = cells["paper-TOY-best_lr=2e-3_length=0.02-0.json"]["settings"]
     assert changed["lr"] == 2e-3
