@@ -6,7 +6,7 @@ The task is the sentiment of invented film reviews, in SST-2's format: does the 
 recommend the film? The sentences look like English, but a fixed rule (see `label`)
 decides each label. The order of the words matters, so no list of good and bad words
 solves the task. A small BERT learns the rule from random weights in about a minute,
-and the smallest sub-BERTs score visibly lower.
+and the smallest sub-BERTs usually score lower.
 
 A seed gives the same bytes on every machine, because the only random source is
 `random.Random.random`, whose sequence Python guarantees. Only the standard library is
