@@ -843,11 +843,13 @@ def print_training_time(run, state, stage, num_steps):
         return
     config, settings = state.model.config, run.settings
     seconds_left = 0
+    flops_now = relative_flops(config, stage, settings)
     for fields in run.header["facts"]["stages"]:
-        other = Stage(**fields)
-        steps_left = other.first_step + other.num_steps - max(state.step, other.first_step)
-        share = relative_flops(config, other, settings) / relative_flops(config, stage, settings)
-        seconds_left += max(0, steps_left) * seconds * share
+        planned = Stage(**fields)
+        end = planned.first_step + planned.num_steps
+        steps_left = max(0, end - max(state.step, planned.first_step))
+        share = relative_flops(config, planned, settings) / flops_now
+        seconds_left += steps_left * seconds * share
     if seconds_left >= 10:
         print_line(f"{num_steps - state.step:,} steps left, about "
                    f"{format_duration(seconds_left)}")
@@ -1083,6 +1085,7 @@ def print_search_time(evaluate, settings, runs):
     first_call = True
 
     def timed_evaluate(arch):
+        """Evaluate an architecture, and print the time of the search at the first call."""
         nonlocal first_call
         start = time.perf_counter()
         score = evaluate(arch)

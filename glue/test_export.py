@@ -294,7 +294,8 @@ def test_printed_costs(sub, capsys):
     head_zeros = 3 * 8 * (12 + 1) + 12 * 8
     num_zeros = head_zeros + 15 * (12 + 1) + 12 * 15
     assert after == before + num_zeros
-    assert f"\n{num_zeros} of these parameters are zeros, {head_zeros} of them for dropped" in printed
+    zeros = f"\n{num_zeros} of these parameters are zeros, {head_zeros} of them for dropped"
+    assert zeros in printed
 
 
 @pytest.mark.parametrize("error", [
