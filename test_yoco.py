@@ -3015,15 +3015,18 @@ def clock(monkeypatch):
     return now
 
 
-@pytest.mark.parametrize("seconds_per_step, whole, rest", [
-    pytest.param(4, ["24 steps left, about 2 minutes"], ["14 steps left, about 56 seconds"],
-                 id="minutes"),
-    pytest.param(600, ["24 steps left, about 4.0 hours"], ["14 steps left, about 140 minutes"],
-                 id="hours"),
-    pytest.param(0.1, [], [], id="too-short"),
+@pytest.mark.parametrize("stages, seconds_per_step, whole, rest", [
+    pytest.param("largest", 4, ["24 steps left, about 2 minutes"],
+                 ["14 steps left, about 56 seconds"], id="minutes"),
+    pytest.param("largest", 600, ["24 steps left, about 4.0 hours"],
+                 ["14 steps left, about 140 minutes"], id="hours"),
+    pytest.param("largest", 0.1, [], [], id="too-short"),
+    # With one architecture per step, later stages have fewer FLOPs. They do not count as faster.
+    pytest.param("all", 4, ["24 steps left, about 2 minutes"],
+                 ["14 steps left, about 56 seconds"], id="smaller-architectures"),
 ])
-def test_time_of_a_training(in_data_dir, monkeypatch, capsys, clock, seconds_per_step, whole,
-                            rest):
+def test_time_of_a_training(in_data_dir, monkeypatch, capsys, clock, stages, seconds_per_step,
+                            whole, rest):
     """A training prints once how long it takes, and again after --resume.
 
     The first step is slower, and does not count.
@@ -3036,7 +3039,7 @@ def test_time_of_a_training(in_data_dir, monkeypatch, capsys, clock, seconds_per
 
     monkeypatch.setattr(yoco, "clip_and_check", take_time)
     # 54 examples are 7 batches of 8, so this training has 28 steps.
-    words = [*TRAIN, "--stages", "largest"]
+    words = [*TRAIN, "--stages", stages, "--archs-per-step", "1"]
     assert yoco.main(words) == 0
     assert re.findall(r"\d+ steps left.*", capsys.readouterr().out) == whole
     send_signal_in_step(monkeypatch, 10)

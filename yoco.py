@@ -836,7 +836,8 @@ def print_training_time(run, state, stage, num_steps):
     """Print once how long the rest of the training takes, if it takes some seconds.
 
     The time per step is measured in the stage that runs first. We assume that the time
-    of a step is proportional to its FLOPs in every stage.
+    of a step grows with its FLOPs, but never falls below the measured time. Small slices
+    save many FLOPs and little time.
     """
     seconds = run.progress.first_seconds_per_step(state.step)
     if seconds is None:
@@ -849,7 +850,7 @@ def print_training_time(run, state, stage, num_steps):
         end = planned.first_step + planned.num_steps
         steps_left = max(0, end - max(state.step, planned.first_step))
         share = relative_flops(config, planned, settings) / flops_now
-        seconds_left += steps_left * seconds * share
+        seconds_left += steps_left * seconds * max(1.0, share)
     if seconds_left >= 10:
         print_line(f"{num_steps - state.step:,} steps left, about "
                    f"{format_duration(seconds_left)}")

@@ -50,8 +50,8 @@ import torch
 import data
 import yoco
 from glue import run_program
-from model import (Arch, BertConfig, count_flops, count_params, device_name, extract, load_bert,
-                   read_json, save_bert, SearchSpace, select_device_and_precision, tokenizer_files,
+from model import (Arch, BertConfig, count_flops, count_params, extract, load_bert, read_json,
+                   save_bert, SearchSpace, select_device_and_precision, tokenizer_files,
                    user_errors_for, UserError, write_file, write_json)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,6 +187,8 @@ def chosen_settings(task, base):
         return {"lr": RATE, "epochs": PLAIN_EPOCHS.get(task, 10)}
     if VARIANT_TYPES[base] == "elastic":
         return {"lr": RATE, "length": LENGTHS.get(task, 1)}
+    if VARIANT_TYPES[base] == "tuned":
+        return {"lr": float(base.split()[-1]), "epochs": 10}
     return {}
 
 
@@ -375,17 +377,16 @@ def search_by(propose, ctx, limit, evaluate, cache, evaluations, seed):
 # ---- Cells ---------------------------------------------------------------------------------------
 
 def load_run(directory, options):
-    """Load a trained model, with all that scoring and further fine-tuning need.
+    """Load a trained model, with all that scoring needs.
 
     The directory is one that `train` wrote. Raises UserError if it is not.
 
     Returns a namespace:
         run         the contents of run.json
         start       the time when loading began
-        model       on `device`, with its `config`, its SearchSpace `space`, and `autocast`
+        model       on `device`, with its `config`, `space` and `autocast`
         cost        a function from an architecture to its number of parameters
         encode      a function that tokenizes examples
-        train_set   the examples of train that are not in the hold-out set
         splits      {"holdout": [examples], "dev": [examples] or for MNLI two lists}
         metric      the task's metric
     """
@@ -394,12 +395,12 @@ def load_run(directory, options):
     encode = data.make_encoder(directory)
     device, autocast = select_device_and_precision(options.device, options.precision)
     task = data.load_task(run["data"])
-    train_set, holdout_set = data.split_holdout(task.train, *run["held_out"])
+    _, holdout_set = data.split_holdout(task.train, *run["held_out"])
     model = data.load_trained(directory, task).to(device)
     return SimpleNamespace(
         run=run, start=start, model=model, config=model.config, device=device, autocast=autocast,
-        space=SearchSpace.for_config(model.config),
-        cost=functools.partial(count_params, model.config), encode=encode, train_set=train_set,
+        space=yoco.search_space(model.config),
+        cost=functools.partial(count_params, model.config), encode=encode,
         splits={"holdout": [holdout_set], "dev": task.devs}, metric=task.metric)
 
 
@@ -508,7 +509,7 @@ class Cell:
 
     def epochs(self, pretrained):
         """Return for how many epochs this cell trains."""
-        if self.base in PLAIN:
+        if "epochs" in self.settings:
             return float(self.settings["epochs"])
         # With one step per epoch, the number of steps is the number of the authors'
         # epochs.
@@ -553,7 +554,7 @@ class Cell:
         settings = {name: value for name, value in ctx.run["settings"].items()
                     if name not in ("data", "bert")}
         seconds = time.perf_counter() - ctx.start
-        if VARIANT_TYPES[self.base] in ("plain", "elastic"):
+        if VARIANT_TYPES[self.base] in ("plain", "elastic", "tuned"):
             seconds += ctx.run["seconds"]
         names = ("steps", "hardware", "precision", "versions")
         of_training = {name: ctx.run[name] for name in names}
@@ -581,9 +582,15 @@ class Cell:
         pretrained, share = self.options.bert, 1.0
         if self.base == "truncated":
             pretrained, share = self.truncate(), SHARES[-1]
-        ctx = self.train(pretrained, "--stages", "largest")
-        scores = [arch_facts(share, ctx.config, ctx.config.arch, ctx.run["holdout"]["largest"],
-                             make_evaluators(ctx))]
+        return self.score_largest(self.train(pretrained, "--stages", "largest"), share)
+
+    def score_largest(self, ctx, share):
+        """Return the facts of a BERT that is not elastic.
+
+        share: its number of parameters, as a share of the encoder's.
+        """
+        evaluators, arch = make_evaluators(ctx), ctx.config.arch
+        scores = [arch_facts(share, ctx.config, arch, evaluators["holdout"](arch), evaluators)]
         return self.facts(ctx, scores=scores)
 
     def train_and_search(self):
@@ -615,36 +622,14 @@ class Cell:
         return self.facts(ctx, uniform=float(np.mean(uniform)), scores=scores)
 
     def tune_further(self):
-        """Fine-tune the smallest sub-BERT that a variant found for ten more epochs.
-
-        The settings among the facts are those of the super-BERT.
-        """
+        """Fine-tune the smallest sub-BERT that a variant found for ten more epochs."""
         variant, rate = self.base.split(" tuned ")
         cell = self.require(variant)
         ctx = load_run(cell.model_dir, self.options)
         winner = Arch(**read_json(cell.path)["scores"][-1]["arch"])
-        ctx.model = model = extract(ctx.model, winner).train()
-        arch = model.config.arch
-        examples = ctx.encode(ctx.train_set)
-        num_steps = 10 * math.ceil(len(examples) / BATCH_SIZE)
-        adam = yoco.new_adam(model)
-        gradient = yoco.weight_gradient
-        if ctx.device.type == "cuda":
-            gradient = yoco.graphed_gradient()
-
-        # The seed decides dropout.
-        torch.manual_seed(self.seed)
-        batches = data.batches(examples, BATCH_SIZE, self.seed)
-        for t, indices in zip(range(num_steps), batches):
-            gradient(model, data.collate(examples, indices, ctx.device, 128), [arch], ctx.autocast)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            adam.param_groups[0]["lr"] = float(rate) * (1 - t / num_steps)
-            adam.step()
-
-        evaluators = make_evaluators(ctx)
-        scores = [arch_facts(SHARES[-1], model.config, arch, evaluators["holdout"](arch),
-                             evaluators)]
-        return self.facts(ctx, steps=num_steps, hardware=device_name(ctx.device), scores=scores)
+        directory = self.model_dir + "-cut"
+        save_bert(extract(ctx.model, winner), directory, tokenizer_files(cell.model_dir))
+        return self.score_largest(self.train(directory, "--stages", "largest"), SHARES[-1])
 
     def search_bands(self):
         """Find the best sub-BERT in every band of sizes of one super-BERT (Tab. 1).
