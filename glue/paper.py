@@ -587,7 +587,7 @@ class Cell:
     def score_largest(self, ctx, share):
         """Return the facts of a BERT that is not elastic.
 
-        share: its number of parameters, as a share of the encoder's.
+        share: how much of the encoder's parameters it has at most.
         """
         evaluators, arch = make_evaluators(ctx), ctx.config.arch
         scores = [arch_facts(share, ctx.config, arch, evaluators["holdout"](arch), evaluators)]
@@ -623,7 +623,7 @@ class Cell:
 
     def tune_further(self):
         """Fine-tune the smallest sub-BERT that a variant found for ten more epochs."""
-        variant, rate = self.base.split(" tuned ")
+        variant, _ = self.base.split(" tuned ")
         cell = self.require(variant)
         ctx = load_run(cell.model_dir, self.options)
         winner = Arch(**read_json(cell.path)["scores"][-1]["arch"])
