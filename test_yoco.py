@@ -2641,7 +2641,13 @@ def test_plain_fine_tuning(in_data_dir, capsys):
     words = TRAIN + ["--stages", "largest"]
     assert_refused(capsys, words + ["--distill"], "a single architecture")
     assert yoco.main(words) == 0
-    assert "epochs, one architecture\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "epochs, one architecture\n" in printed
+    # The other architectures were not trained, so no command reports them.
+    assert yoco.main(["eval", "--model", "superbert/tiny"]) == 0
+    for text in (printed, capsys.readouterr().out):
+        assert "largest: " in text
+        assert "smallest" not in text and "most likely" not in text
     logged = {(line["stage"], line["K"]) for line in read_log_lines("superbert/tiny")}
     assert logged == {("largest", 1.0)}
     assert_refused(capsys, SEARCH + ["--model", "superbert/tiny"], "nothing to search")

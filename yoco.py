@@ -1313,10 +1313,12 @@ def evaluate(settings):
 def reference_archs(space, theta):
     """Return the three sub-BERTs that train and eval report, by name.
 
-    There is only one if a sub-BERT was fine-tuned.
+    There is only one after plain fine-tuning (--stages largest).
     """
     if isinstance(space, SingleArch):
         return {"sub-BERT": space.only_arch}
+    if all(max(variable) == 1 for variable in theta):
+        return {"largest": space.largest()}          # no other choice was ever open
     return {
         "largest": space.largest(),
         "most likely": space.arch([int(np.argmax(variable)) for variable in theta]),
