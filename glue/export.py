@@ -72,7 +72,7 @@ def export(options):
     if "theta" in run and run["settings"]["stages"] != "largest":
         raise UserError(f"{model_dir} is a super-BERT: search it, and export the sub-BERT "
                         "that the search writes")
-    model, examples = load_bert(model_dir), read_examples(run)
+    model, examples = load_bert(data.existing_model(model_dir)), read_examples(run)
     for leftover in temporary_directories(out):
         remove_temporary(leftover, out)
     check_out(out, model_dir, options.overwrite)

@@ -473,7 +473,8 @@ def test_failed_rename(quick, capsys, monkeypatch):
 
 def test_refusals(sub, capsys, monkeypatch):
     """A missing model, an unknown format, and a missing package end in one line."""
-    assert_refused(capsys, export, ["--model", "nowhere", "--format", "hf"], "nowhere")
+    assert_refused(capsys, export, ["--model", "nowhere", "--format", "hf"],
+                   "nowhere/config.json does not exist: name a directory")
     assert_refused(capsys, export, ["--model", "sub", "--format", "pt"], "--format")
     assert_refused(capsys, export, [*EXPORT, "hf", "--int8"], "use --format onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
