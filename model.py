@@ -179,7 +179,7 @@ class SearchSpace:
         FFN size 32     4        5
 
     So a pair's index is FFN index * number of head choices + heads index.
-    A list of `choices` has one index, a category, per variable. `arch(choices)` turns it
+    `choices` is a list with one category index per variable. `arch(choices)` turns it
     into an Arch, and `choices(arch)` turns an Arch into a list. In the example, [0, 3, 5]
     means depth 1, and in the first layer pair 3, which is 2 heads and 16 neurons.
 
@@ -344,13 +344,13 @@ class Layer(nn.Module):
         self.dropout = config.hidden_dropout_prob
         self.attention_dropout = config.attention_probs_dropout_prob
 
-    def forward(self, x, mask, n_heads, ffn_size, cls_only=False, masks=None):
+    def forward(self, x, mask, n_heads, ffn_size, cls_only=False, size_masks=None):
         """Run the layer with its first n_heads heads and its first ffn_size FFN neurons.
 
-        x         [B, T, C] -> [B, T, C]
-        mask      [B, 1, 1, T] bool, False for padding
-        cls_only  return only [CLS], [B, 1, C], since the pooler reads nothing else
-        masks     (head_mask [B, H], ffn_mask [B, F]), only from forward_many in Part II
+        x           [B, T, C] -> [B, T, C]
+        mask        [B, 1, 1, T] bool, False for padding
+        cls_only    return only [CLS], [B, 1, C], since the pooler reads nothing else
+        size_masks  (head_mask [B, H], ffn_mask [B, F]), only from forward_many in Part II
         """
         p = self.dropout if self.training else 0.0
         p_attention = self.attention_dropout if self.training else 0.0
@@ -365,16 +365,16 @@ class Layer(nn.Module):
             x = x[:, :1]                                                 # [B, 1, C]
         query = self.project(x, self.query, HD)                          # [B, H, T, D]
         a = attention(query, key, value, mask, p_attention)              # [B, H, T, D]
-        if masks:
-            a = a * masks[0][:, :, None, None]
+        if size_masks:
+            a = a * size_masks[0][:, :, None, None]
         a = a.transpose(1, 2).flatten(2)                                 # [B, T, H*D]
         a = sliced_linear(a, self.attention_out, n_in=HD)                # [B, T, C]
         x = self.attention_norm(x + dropout(a, p))
 
         f = sliced_linear(x, self.ffn_in, n_out=n_neurons)               # [B, T, F]
         f = self.activation(f)
-        if masks:
-            f = f * masks[1][:, None, :]
+        if size_masks:
+            f = f * size_masks[1][:, None, :]
         f = sliced_linear(f, self.ffn_out, n_in=n_neurons)               # [B, T, C]
         return self.ffn_norm(x + dropout(f, p))
 
@@ -417,7 +417,7 @@ class ElasticBert(nn.Module):
         mask = attention_mask.bool()[:, None, None, :]                   # [B, 1, 1, T]
         for n, (i, n_heads, ffn_size) in enumerate(self.config.layers(arch)):
             is_last = n == arch.depth - 1
-            x = self.layers[i](x, mask, n_heads, ffn_size, cls_only=is_last)     # [B, T, C]
+            x = self.layers[i](x, mask, n_heads, ffn_size, cls_only=is_last)     # [B, T or 1, C]
         return self.head(x)                                              # [B, num_labels]
 
     def embed(self, input_ids, token_type_ids):
@@ -470,7 +470,7 @@ def extract(model, arch):
     # On the "meta" device a tensor has a shape, but no memory.
     with torch.device("meta"):
         sub = ElasticBert(config, model.num_labels)
-    # Renumber the kept layers 0, 1, 2, ... In this dict they replace the first layers.
+    # A sub-BERT numbers its layers from 0. Store the kept layers under these numbers.
     kept = nn.ModuleList(model.layers[i] for i, *_ in model.config.layers(arch))
     full = {**model.state_dict(), **kept.state_dict(prefix="layers.")}
     state = {}
@@ -962,7 +962,7 @@ def forward_many(model, input_ids, token_type_ids, attention_mask, sizes):
         ffn_mask = torch.arange(ffn_size, device=sizes.device) < neurons_kept    # [N, F]
         is_last = i == largest.depth - 1
         y = model.layers[i](x, mask, n_heads, ffn_size, cls_only=is_last,
-                            masks=(head_mask, ffn_mask))                 # [N, T or 1, C]
+                            size_masks=(head_mask, ffn_mask))            # [N, T or 1, C]
         is_kept = heads_kept[:, :, None] > 0                             # [N, 1, 1]
         x = torch.where(is_kept, y, x[:, :y.shape[1]])
     return model.head(x).view(n_archs, B, -1)

@@ -14,7 +14,8 @@ Symbols of the paper, and their names here:
     theta      the probabilities of P_theta, a distribution over architectures   P.theta
     pi         the distribution that is uniform over the open choices            P.uniform()
     rho        the entropy of P_theta                                            P.entropy()
-    K          the controller: rho / rho_max, where rho_max is the entropy of pi K
+    rho_max    the entropy of pi, the largest possible                           rho_max
+    K          the controller: rho / rho_max                                     state.K
     lambda     the number of architectures in one step: 2, a better and a worse  archs_per_step
     delta      the length of one step of theta: 1                                delta
     I          the steps between two updates of K: 5% of an epoch                interval
@@ -102,7 +103,7 @@ class Categorical:
     """P_theta: one categorical distribution for the depth and one for each layer, independent.
 
     theta[v][c] is the probability of category c of variable v. Training opens categories stage by
-    stage. A category that is still closed has probability 0. An open one stays above a lower bound.
+    stage. A closed category has probability 0. An open one never falls below a lower bound.
     """
 
     def __init__(self, sizes):
@@ -169,13 +170,13 @@ class Categorical:
 def natural_gradient(theta, samples, utilities, source=None):
     """Return the mean of utility * (one_hot(m) - theta) over the samples, one array per variable.
 
-    This is the ordinary gradient, multiplied by the inverse Fisher matrix. No matrix is inverted,
-    because for a categorical variable each factor is known:
+    This is the ordinary gradient, multiplied by the inverse of the Fisher matrix on moves that keep
+    the sum of theta at 1. No matrix is inverted, because each factor is known:
 
         gradient of ln P_theta(m)     one_hot(m) / theta
         Fisher matrix                 diag(1 / theta)
-        its inverse                   diag(theta) - theta theta'     (on moves that sum to 0)
-        inverse times gradient        one_hot(m) - theta             (theta' (one_hot / theta) = 1)
+        its inverse on these moves    diag(theta) - theta theta^T
+        inverse times gradient        one_hot(m) - theta
 
     Our utilities sum to zero, so theta cancels for every variable that is active in all samples.
     With lambda = 2 the gradient is then (one_hot(best) - one_hot(worst)) / 2.
@@ -188,11 +189,10 @@ def natural_gradient(theta, samples, utilities, source=None):
     gradient = [np.zeros_like(t) for t in theta]
     for sample, utility in zip(samples, utilities):
         for g, t, q, choice in zip(gradient, theta, source, sample):
-            # CHOICE: the depth leaves this layer out. Its one_hot is replaced by q, the mean of the
-            # distribution that was sampled. Suppose its choice does not matter. Samples that run
-            # the layer still contribute utility * (q - theta), averaged over the choice. For q =
-            # theta that is 0. For q = pi it moves theta for no reason. The utilities sum to zero,
-            # so the samples without the layer cancel that move by the same term.
+            # CHOICE: if the depth leaves this layer out, we use q, the mean one_hot of the
+            # distribution that was sampled. For P_theta, q - theta is 0. Samples of pi that run the
+            # layer pull theta toward pi or away from it, even if the layer's choice does not
+            # matter. This term cancels the pull on average, because the utilities sum to zero.
             # AUTHORS: they use a random one_hot, which has the same mean and more noise.
             one_hot = q if choice is None else np.eye(len(t))[choice]
             direction = one_hot - t                                              # below Eq. 5
@@ -218,7 +218,7 @@ def raise_to_minimum(theta, num_free):
     num_open = len(theta)
     if num_open == 1:
         return theta
-    # ASNG's bound. It is 1 for a single variable of two choices, so we cap it at half of uniform.
+    # CHOICE: ASNG's bound, but at most half of uniform. For one variable of two choices it is 1.
     theta_min = min(1 / (num_free * (num_open - 1)), 1 / (2 * num_open))
     theta = np.maximum(theta, theta_min)
     # The sum may exceed 1 now. Take the excess from each category in proportion to its surplus over
@@ -266,14 +266,13 @@ def exploit_probability(P):
 
 # ---- Progressive expanding of the training space (Sec. 3.2) --------------------------------------
 
-# A run of steps in which the open search space does not change. The open choices of each kind are
-# listed from the largest to the smallest.
-Stage = namedtuple("Stage", "name depths heads ffn_sizes first_step num_steps")
+class Stage(namedtuple("Stage", "name depths heads ffn_sizes first_step num_steps")):
+    """Hold a run of steps with the same open sizes, each listed from the largest down."""
 
 
-def progressive_rows(space, task):
+def progressive_rows(space, task_name):
     """Return the rows of the progressive schedule: name, open depths, heads, FFN sizes, epochs."""
-    epochs_heads, epochs_ffn, epochs_depth = STAGE_EPOCHS.get(task, STAGE_EPOCHS["default"])
+    epochs_heads, epochs_ffn, epochs_depth = STAGE_EPOCHS.get(task_name, STAGE_EPOCHS["default"])
     depths, heads, ffn_sizes = space.depths[::-1], space.heads[::-1], space.ffn_sizes[::-1]
     # AUTHORS: they have no stage for the largest architecture, though the paper begins with it.
     # CHOICE: it gets as many epochs as the last stage.
@@ -287,14 +286,14 @@ def progressive_rows(space, task):
     return rows
 
 
-def make_stages(space, task, steps_per_epoch, schedule="progressive", epochs=0.0):
+def make_stages(space, task_name, steps_per_epoch, schedule="progressive", epochs=0.0):
     """Return the stages of a training.
 
-    "progressive" trains the largest architecture, then opens one more choice per stage. "all"
-    spends half of the epochs on the largest, then opens everything. "largest" is plain fine-tuning.
-    epochs: the total over all stages, 0 for the table's.
+    "progressive" trains the largest architecture, then opens one more size per stage. "all" spends
+    half of the epochs on the largest, then opens everything. "largest" is plain fine-tuning.
+    epochs: the total over all stages. 0 means the epochs of STAGE_EPOCHS.
     """
-    rows = progressive_rows(space, task)
+    rows = progressive_rows(space, task_name)
     if schedule == "largest":
         rows = rows[:1]
     elif schedule == "all":
@@ -335,7 +334,7 @@ class TrainState:
 def train(settings):
     """Fine-tune a super-BERT with Algorithm 1. Return the contents of its run.json.
 
-    W and theta minimise the expected loss of an architecture sampled from P_theta (Eq. 1, Eq. 3).
+    Find W and theta that minimise the expected loss of a sample of P_theta (Eq. 1, Eq. 3).
     """
     # Set up the data, the weights W, the distribution P_theta, and the stages.
     task = data.load_task(settings.data, settings.metric)
@@ -351,7 +350,8 @@ def train(settings):
     stages = make_stages(space, task.name, sets.steps_per_epoch, settings.stages, settings.epochs)
     num_steps = stages[-1].first_step + stages[-1].num_steps
     interval = max(1, sets.steps_per_epoch // 20)        # I: 5% of an epoch, as the authors
-    forward_backward = fastest_gradient(device)          # weight_gradient, or a faster equal
+    forward_backward = fastest_gradient(device)          # weight_gradient, or a faster form
+    # With --resume, this restores `state` from the checkpoint.
     if not start_or_resume(run, state, stages, sets):
         return read_run(run.path)                        # the run was finished before
     batches = data.batches(sets.train, settings.batch_size, settings.seed, first=state.step)
@@ -360,7 +360,7 @@ def train(settings):
     for t in range(state.step, num_steps):                                       # 2
         stage = stage_at(stages, t)
         if t == stage.first_step:
-            # The stage before is over. Open more of the search space, and start Adam afresh.
+            # A stage begins. The first opens only the largest architecture, the others more.
             P.set_open(open_masks(space, stage))                                 # 11
             state.adam = new_adam(model)
             sort_and_copy_teacher(state, stages, sets, settings, autocast)   # for --recipe best
@@ -429,18 +429,18 @@ def new_adam(model):
 # ---- search: the same distribution, moved by a reward (Sec. 3.4) ---------------------------------
 
 def reward(score, cost, budget, full_cost, alpha=2):
-    """Return ACC(m) if the sub-BERT fits the budget, and less the further it exceeds it (Eq. 7).
+    """Return ACC(m), reduced if the sub-BERT exceeds the budget (Eq. 7).
 
     score: ACC(m) in %. cost: T(m). budget: Omega. full_cost: T(M), the cost of the full model, at
     which the reward is 0. Two edge cases return the score unchanged: a score <= 0, which the factor
-    would raise, and a budget of at least full_cost, which everything fits.
+    would raise, and a budget of at least full_cost, which no sub-BERT exceeds.
 
     >>> reward(80, 50, 60, 100), reward(80, 80, 60, 100), reward(80, 100, 60, 100)
     (80, 20.0, 0.0)
     """
     # DIFFERS from Eq. 7: the printed factor, excess ** alpha, is 0 at the budget and grows with
     # the excess. We use (1 - excess) ** alpha.
-    # AUTHORS: they do, too, but also for negative scores (Matthews), which it raises.
+    # AUTHORS: they do, too, but also scale negative scores (Matthews), which raises them.
     if cost < budget or budget >= full_cost or score <= 0:
         return score
     excess = (cost - budget) / (full_cost - budget)
@@ -474,7 +474,7 @@ def move_toward_reward(setup, run, budget):
     for num_sampled in range(0, settings.evaluations, settings.archs_per_step):
         count = min(settings.archs_per_step, settings.evaluations - num_sampled)
         archs = [space.arch(P.sample(rng)) for _ in range(count)]
-        # Evaluate the new ones. The smallest is always among them, so at least one sub-BERT fits.
+        # Evaluate the new ones, the largest for its cost T(M), and the smallest so that one fits.
         for arch in (largest, smallest, *archs):
             if arch not in scores:
                 scores[arch] = setup.evaluate(arch)
@@ -492,10 +492,10 @@ def move_toward_reward(setup, run, budget):
 def best_fit(scores, cost, budget):
     """Return the architecture with the highest score and T(m) < Omega (Eq. 2), or None.
 
-    scores: {architecture: ACC(m)}. cost: a function, T. Of equal scores the cheaper one wins.
+    scores: {architecture: ACC(m)}. cost: a function, T.
     """
     fitting = [arch for arch in scores if cost(arch) < budget]
-    # CHOICE: at equal scores the cheaper one.
+    # CHOICE: if scores are equal, the cheaper architecture wins.
     return max(fitting, key=lambda arch: (scores[arch], -cost(arch)), default=None)      # Eq. 2
 
 
