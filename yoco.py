@@ -351,8 +351,7 @@ def train(settings):
     num_steps = stages[-1].first_step + stages[-1].num_steps
     interval = max(1, sets.steps_per_epoch // 20)        # I: 5% of an epoch, as the authors
     forward_backward = fastest_gradient(device)          # weight_gradient, or a faster form
-    # With --resume, this restores `state` from the checkpoint.
-    if not start_or_resume(run, state, stages, sets):
+    if not start_or_resume(run, state, stages, sets):    # --resume restores `state`
         return read_run(run.path)                        # the run was finished before
     batches = data.batches(sets.train, settings.batch_size, settings.seed, first=state.step)
 
@@ -506,7 +505,7 @@ def best_fit(scores, cost, budget):
 # ---- The authors' schedule -----------------------------------------------------------------------
 
 # The epochs of every stage. The three groups open heads, then FFN sizes, then depths.
-# Each number is one stage, which opens one more choice.
+# Each number belongs to one stage, which opens one more size.
 STAGE_EPOCHS = {
     "CoLA": ((4, 4), (4, 4, 4), (4, 4, 4)),
     "MNLI": ((3, 1), (1, 1, 1), (1, 1, 1)),
@@ -519,9 +518,10 @@ STAGE_EPOCHS = {
     "default": ((3, 3), (3, 3, 3), (3, 3, 3)),
 }
 # The paper's learning rates, for BERT-base. TOY's rate is for the tiny BERT in glue/TOY.
-# CHOICE: a BERT with a hidden size below 512 gets SMALL_BERT_RATE. With 2e-5, half of MiniLM
-# loses 16 points on the hold-out set of CoLA (two seeds, glue/results/README.md).
-# AUTHORS: 1e-5 for SST-2, and 1e-10 in QNLI's depth stages, which freezes W there.
+# CHOICE: a BERT with a hidden size below 512 gets SMALL_BERT_RATE. With 2e-5, a sub-BERT
+# with half of MiniLM's encoder scores 16 points less on the hold-out set of CoLA (two seeds,
+# glue/results/README.md).
+# AUTHORS: they use 1e-5 for SST-2, and 1e-10 in QNLI's depth stages, which freezes W there.
 LEARNING_RATES = {"MNLI": 1e-5, "QNLI": 1e-5, "TOY": 1e-3, "default": 2e-5}
 SMALL_BERT_RATE = 1e-4
 
@@ -558,15 +558,15 @@ def controller(P, strategy):
     return exploit_probability(P)
 
 
-# ---- What a training begins with -----------------------------------------------------------------
+# ---- Setting up a training -----------------------------------------------------------------------
 
 def resolve_defaults(settings, task_name):
     """Return the settings of `train` with every default filled in.
 
     Some defaults depend on the task, and some on other settings. The default of --out
     depends on --data, for example. Print the learning rate. Raises UserError if
-    --reorder or --distill is used with a single architecture, or if the BERT's size is
-    needed and it has no config.json.
+    --reorder or --distill is combined with --stages largest, or if the learning rate
+    depends on the size of a BERT that has no config.json.
     """
     changes = {}
     if not settings.bert:
@@ -591,13 +591,13 @@ def resolve_defaults(settings, task_name):
 
 
 def default_learning_rate(task_name, hidden_size):
-    """Return the learning rate without --lr, and the reason for it, to be printed."""
+    """Return the default learning rate, and a text for the user that gives the reason."""
     if hidden_size < 512 and task_name != "TOY":
         return SMALL_BERT_RATE, ", because the hidden size is below 512 (--lr changes it)"
     rate = LEARNING_RATES.get(task_name, LEARNING_RATES["default"])
     if task_name == "TOY":
         return rate, ", chosen for TOY (--lr changes it)"
-    # STS-B is a GLUE task, but the paper does not train on it.
+    # The paper trains on neither STS-B nor your data, so the reason names BERT-base.
     name = task_name if task_name in STAGE_EPOCHS else "BERT-base"
     return rate, f", the paper's for {name}"
 
@@ -632,7 +632,7 @@ def is_sub_bert(config):
 
 
 def search_space(config):
-    """Return the search space of a model. A sub-BERT's holds a single architecture."""
+    """Return the search space of a model, with a single architecture for a sub-BERT."""
     if is_sub_bert(config):
         return SingleArch(config.arch)
     return SearchSpace.for_config(config)
@@ -688,9 +688,9 @@ def choose_holdout(settings, train_file):
 
 
 def read_earlier_run(bert):
-    """Return the run.json of the BERT that a training begins with, or {} without one.
+    """Return the run.json of the BERT that a training starts from, or {}.
 
-    The run.json of another program counts as none.
+    The result is {} if there is no run.json, or if another program wrote it.
     """
     path = Path(bert) / "run.json"
     run = read_json(path) if path.exists() else {}
@@ -709,7 +709,8 @@ def sort_and_copy_teacher(state, stages, sets, settings, autocast):
     """Sort the heads and neurons, and freeze a teacher, if the settings ask for it.
 
     `train` calls this function at the start of every stage. It acts only at the start
-    of the second stage, when the largest architecture is trained and smaller ones open.
+    of the second stage, when the largest architecture has been trained and smaller ones
+    open.
     """
     if state.step != stages[0].num_steps:
         return
@@ -772,7 +773,7 @@ def task_loss(logits, targets):
     return F.cross_entropy(logits, targets)
 
 
-# ---- What a training reports ---------------------------------------------------------------------
+# ---- Logging, and finishing a training -----------------------------------------------------------
 
 def clip_and_check(model, losses, t, stage, lr, archs):
     """Clip the gradient at norm 1, and return the losses as numbers.
@@ -809,7 +810,7 @@ def log_and_checkpoint(run, state, stage, losses, num_steps, checkpoint_every):
 def report(run, state, stage, losses, num_steps):
     """Log every tenth step and the last one, and show the progress.
 
-    theta is long, so it is logged only about fifty times.
+    theta is long, so it is logged at most about fifty times.
     """
     print_training_time(run, state, stage, num_steps)
     if state.step % 10 and state.step < num_steps:
@@ -833,11 +834,11 @@ def report(run, state, stage, losses, num_steps):
 
 
 def print_training_time(run, state, stage, num_steps):
-    """Print once how long the rest of the training takes, if it takes some seconds.
+    """Print once how long the rest of the training takes, if at least ten seconds.
 
-    The time per step is measured in the stage that runs first. We assume that the time
-    of a step grows with its FLOPs, but never falls below the measured time. Small slices
-    save many FLOPs and little time.
+    The time per step is measured in the first stage that this command runs. We assume
+    that the time of a step is proportional to its FLOPs, but never below the measured
+    time, because small slices save many FLOPs but little time.
     """
     seconds = run.progress.first_seconds_per_step(state.step)
     if seconds is None:
@@ -857,9 +858,9 @@ def print_training_time(run, state, stage, num_steps):
 
 
 def relative_flops(config, stage, settings):
-    """Return the FLOPs of a step in this stage, as a share of a step of the largest.
+    """Return a step's FLOPs in this stage, relative to a step of the largest architecture.
 
-    Samples are assumed to be different, and to have the mean size of the open choices.
+    We assume that the samples differ, and have the mean size of the open choices.
     """
     choices = (stage.depths, stage.heads, stage.ffn_sizes)
     if all(len(sizes) == 1 for sizes in choices):
@@ -894,10 +895,10 @@ def min_exploit_probability(P):
 
 
 def finish_training(run, state, task, sets, device, autocast, **facts):
-    """Evaluate the reference architectures, and write the super-BERT.
+    """Evaluate the reference architectures on the hold-out set, and write the super-BERT.
 
-    They are evaluated on the hold-out set. facts: further fields of run.json. Return
-    the contents of run.json, or None in every process except process 0.
+    Process 0 returns the contents of run.json, and every other process returns None.
+    facts: further fields of run.json.
     """
     if PROCESS_INDEX > 0:
         return None
@@ -939,7 +940,7 @@ def is_no_better(score, baseline):
 
 
 def constant_answer(config):
-    """Return the words for the constant answer that `data.majority_baseline` scores."""
+    """Return a phrase that names the constant answer of `data.majority_baseline`."""
     if config.problem_type == "regression":
         return "the mean"
     return "the most frequent answer"
@@ -951,7 +952,7 @@ class Progress:
     def __init__(self, done, total):
         self.done, self.total = done, total
         self.last_shown = time.perf_counter()
-        # The clock of `first_seconds_per_step`: when it began, and after which step.
+        # `first_seconds_per_step` starts to measure at this (time, number of steps done).
         self.measured_from = None
 
     def first_seconds_per_step(self, done):
@@ -995,7 +996,7 @@ def print_progress(text):
         print(escape_control_chars(text), file=sys.stderr, flush=True)
 
 
-# ---- Setting up a search, and writing what it chose ----------------------------------------------
+# ---- Setting up a search, and writing its results ------------------------------------------------
 
 # The run.json of a sub-BERT repeats these fields from the run.json of its super-BERT.
 INHERITED_FACTS = ("task", "metric", "pairs", "most_frequent", "data", "train", "held_out",
@@ -1013,7 +1014,7 @@ class SearchSetup:
     space: SearchSpace
     evaluate: object            # architecture -> ACC(m) on the data that selects, in %
     evaluate_on_dev: object     # architecture -> every metric on dev, in %
-    dev_baseline: float         # ACC(m) on dev of a constant answer, in %
+    dev_baseline: float         # the score of a constant answer on dev, in %
     measure: object             # architecture -> T(m)
     unit: str                   # the unit of T(m)
     runs: list                  # [(RunDirectory, Omega)], one pair per budget
@@ -1028,7 +1029,8 @@ def open_search(settings):
     device, autocast = select_device_and_precision(settings.device, settings.precision)
     superbert = settings.model or latest_superbert()
     superbert_run, task = read_superbert(superbert, settings.data)
-    # The log and run.json fingerprint the data. Its place may change before a --resume.
+    # Do not log --data, because the data may move before a --resume. The log and run.json
+    # hold a fingerprint of the data instead.
     settings = dataclasses.replace(settings, data=None)
     model = data.load_trained(superbert, task).to(device)
     space = SearchSpace.for_config(model.config)
@@ -1049,7 +1051,7 @@ def open_search(settings):
     # Open one run per budget. Read back the scores and costs that an interrupted search
     # has logged.
     kind, settings_per_budget = budgets_from_settings(settings, superbert)
-    # A resumed search may find its data in another place.
+    # A --resume compares the facts. The path of the data is left out, because it may change.
     facts = {name: superbert_run.get(name) for name in (*INHERITED_FACTS, "theta")
              if name != "data"}
     runs = [RunDirectory(run_settings, superbert_run["data"], superbert, **facts)
@@ -1080,8 +1082,8 @@ def open_search(settings):
 def print_search_time(evaluate, settings, runs):
     """Return a function like `evaluate` that prints once how long the search takes.
 
-    It prints after its first call, if the search takes more than some seconds. A new
-    search evaluates the largest architecture first, which takes longest.
+    It prints after its first call, if the search takes at least ten seconds. A new search
+    evaluates the largest architecture first, so no later evaluation should take longer.
     """
     first_call = True
 
@@ -1101,11 +1103,11 @@ def print_search_time(evaluate, settings, runs):
 
 
 def search_time(seconds, settings, runs):
-    """Return one line on the time of a search, or "" if it takes less than 10 seconds.
+    """Return a line about the time of a search, or "" if it takes less than ten seconds.
 
     seconds: the time of one evaluation. The line proposes fewer evaluations if the search
-    is new and takes more than five minutes. The latency of an architecture is measured
-    within a second or so, and is left out.
+    is new and takes more than five minutes. It does not count the latency measurements,
+    which take about a second each.
     """
     unfinished = [run for run in runs if not run.finished]
     num_left = settings.evaluations * len(unfinished)
@@ -1189,8 +1191,8 @@ UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
 def budgets_from_settings(settings, superbert):
     """Return the kind of budget, and the settings of one search per budget.
 
-    The settings are a dict. Its keys are the budgets as typed, but in small letters.
-    The settings of each search name the directory that it writes.
+    The settings are a dict. Its keys are the budgets as typed, but in lower case. The
+    settings of each search name the directory that it writes.
     """
     kinds = [kind for kind in UNITS if getattr(settings, f"max_{kind}")]
     if len(kinds) != 1:
@@ -1311,9 +1313,9 @@ def evaluate(settings):
 
 
 def reference_archs(space, theta):
-    """Return the three sub-BERTs that train and eval report, by name.
+    """Return the architectures that train and eval report, as {name: architecture}.
 
-    There is only one after plain fine-tuning (--stages largest).
+    There are three, but only one after plain fine-tuning (--stages largest).
     """
     if isinstance(space, SingleArch):
         return {"sub-BERT": space.only_arch}
@@ -1329,8 +1331,8 @@ def reference_archs(space, theta):
 def full_sizes(config, earlier_run=None):
     """Return the parameters and the FLOPs of the largest architecture of a model.
 
-    earlier_run: the run.json of the BERT that the model was trained from. If that was a
-    sub-BERT, the file names the sizes of its super-BERT, and these are returned.
+    earlier_run: the run.json of the BERT that the model was trained from. If that BERT
+    was a sub-BERT, return the sizes of its super-BERT, which this file holds.
     """
     earlier_run = earlier_run or {}
     params = earlier_run.get("full_params", count_params(config, config.arch))
@@ -1392,9 +1394,9 @@ def print_results(setup, results):
 
 
 def align_columns(rows):
-    """Return one line per row, with the numbers at the right of their columns.
+    """Return one line per row, with right-aligned numbers.
 
-    The first and the last column hold texts, which begin at the left.
+    The first and the last column hold text and are left-aligned.
     """
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
@@ -1435,7 +1437,7 @@ def format_result(config, path, result):
 # The files that a run writes beside its log. A run replaces and removes no other files.
 RUN_FILES = ("run.json", "checkpoint.safetensors", "config.json", "model.safetensors",
              *TOKENIZER_FILES)
-# The first bytes of every log. A directory of another model has no file that begins so.
+# The first bytes of every log. They distinguish our logs from those of other programs.
 LOG_BEGINNING = b'{"settings": {'
 # The form of the time in run.json.
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
@@ -1528,8 +1530,8 @@ class RunDirectory:
             return
         foreign = set(self.checked_files)
         if self.log_path.exists() and LOG_BEGINNING.startswith(beginning):
-            # A run that was killed at its start leaves half of these bytes, and no other
-            # file.
+            # A run that was killed at its start may have written only some of these bytes,
+            # and no other file.
             foreign -= {"log.jsonl"}
         if foreign:
             raise UserError(f"{self.path} holds {min(foreign)}, but {self.log_path} {fault}: "
@@ -1561,11 +1563,11 @@ class RunDirectory:
     def check_facts(self, facts):
         """Raise UserError if a resumed run was started with other facts.
 
-        Facts are the values that settings came to, and the values in another run's
-        run.json. For example, the number of epochs may follow from the name of the data
-        directory.
+        Facts are values that follow from the settings and the data, or that come from
+        another run's run.json. For example, the number of epochs may depend on the name
+        of the data directory.
         """
-        # JSON has no tuples, so compare what the log would say.
+        # JSON turns tuples into lists, so compare the facts in the form that the log holds.
         facts = json.loads(json.dumps(facts))
         with user_errors_for(self.log_path):
             # An older version has logged no facts.
@@ -1588,8 +1590,8 @@ class RunDirectory:
     def lock(self):
         """Lock the directory until the process ends.
 
-        Raises UserError if another run holds the lock, or if it has written the directory
-        since the check.
+        Raises UserError if another run holds the lock, or if the files have changed since
+        `__init__` checked them.
         """
         if PROCESS_INDEX > 0:
             return
@@ -1605,7 +1607,7 @@ class RunDirectory:
             raise UserError(f"another run is writing {self.path}: wait until it ends, "
                             "or choose another --out") from None
         except (ImportError, OSError):
-            # Some network disks have no locks either. We go on without a lock.
+            # Windows and some network disks have no flock. Continue without a lock.
             pass
         if self.list_files() != self.checked_files:
             raise UserError(f"the files in {self.path} have changed since this command "
@@ -1771,9 +1773,9 @@ def checkpoint_checksum(tensors, text, log):
 
 
 def restore(run, state):
-    """Read the checkpoint back into `state`, and cut the log to its length at that time.
+    """Read the checkpoint into `state`, and remove the lines that were logged after it.
 
-    Without a checkpoint, `state` stays as it is, and the log is cut to its first line.
+    Without a checkpoint, `state` does not change, and the log keeps only its header.
     """
     log_bytes = run.log_path.read_bytes().index(b"\n") + 1
     with user_errors_for(run.checkpoint):
@@ -1848,11 +1850,11 @@ def read_run(directory):
 def check_result(run, config):
     """Raise an exception if a run.json does not fit the config.json beside it.
 
-    Its fields have been checked with `check_fields`.
+    The caller has already checked the fields of run.json with `check_fields`.
     """
     settings = {**run["settings"]}
     if "stages" in settings:
-        # train wrote it.
+        # Only train has the setting `stages`, so train wrote this run.json.
         sizes = tuple(map(len, run["theta"]))
         if settings["stages"] not in get_args(TrainSettings.__annotations__["stages"]):
             raise ValueError(f"unknown stages {settings['stages']}")
@@ -1906,7 +1908,7 @@ def is_list_of_choices(value):
 
 
 def is_theta(value):
-    """Return whether a value is a list of distributions, each exact to 1e-3."""
+    """Return whether a value is a list of distributions, each summing to 1 within 1e-3."""
     if not isinstance(value, list) or not value:
         return False
     for theta in value:
@@ -1973,7 +1975,7 @@ LEGAL_FIELDS = {
 
 
 def check_fields(record):
-    """Raise ValueError if a run.json or a line of a log has a value that none can have."""
+    """Raise ValueError if a field of a run.json or of a log line has an illegal value."""
     for name, value in record.items():
         if name in LEGAL_FIELDS and not LEGAL_FIELDS[name](value):
             raise ValueError(f"{name} is {value!r:.50}")
@@ -1983,8 +1985,8 @@ def read_superbert(directory, data_dir=None):
     """Return the run.json and the task of a super-BERT that can be searched.
 
     data_dir: the directory of its data, if the data has moved. It becomes run["data"].
-    Raises UserError if the super-BERT is a single architecture, or if train.tsv is
-    another one.
+    Raises UserError if the model is a single architecture, or if train.tsv is not the
+    file that it was trained on.
     """
     run = read_run(directory)
     if run["settings"].get("stages", "largest") == "largest":
@@ -2009,7 +2011,7 @@ def read_superbert(directory, data_dir=None):
 def check_data_exists(trained_on, data_dir):
     """Raise UserError if the data has moved and --data does not name its new directory.
 
-    trained_on: the directory in run.json. data_dir: that of --data, or None.
+    trained_on: the directory in run.json. data_dir: the directory that --data names, if any.
     """
     if not data_dir and not Path(trained_on).exists():
         raise UserError(f"{trained_on} does not exist: if the data has moved, name its "
@@ -2044,8 +2046,8 @@ def share_among_processes(gradient):
     def shared_gradient(model, batch, archs, autocast, teacher=None):
         """Compute the gradient on this process's examples, and sum over all processes."""
         # CHOICE: every process trains the same architectures, because theta needs the
-        # loss of each on the same batch. A layer that no architecture uses then has no
-        # gradient in any process, so all processes reduce the same tensors.
+        # loss of each architecture on the whole batch. A layer that no architecture uses
+        # then has no gradient in any process, so every all-reduce has the same tensors.
         local_batch = [tensor[PROCESS_INDEX::NUM_PROCESSES] for tensor in batch]
         fraction = len(local_batch[0]) / len(batch[0])
         if fraction == 0:
@@ -2114,16 +2116,16 @@ def processes_from_environment():
 def join_process_group():
     """Join the process group if the environment describes several processes.
 
-    Afterwards only process 0 prints. Only an error is printed by the first process that
-    has one.
+    Afterwards only process 0 prints. The exception is an error, which the first process
+    that fails prints.
     """
     global NUM_PROCESSES, PROCESS_INDEX, shared_store
     size, index, local_index = processes_from_environment()
     if size == 1:
         return
-    # Import torch._dynamo before the group is made. Adam would import it later, and it
-    # would then keep the group alive. A thread of the group that still holds a tensor
-    # when Python ends aborts the process.
+    # Import torch._dynamo before the group is made. If Adam imported it later, the module
+    # would keep the group alive. If a thread of the group then still held a tensor when
+    # Python ends, the process would abort.
     import torch._dynamo                                     # noqa: F401
     backend = "gloo"
     if torch.cuda.is_available():
@@ -2154,7 +2156,8 @@ def print_error(error):
     Most errors happen in every process, but one line is enough.
     """
     if NUM_PROCESSES > 1:
-        # Without torchrun, process 0 holds the store. If it has ended, it has printed.
+        # Without torchrun, process 0 holds the store. If the store is gone, process 0 has
+        # already printed its error.
         num_failed = 2
         with contextlib.suppress(RuntimeError):
             num_failed = shared_store.add("failed", 1)
@@ -2175,7 +2178,7 @@ def fastest_gradient(device):
 
 
 def masked_gradient(model, batch, sizes, autocast, teacher=None):
-    """Compute `weight_gradient` in one pass of fixed tensor shapes.
+    """Compute the same as `weight_gradient`, in one pass with fixed tensor shapes.
 
     The shapes do not depend on the architectures, so a GPU can record this pass as a
     CUDA graph. sizes: the architectures as `archs_to_tensor` gives them,
@@ -2228,7 +2231,7 @@ def graphed_gradient():
 
     def gradient(model, batch, archs, autocast, teacher=None):
         """Leave the gradient in every .grad, and return the losses."""
-        # If all samples are the same architecture, one pass is enough.
+        # If all samples are the same architecture, compute it only once.
         all_equal = len(set(archs)) == 1
         archs_to_compute = archs[:1] if all_equal else archs
         sizes = archs_to_tensor(model.config, archs_to_compute, batch[0].device)
@@ -2287,7 +2290,8 @@ class RunSettings(Settings):
         2, "The number of sub-BERTs that are sampled and compared in one step (lambda). "
            "With 1 nothing is compared, and the distribution over sub-BERTs never "
            "changes.", 1)
-    # A longer step moves theta to its bounds, and the sum of theta to 1 loses digits.
+    # A step longer than 1000 would push theta to its bounds, and rounding errors would
+    # move the sum of theta away from 1.
     delta: float = setting(
         1.0, "How far one comparison moves the distribution over sub-BERTs (delta).",
         0, 1000)
@@ -2404,7 +2408,7 @@ class EvalSettings(Settings):
 COMMANDS = {"train": (TrainSettings, train), "search": (SearchSettings, search),
             "eval": (EvalSettings, evaluate)}
 RENAMED_FLAGS = {"--depth-keeps": "--keep-layers"}
-# These names come from other commands and other libraries. The flags here may be meant.
+# Flags of other commands and libraries, each with the flags that the user may have meant.
 OTHER_NAMES = {
     "--bert": ["--model"],
     "--model": ["--bert"],
@@ -2473,7 +2477,7 @@ def add_flag(parser, field):
     text = field.metadata["help"]
     if field.default:
         text += f" Default: {field.default}."
-    # argparse would read "50% " as a format.
+    # argparse formats the text with the % operator, so every % must be doubled.
     text = text.replace("%", "%%")
     parser.add_argument(flag_of(field.name), help=text, default=field.default, **options)
 
@@ -2510,7 +2514,7 @@ def parse(argv):
     if options.get("resume") and options["out"]:
         logged_words = words_from_log(options, argv)
         try:
-            # If a flag is in both, the last one counts, which was typed.
+            # If a flag is in both, the typed one counts, because it comes last.
             options = parse_words(parser, [argv[0], *logged_words, *argv[1:]])
         except UserError as error:
             raise UserError(f"the log in {options['out']} is damaged: {error}") from None
@@ -2540,8 +2544,9 @@ def parse_words(parser, words):
 def words_from_log(options, argv):
     """Return the settings that a run has logged in --out, as words of the command line.
 
-    A typed budget replaces the logged ones. Without a log, return no words. Raises
-    UserError if --data is missing then, because a wrong --out would train on TOY.
+    A typed budget replaces the logged ones. Without a log, return no words. A training
+    without a log must name --data. Raises UserError if it does not, because after a
+    mistyped --out it would train on TOY.
     """
     command, out = options["command"], options["out"]
     path, logged = logged_settings(command, out)
@@ -2570,10 +2575,10 @@ def words_from_log(options, argv):
 
 
 def logged_settings(command, out):
-    """Return the path of the log in `out`, and the settings in its header, or None twice.
+    """Return the path of the log in `out` and the settings in its header, or (None, None).
 
-    A search with several budgets has no log in `out`. Each budget then has a log in its
-    directory, and the headers of these logs list all budgets.
+    A search with several budgets has no log in `out`. Each budget then has a log in a
+    subdirectory, and the headers of these logs list all budgets.
     """
     paths = [Path(out, "log.jsonl")]
     if command == "search":
@@ -2605,10 +2610,11 @@ def refuse_unknown_flags(parser, unknown, flags):
 
 
 def parse_and_join(argv):
-    """Parse the command line. `train` then joins the other processes, if there are any.
+    """Parse the command line, and let `train` join the other processes, if there are any.
 
-    Other commands refuse several processes of torchrun, which would do the same work
-    twice and write the same files. They ignore variables that a cluster exports.
+    Other commands refuse to run in several processes of torchrun, because every process
+    would do the same work and write the same files. Without torchrun, they ignore the
+    variables that a cluster exports.
     """
     is_torchrun = dist.is_torchelastic_launched()
     try:
@@ -2630,8 +2636,8 @@ def on_signal(number, _):
     """Remember a Ctrl-C or SIGTERM. `train` and `search` stop after the current step."""
     received_signals.append(number)
     print_progress("\nstopping after this step")
-    # The same signal again stops at once. With torchrun it does not, because torchrun passes
-    # a Ctrl-C on, and its processes may receive the same signal twice.
+    # A single process stops at once if the same signal comes again. A process of torchrun
+    # does not, because torchrun passes a Ctrl-C on, and it may arrive twice.
     if NUM_PROCESSES == 1:
         signal.signal(number, signal.default_int_handler)
 
@@ -2639,8 +2645,8 @@ def on_signal(number, _):
 def main(argv=None):
     """Run one command, and return the exit status.
 
-    The status is 0 if the command ends well, 2 after an error, 130 after Ctrl-C, and
-    143 after SIGTERM. If the same signal comes twice, it is 130.
+    The status is 0 if the command succeeds, 2 after an error, 130 after Ctrl-C, and 143
+    after SIGTERM. If the same signal comes twice, the status is 130.
     """
     open_closed_streams()
     # Escape a character that the terminal cannot show, as stderr does by default.
@@ -2674,7 +2680,7 @@ def main(argv=None):
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         if NUM_PROCESSES > 1:
             # torchrun sends SIGTERM to the other processes as soon as one has failed.
-            # They fail, too, and end with the same status.
+            # This process has failed, too, so ignore the signal and end with status 2.
             handlers[signal.SIGTERM] = signal.SIG_IGN
         print_error(error)
         return 2
