@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# Keep this import first. model.py sets OMP_WAIT_POLICY, which torch reads on import.
+# Import model before torch. It sets OMP_WAIT_POLICY, which torch reads on import.
 from model import (archs_to_tensor, BertConfig, capture_graph, forward_many, is_label,
                    load_bert, print_line, read_json, regular_file, user_errors_for,
                    UserError)
@@ -50,10 +50,10 @@ Encoded = namedtuple("Encoded", "input_ids token_type_ids label")
 # label, the metric, and the names of the labels.
 Format = namedtuple("Format", "name sentence1 sentence2 label metric labels")
 
-# The first format whose columns a file has is the format of that file. If the name is
-# None, the task is named after its directory. If the labels are None, they are read from
-# train.tsv. They are () for regression. The last four formats are for your own files.
-# STS-B, RTE and SST-2 have the first three of these four.
+# A file has the first of these formats whose columns are all in its header. If the name
+# is None, the task is named after its directory. If the labels are None, they are read
+# from train.tsv. They are () for regression. The last four formats are for your files.
+# STS-B, RTE and SST-2 also use three of these four.
 FORMATS = [
     Format("MRPC", "#1 String", "#2 String", "Quality", "accuracy+f1", ("0", "1")),
     Format("QQP", "question1", "question2", "is_duplicate", "accuracy", ("0", "1")),
@@ -84,7 +84,7 @@ class Task:
     dev: list
     # The names of the labels, or () for regression. Example.label is an index into them.
     labels: tuple
-    # The names of the metrics that ACC(m) is the mean of, joined by "+".
+    # ACC(m) is the mean of these metrics. Their names are joined by "+".
     metric: str
     # Only MNLI has a second dev set.
     dev_mismatched: list | None = None
@@ -143,8 +143,8 @@ def load_task(directory, metric=None):
 def read_examples(path, labels=None):
     """Read one TSV file and return its Format, its examples, and the label names.
 
-    labels: the allowed names. The default is those of the format, or if the format has
-    none, all names in the file, sorted. Raises UserError if a label is not allowed.
+    labels: the allowed names. By default they are the format's. If it has none, they are
+    all names in the file, sorted. Raises UserError if a label is not allowed.
     """
     file_format, rows = read_table(path)
     warn_of_csv_quotes(path, rows)
@@ -172,12 +172,12 @@ def read_examples(path, labels=None):
 
 
 def read_table(path, test=False):
-    """Return the Format of a TSV file, and a list (line, sentence1, sentence2, label).
+    """Return the Format of a TSV file, and a list of (line, sentence1, sentence2, label).
 
     line is the line's number in the file. sentence2 is None if the format has no pairs.
-    A test file has no labels. Its column `index`, `id` or `idx` takes the label's place, or
-    None without them. Raises UserError if a row has too few or too many columns, or is a
-    second header.
+    In a test file, label is the value of the column `index`, `id` or `idx`, or None if
+    there is no column of that name. Raises UserError if a row has too few or too many
+    columns, or is a second header.
     """
     rows = read_rows(Path(path))
     # CoLA has no header, so we recognise it by the shape of its first row.
@@ -273,8 +273,8 @@ def split_holdout(examples, fraction, seed):
     """Split the examples of train into (training set, hold-out set), both in their old order.
 
     `fraction` of the examples are held out, at least one unless `fraction` is 0. Labels
-    and scores have the same distribution in both parts. A seed always gives the same
-    split.
+    and scores have nearly the same distribution in both parts. The same seed always gives
+    the same split.
     """
     size = 0
     if fraction:
@@ -310,7 +310,7 @@ def sample_by_label(labels, size, rng):
 
 
 def sample_by_score(scores, size, rng):
-    """Sample `size` indices, one from each of `size` groups of neighbours in score."""
+    """Sample `size` indices, one from each of `size` groups of similar scores."""
     groups = np.array_split(scores.argsort(kind="stable"), size)
     return [int(rng.choice(group)) for group in groups]
 
@@ -322,9 +322,9 @@ def make_encoder(directory, max_length=None):
 
     An example becomes [CLS] sentence1 [SEP], or [CLS] sentence1 [SEP] sentence2 [SEP]
     with token type 1 for sentence2 and its [SEP]. Long examples are cut to `max_length`
-    tokens, the longer sentence first. The default is the length in the model's training.
+    tokens, the longer sentence first. The default is the model's limit in training.
     """
-    # Part II reads the files of the tokenizer, and the length of the model's training.
+    # Part II loads the tokenizer, and the limit that the model was trained with.
     tokenizer = load_tokenizer(directory)
     config = BertConfig.load(directory)
     max_length = max_length or max_train_length(directory)
@@ -407,9 +407,9 @@ def collate(encoded, indices, device="cpu", max_positions=10**6):
     The first two are int64 [B, T], the mask is bool [B, T], and the labels are int64 [B],
     or float32 for regression.
 
-    T is the longest length, rounded up to a multiple of 8 (on a GPU of 32), but not above
+    T is the longest length, rounded up to a multiple of 8 (32 on a GPU), but at most
     `max_positions`, the positions of the model. Rounding gives few different shapes. That
-    saves time, because a CPU keeps its kernels per shape, and a GPU its graphs.
+    saves time, because CPU kernels and GPU graphs are cached by shape.
     """
     rows = [encoded[i] for i in indices]
     longest = max(len(row.input_ids) for row in rows)
@@ -437,9 +437,9 @@ def collate(encoded, indices, device="cpu", max_positions=10**6):
 def make_evaluator(model, parts, metric, device, autocast):
     """Return a function evaluate_arch(arch) -> {metric: %}.
 
-    parts: the data sets to evaluate on, each a list of Encoded. MNLI's dev has two, and
-    the metrics of the second one end in "_mismatched". "score" is ACC(m), the mean over
-    the data sets. Raises UserError if a logit is NaN or infinite.
+    parts: the data sets to evaluate on, each a list of Encoded. MNLI has two dev sets. The
+    metric names of the second end in "_mismatched". "score" is ACC(m), the mean over the
+    data sets. Raises UserError if a logit is NaN or infinite.
     """
     # Small batches stay in a CPU's caches. A GPU needs large ones to be busy.
     max_tokens = 2**11 if device.type == "cpu" else 2**15
@@ -452,7 +452,7 @@ def make_evaluator(model, parts, metric, device, autocast):
         index_lists = token_batches(encoded, max_tokens)
         set_batches = [collate(encoded, indices, device, max_positions)
                        for indices in index_lists]
-        # The scores of collate are rounded to float32, so we do not use them for metrics.
+        # collate rounds regression scores to float32, so the metrics use the exact ones.
         labels = np.array([encoded[i].label for i in itertools.chain(*index_lists)])
         dev_sets.append((suffix, set_batches, labels))
         all_batches += set_batches
@@ -480,7 +480,7 @@ def make_evaluator(model, parts, metric, device, autocast):
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
-# The first five compare n labels with n predictions, and return a fraction, not %.
+# The first five functions compare n labels with n predictions. The best is 1, not 100%.
 
 def accuracy(labels, predictions):
     """Return the share of predictions that equal their label."""
@@ -524,7 +524,7 @@ def spearman(labels, predictions):
     """
     def ranks(values):
         _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-        # The mean rank of equal values is their last rank minus half of their extent.
+        # Equal values take consecutive ranks. Their mean is the last minus half the range.
         last_ranks = np.cumsum(counts)
         return (last_ranks - (counts - 1) / 2)[group]
 
@@ -534,9 +534,9 @@ def spearman(labels, predictions):
 def compute_metrics(metric, labels, logits):
     """Return every metric of a task in %, and ACC(m) of Eq. 7 as "score".
 
-    metric: the metrics that ACC(m) is the mean of, joined by "+". labels [n] and logits
-    [n, num_labels] are numpy arrays. F1 and Matthews are computed only for two labels.
-    Raises UserError if the score is NaN.
+    metric: names joined by "+", for example "accuracy+f1". ACC(m) is the mean of these
+    metrics. labels [n] and logits [n, num_labels] are numpy arrays. F1 and Matthews are
+    computed only for two labels. Raises UserError if the score is NaN.
     """
     if logits.shape[1] == 1:
         predictions = logits[:, 0]                                       # [n]
@@ -564,7 +564,7 @@ def compute_metrics(metric, labels, logits):
 # These classes give token type 0 to both texts, unless model_input_names asks for types.
 ONE_TYPE = ["DistilBertTokenizer", "DistilBertTokenizerFast", "TokenizersBackend"]
 
-# The supported values of those fields of tokenizer_config.json that have few values.
+# If tokenizer_config.json has one of these fields, its value must be in the list.
 SUPPORTED = {
     "tokenizer_class": ["BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast",
                         *ONE_TYPE],
@@ -744,10 +744,10 @@ def tokenize(tokenizer, texts):
 
 
 def max_train_length(directory):
-    """Return the number of tokens per example that a model was trained with.
+    """Return the limit on tokens per example that a model was trained with.
 
     It is in run.json, or for an exported model in tokenizer_config.json. For any other
-    model it is the number of positions.
+    model the limit is the number of positions.
     """
     max_positions = BertConfig.load(directory).max_position_embeddings
     fields = {"run.json": "max_length", "tokenizer_config.json": "model_max_length"}
@@ -778,8 +778,8 @@ LIBRARY_FORMATS = [
     Format("STS-B", "sentence1", "sentence2", "label", "pearson+spearman", ()),
 ]
 
-# The library's number of a label is its position here. The numbers of the other tasks are
-# the names of their labels.
+# The datasets library writes a label as a number. For these tasks the number is a position
+# in the tuple. For the other tasks it is the label's name.
 LIBRARY_LABELS = {
     "MNLI": ("entailment", "neutral", "contradiction"),
     "QNLI": ("entailment", "not_entailment"),
@@ -894,8 +894,9 @@ def read_score(text):
 def warn_of_csv_quotes(path, rows):
     """Print a warning if a CSV writer has put the texts of a file in quotes.
 
-    rows: the rows of the file, as `read_table` returns them. The warning names the first
-    text. A few texts of GLUE are in quotes, but then other texts contain a plain quote.
+    rows: the rows of the file, as `read_table` returns them. In GLUE a few texts are in
+    quotes, too. So we warn only if a text in quotes has doubled quotes inside, or if most of
+    the texts that contain a quote look like CSV. The warning names the first line.
     """
     n_quoted = 0
     in_csv_form = []
@@ -1001,7 +1002,7 @@ def find_likely_mistakes(task, train_set, holdout_set, share_unknown):
 
 
 def find_scarce_examples(task, holdout_set):
-    """Return a warning if few examples have a label, if few have another, or few are held out."""
+    """Return warnings about rare labels, a dominant label and a small hold-out set."""
     warnings = []
     counts = Counter(example.label for example in task.train)
     rare, n_more = [], 0
@@ -1039,7 +1040,7 @@ def hint_for_missing_file(path):
 
 
 def check_metric(metric, labels):
-    """Return a --metric, or None if there is none.
+    """Check the value of --metric, which may be None, and return it.
 
     labels: the names of the labels, () for regression. Raises UserError if a part of the
     metric does not fit them.
@@ -1114,7 +1115,7 @@ class PrefixCache:
 
     def __init__(self, model, batches):
         self.model = model
-        # A tensor is a key by its identity, so input_ids can be the key of a batch.
+        # Tensors hash by identity, so input_ids can be the key of a batch.
         self.states = {input_ids: {} for input_ids, *_ in batches}
         n_tokens = sum(input_ids.numel() for input_ids in self.states)
         # There is room for this many prefixes in every batch. A number takes 4 bytes.
@@ -1199,7 +1200,7 @@ def load(directory):
         """Encode one text or a sequence of texts, with as many second texts or none."""
         if isinstance(texts, str):
             texts, pairs = [texts], [pairs]
-        # An array has no truth value, and a list has one.
+        # Make a list, because `not texts` fails for an array.
         texts = list(texts)
         pairs = [None] * len(texts) if pairs is None else pairs
         if not texts or isinstance(pairs, str) or len(pairs) != len(texts):
@@ -1239,7 +1240,7 @@ def predict(model, directory, examples, autocast, batch_size=32):
 def load_trained(directory, task):
     """Load a model that `train` or `search` wrote, to evaluate it on `task`.
 
-    Raises UserError if the data does not fit the model, or if it has no classifier.
+    Raises UserError if the data does not fit the model, or the model has no classifier.
     """
     check_fit(f"the data of {task.name} does not fit {directory}", training_of(directory),
               task.pairs, task.name, task.labels)
@@ -1287,9 +1288,9 @@ def existing_model(directory):
 
 
 def training_of(directory):
-    """Return what a model was trained on: its run.json, and its "labels".
+    """Return the fields of a model's run.json, with its label names as "labels".
 
-    A model without a run.json has only the labels.
+    Without a run.json, the only field is "labels".
     """
     path = Path(directory, "run.json")
     run = read_json(path) if path.exists() else {}
@@ -1299,9 +1300,9 @@ def training_of(directory):
 def check_fit(where, training, pairs, task=None, labels=None):
     """Raise UserError if data is not of the kind that a model was trained on.
 
-    where: the place of the data, for messages. training: what `training_of` returns.
-    pairs: whether the data has pairs of texts. task, labels: those of the data, or None if
-    they are unknown or do not matter.
+    where: the beginning of the message. training: the result of `training_of`. pairs:
+    whether the data has pairs of texts. task, labels: the name of its task and the names of
+    its labels, or None if they are unknown or do not matter.
     """
     if pairs and training.get("pairs") is False:
         raise UserError(f"{where}: two texts, but the model was trained on single texts")
@@ -1309,7 +1310,7 @@ def check_fit(where, training, pairs, task=None, labels=None):
         raise UserError(f"{where}: one text, but the model was trained on pairs. Write two, "
                         "with a tab between them")
     glue_names = {glue_task(name or "") for name in (task, training.get("task"))}
-    # Data with another name is allowed, because it may have the task's columns.
+    # Refuse only two different tasks of GLUE. Data with any other name may fit the model.
     if len(glue_names - {None}) == 2:
         raise UserError(f"{where}: the task is {task}, but the model was trained on "
                         f"{training['task']}: use data of {training['task']}")

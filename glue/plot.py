@@ -81,7 +81,7 @@ def plot_runs(options):
         runs = {directory: read_search(directory) for directory in logs}
         superberts = sorted({os.path.basename(os.path.realpath(run["superbert"]))
                              for run in runs.values()})
-        # Not the name of the super-BERT's own picture, which shows its training.
+        # Without "-search", this would be the name of the training's picture.
         name = f"{'-'.join(superberts)}-search"
     out = Path(options.out or f"{name}.svg")
     if out.suffix != ".svg":
@@ -192,7 +192,7 @@ def draw_superbert(axes, color, prefix, searches):
     axes.scatter(*points.T, s=12, alpha=0.45, color=color, linewidths=0, rasterized=True,
                  label=f"{prefix}evaluated")
     front = pareto_front(points)
-    # The best score stays the best up to the right end.
+    # Extend the line of the best score to the right end.
     front = np.vstack([front, (points[:, 0].max(), front[-1, 1])])
     axes.plot(*front.T, drawstyle="steps-post", color=color, linewidth=1.5,
               label=f"{prefix}best at this cost or less")
@@ -224,7 +224,7 @@ def draw_budgets(axes, runs):
     for run in runs:
         budgets.setdefault(typed_budget(run), set()).add(run["budget"])
     lines = [(text, cost, "-", 3) for text, costs in budgets.items() for cost in sorted(costs)]
-    # Its name is higher, because a budget may be close to the full model.
+    # Write "full model" higher, because a budget's name may be close to it.
     lines += [("full model", cost, ":", 14) for cost in sorted({run["full_cost"] for run in runs})]
     # Only the first line has a label, so that the legend holds one entry.
     label = "budget"
@@ -367,7 +367,7 @@ def plot_results(results, out):
     """Draw the pictures of the results page.
 
     results: the directory of the cells. out: the directory for the pictures.
-    A picture without cells is left out. Raises UserError if that is true of all.
+    Skips a picture if its cells are missing. Raises UserError if there are no cells.
     """
     options = SimpleNamespace(results=results, tasks=None, variants=None, seeds=None,
                               precision="auto")
@@ -409,8 +409,8 @@ def row_name(variant):
 def draw_mean(axes, mean, y, spread, color, marker="o"):
     """Draw a mean at the height y, with its spread to both sides.
 
-    Without a spread (None), there is one seed, and the marker is open. Where the axes
-    cut the spread off, there is an arrow. A mean outside of the axes is written there.
+    A spread of None means one seed, and the marker is then open. An arrow shows that the
+    spread continues beyond the axes. A mean beyond the axes is written at the edge.
     """
     low, high = axes.get_xlim()
     if spread is not None:
@@ -438,8 +438,8 @@ def set_rows(axes, names):
 def draw_differences(axes, cells, task, rows, measures, limits=None):
     """Draw the differences between variants, with their 95% intervals.
 
-    rows: a list of (variant, the variant that it is compared with). limits: of the x-axis.
-    Without them, the axis shows all means, and the intervals to the same distance again.
+    rows: a list of (variant, the variant that it is compared with). limits: the ends of
+    the x-axis. By default, it shows all means, with margins as wide as their range.
     """
     drawn = []                                  # (difference, height, half width, color, marker)
     for y, (variant, first) in enumerate(rows):
@@ -481,9 +481,9 @@ def tasks_with(cells, variants):
 
 
 def draw_core(figure, cells):
-    """Draw the scores of all tasks in the upper panels, and the differences in the lower.
+    """Draw each task's scores in the upper panels, and the differences in the lower ones.
 
-    Returns False if the cells are not there. So do all functions below.
+    Returns False if its cells are missing, like every function in `pictures`.
     """
     variants = paper.TABLES["core"][0]
     tasks = tasks_with(cells, variants)
@@ -541,7 +541,7 @@ def draw_scores(axes, cells, task, variants):
 
 
 def draw_depth(figure, cells):
-    """Draw the drawn architectures by their two scores, and the choice of each search."""
+    """Plot the dev and hold-out scores of random architectures and of each search's choice."""
     variants = [variant for variant in paper.MATTERS if tasks_with(cells, [variant])]
     if not variants:
         return False

@@ -5,8 +5,9 @@
 
 A line holds one text, or two with a tab between them, as in the training data. If a
 file begins with a table header that data.py knows, its texts are found by the header's
-column names, so a label is never mistaken for a text. The output is the label, then
-each label with its probability. A regression prints its score.
+column names, so a label is never mistaken for a text. Each line of output holds the
+predicted label, then every label with its probability. For a regression it holds the
+score.
 """
 
 import json
@@ -113,7 +114,7 @@ def check_task(path, file_format, training):
     for table_format in data.FORMATS + data.LIBRARY_FORMATS:
         if table_format.name == data.glue_task(task):
             formats.append(table_format)
-    # The formats without a name are those of other data.
+    # For a task outside of GLUE, `formats` now holds the formats without a name.
     texts = [(table_format.sentence1, table_format.sentence2) for table_format in formats]
     if (file_format.sentence1, file_format.sentence2) not in texts:
         raise UserError(f"{path} has the columns of another task, but the model was trained "

@@ -101,8 +101,8 @@ def random_clause(rng):
     is_praise = rng.random() < 0.5
     is_negated = rng.random() < 0.3
     is_strong = rng.random() < 0.4
-    # An intensifier and a negation are drawn in any case, and used only if they are
-    # wanted.
+    # The intensifier and the negation are drawn even if they are not used. With a verb,
+    # the negation is always "did not" and is not drawn.
     if rng.random() < 0.35:
         verb = pick(LIKE if is_praise else HATE)
         intensifier = pick(STRONG[1:3])
@@ -135,8 +135,8 @@ def make(seed):
     """Return the files of the task and of its BERT, {name: text}."""
     rng, seen, tables = random.Random(seed), set(), {}
     for split, size in SIZES.items():
-        # Half of the sentences are praise and half are blame. None is a label that is
-        # not used.
+        # Half of the sentences are praise and half are blame. Sentences with the label
+        # None are not used.
         rows, num_left = [], {None: 0, 0: size // 2, 1: size // 2}
         while len(rows) < size:
             sentence = random_sentence(rng)
