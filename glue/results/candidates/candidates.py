@@ -2,6 +2,7 @@
 
     python glue/results/candidates/candidates.py run CoLA 0 --data glue --bert BERT --work DIR
     python glue/results/candidates/candidates.py check TOY 0 --data glue --bert glue/TOY --work DIR
+    python glue/results/candidates/candidates.py toy 0 --work DIR
     python glue/results/candidates/candidates.py table
 
 The changes are not in the program, because none has been adopted. LOG.md says what came of them.
@@ -10,7 +11,8 @@ The changes are not in the program, because none has been adopted. LOG.md says w
 stages. The first stage is the same for all candidates. A candidate therefore starts at the second
 stage, with the cell's weights, theta and random generators, and makes one change to that stage.
 `check` verifies this. It trains the second stage without a change, and compares the weights with
-the cell's, bit for bit. `run` skips candidates that have a result in results.jsonl.
+the cell's, bit for bit. `run` skips candidates that have a result in results.jsonl. `toy` trains
+TOY with the paper's recipe and the adaptive step.
 
 The candidates:
 
@@ -52,6 +54,7 @@ STORE = Path(__file__).with_name("results.jsonl")
 EMA_DECAYS = (0.98, 0.995)
 TRAINED = ("cls", "sandwich", "adaptive", "single")
 CANDIDATES = ("base", *(f"ema {decay}" for decay in EMA_DECAYS), *TRAINED, "reward")
+FIXED_STEP = yoco.Categorical.step
 NUM_DRAWN = 20                      # architectures below half of the encoder, for a candidate
 NUM_RANKED = 150                    # architectures of five or six layers, for the rewards
 NUM_TRAIN_EXAMPLES = 500            # of train, for the divergence
@@ -159,7 +162,7 @@ class AdaptiveStep:
             return
         scaled = [g[t > 0] / np.sqrt(t[t > 0]) for g, t in zip(gradient, P.theta)]
         direction = np.concatenate(scaled) / length
-        P.step(samples, losses, self.delta, source)
+        FIXED_STEP(P, samples, losses, self.delta, source)
         beta = min(1.0, self.delta / math.sqrt(self.num_dimensions))
         self.path = (1 - beta) * self.path + math.sqrt(beta * (2 - beta)) * direction
         self.gamma = (1 - beta) ** 2 * self.gamma + beta * (2 - beta)
@@ -369,6 +372,20 @@ def check(options):
     print(f"{len(pairs)} tensors are equal, bit for bit")
 
 
+def toy(options):
+    """Train TOY with one seed, and with the adaptive step in the place of the fixed one."""
+    steps = {}
+
+    def step(P, samples, losses, delta=1.0, source=None):
+        """Take an adaptive step. Every stage begins with a new one."""
+        stage = tuple((theta > 0).sum() for theta in P.theta)
+        steps.setdefault(stage, AdaptiveStep(P)).step(P, samples, losses, source or P)
+
+    yoco.Categorical.step = step
+    return yoco.main(["train", "--seed", str(options.seed), "--precision", options.precision,
+                      "--out", f"{options.work}/toy-{options.seed}"])
+
+
 def split_by_depth(facts, split):
     """Return the mean score of all drawn architectures, and of those with 3 to 6 layers."""
     scores, depths = np.array(facts[f"{split}_drawn"]), np.array(facts["depths"])
@@ -449,9 +466,10 @@ def main():
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for command in (run, check):
+    for command in (run, check, toy):
         sub = commands.add_parser(command.__name__, help=command.__doc__.splitlines()[0])
-        sub.add_argument("task")
+        if command is not toy:
+            sub.add_argument("task")
         sub.add_argument("seed", type=int)
         sub.add_argument("--data", default="glue", help="the directory of the tasks")
         sub.add_argument("--bert", default="all-MiniLM-L6-v2")
