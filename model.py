@@ -532,7 +532,8 @@ SUPPORTED_VALUES = {
     "depth_keeps": ["first"],
 }
 # transformers writes these fields into ordinary BERT configurations. They do not change
-# the logits, so name_unknown_fields leaves them out.
+# the logits, so name_unknown_fields leaves them out. Only load_bert reads one of them: it
+# keeps a classifier only if `architectures` is BertForSequenceClassification.
 HARMLESS_FIELDS = (
     "_name_or_path", "_num_labels", "architectures", "bos_token_id", "directionality",
     "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing", "label2id",
