@@ -47,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 
 import data
 import yoco
-from glue import paper
+from glue import paper, run_program
 from model import Arch, read_json, UserError
 
 STORE = Path(__file__).with_name("results.jsonl")
@@ -103,7 +103,9 @@ def fill_cell(options, kept):
                          str(options.seed), "--precision", options.precision, "--data",
                          options.data, "--bert", options.bert, "--work", options.work])
     yoco.sort_and_copy_teacher, yoco.finish_training = sort_and_copy_teacher, finish_training
-    if status or not kept.exists():
+    if status:
+        raise SystemExit(status)                # glue.paper has printed the reason
+    if not kept.exists():
         raise UserError(f"{kept} is missing: remove the directory {options.work}, and start again, "
                         "because an interrupted training is not observed from its middle")
 
@@ -462,8 +464,8 @@ def correlations(rows):
     return texts
 
 
-def main():
-    """Run the command line."""
+def main(argv=None):
+    """Run the command line, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     for command in (run, check, toy):
@@ -479,9 +481,8 @@ def main():
         sub.set_defaults(command=command)
     sub = commands.add_parser("table", help=table.__doc__.splitlines()[0])
     sub.set_defaults(command=table)
-    options = parser.parse_args()
-    options.command(options)
+    return run_program(parser, lambda options: options.command(options), argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
